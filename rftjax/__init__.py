@@ -1,0 +1,1 @@
+"""rftjax: reinforcement fine-tuning of language models in JAX."""

@@ -1,0 +1,147 @@
+"""The few records that travel between modules, and the legend of array shapes.
+
+Shape suffixes, used on every array name in array code:
+P prompts a step, G samples a prompt, B sequences, T tokens, S cache positions, V vocabulary, D width,
+F feed-forward, H query heads, K key/value heads, C channels a head, L layers, E experts, N micro-batches,
+R packed rows, X tokens of a packed row, M scored (sampled) positions.
+
+This module imports neither JAX nor NumPy: worker processes that run user code load it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as in OpenAI's chat format
+Params = Any  # a nested dict of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One row of a dataset.
+
+    `prompt` is the plain text of a row without chat template (then `messages` holds it as one user message), else
+    None; `data` holds every field of the row that is not one of this record's own.
+    """
+
+    id: str
+    messages: list[Message]
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: str | None = None
+    weight: float = 1.0
+
+
+@dataclasses.dataclass
+class Sequence:
+    """Token ids as the model saw and sampled them; every list has one entry a token.
+
+    `sampled` is true where the policy sampled the token; `logprobs` (nats) is 0.0 and `policy_version` -1 elsewhere.
+    Log-probabilities are those of the distribution sampled from: after temperature, top-k and top-p.
+    """
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    sampled: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    policy_version: list[int] = dataclasses.field(default_factory=list)
+
+    def extend(
+        self, tokens: list[int], logprobs: list[float] | None = None, policy_version: int = -1
+    ) -> None:
+        """Appends tokens: sampled ones where `logprobs` is given, else ones that the policy was given."""
+        count = len(tokens)
+        if logprobs is not None and len(logprobs) != count:
+            raise ValueError(f"{count} sampled tokens came with {len(logprobs)} log-probabilities")
+        self.tokens += tokens
+        self.sampled += [logprobs is not None] * count
+        self.logprobs += logprobs if logprobs is not None else [0.0] * count
+        self.policy_version += [policy_version if logprobs is not None else -1] * count
+
+
+@dataclasses.dataclass
+class Score:
+    """What an evaluator says of one trajectory; an invalid score takes the sample out of its group."""
+
+    reward: float
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    valid: bool = True
+    reason: str = ""
+
+
+@dataclasses.dataclass
+class Turn:
+    """What an environment answers to one assistant message."""
+
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    done: bool = False
+    reward: float = 0.0
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """One finished conversation: draw `draw` of the task stream, sample `sample` of that draw's group.
+
+    `finish_reason` is stop (the model or the environment ended it), length (a token limit), turns (the turn limit) or
+    error (the environment failed; `error` says how). `score` and `advantage` are filled in after scoring.
+    """
+
+    task: Task
+    draw: int
+    sample: int
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    turn_rewards: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: str = ""
+    error: str = ""
+    score: Score | None = None
+    advantage: float = 0.0
+
+    @property
+    def completion(self) -> str:
+        """Text of the last assistant message, empty where there is none."""
+        for message in reversed(self.messages):
+            if message.get("role") == "assistant":
+                return message.get("content") or ""
+        return ""
+
+    @property
+    def turns(self) -> int:
+        """Number of turns that the policy took."""
+        return len(self.turn_rewards)
+
+
+class TrainState(NamedTuple):
+    """Everything that an update changes: `trainable` and `frozen` are nested dicts, `opt_state` is Optax's.
+
+    `step` counts updates. Full fine-tuning has an empty `frozen`; LoRA keeps the adapters in `trainable`.
+    """
+
+    step: Any
+    trainable: Params
+    frozen: Params
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """One step's sequences as arrays: a packed layout for the forward pass and one row a sequence for the loss.
+
+    Forward pass, one row a pack: tokens_RX, positions_RX (position within the token's own sequence), groups_RX and
+    segments_RX. A token attends to earlier tokens of its own group (0 is padding) whose segment is its own or 0, the
+    prefix that the group's sequences share.
+    Scored positions, flat: sources_M indexes the flattened (R * X) positions whose output scores targets_M, and
+    places_M is where the result goes in the flattened (B * T) rows; padding has a place of B * T (dropped).
+    Loss, one row a sequence: sampled_BT, sampler_logprobs_BT, advantages_B, weights_B.
+    """
+
+    tokens_RX: Any
+    positions_RX: Any
+    groups_RX: Any
+    segments_RX: Any
+    sources_M: Any
+    targets_M: Any
+    places_M: Any
+    sampled_BT: Any
+    sampler_logprobs_BT: Any
+    advantages_B: Any
+    weights_B: Any
