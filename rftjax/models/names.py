@@ -1,0 +1,51 @@
+"""One table from our parameter paths to Hugging Face names, used in both directions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rftjax.models.decoder import Config
+
+
+class Name(NamedTuple):
+    """One tensor: `hf` holds `{layer}` where the tensor exists once a layer.
+
+    `inputs` is how many leading axes of ours (without L) are inputs: Hugging Face's matrices are (outputs, inputs), so
+    a kernel is flattened to (inputs, outputs) and transposed; 0 means that the tensor is taken as it is, flattened.
+    """
+
+    path: tuple[str, ...]
+    hf: str
+    shape: tuple[int, ...]
+    inputs: int
+
+
+def decoder_names(config: Config) -> list[Name]:
+    """Returns every tensor of a Llama or Qwen2 checkpoint with its own (unstacked) shape."""
+    c = config
+    head, kv_head = (c.heads, c.channels), (c.kv_heads, c.channels)
+    linears = [
+        ("attention", "query", "self_attn.q_proj", (c.width,), head, c.qkv_bias),
+        ("attention", "key", "self_attn.k_proj", (c.width,), kv_head, c.qkv_bias),
+        ("attention", "value", "self_attn.v_proj", (c.width,), kv_head, c.qkv_bias),
+        ("attention", "output", "self_attn.o_proj", head, (c.width,), c.output_bias),
+        ("mlp", "gate", "mlp.gate_proj", (c.width,), (c.ffn,), c.mlp_bias),
+        ("mlp", "up", "mlp.up_proj", (c.width,), (c.ffn,), c.mlp_bias),
+        ("mlp", "down", "mlp.down_proj", (c.ffn,), (c.width,), c.mlp_bias),
+    ]
+    table = [Name(("embed", "embedding"), "model.embed_tokens.weight", (c.vocab, c.width), 0)]
+    for part, ours, theirs, inputs, outputs, bias in linears:
+        stem, path = "model.layers.{layer}." + theirs, ("layers", part, ours)
+        table.append(Name((*path, "kernel"), stem + ".weight", (*inputs, *outputs), len(inputs)))
+        if bias:
+            table.append(Name((*path, "bias"), stem + ".bias", outputs, 0))
+    for ours, theirs in [
+        ("attention_norm", "input_layernorm"),
+        ("mlp_norm", "post_attention_layernorm"),
+    ]:
+        hf = "model.layers.{layer}." + theirs + ".weight"
+        table.append(Name(("layers", ours, "scale"), hf, (c.width,), 0))
+    table.append(Name(("final_norm", "scale"), "model.norm.weight", (c.width,), 0))
+    if not c.tied:
+        table.append(Name(("head", "kernel"), "lm_head.weight", (c.width, c.vocab), 1))
+    return table
