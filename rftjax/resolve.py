@@ -1,0 +1,102 @@
+"""Finds user code by name: "package.module:name" or "path/to/file.py:name".
+
+This module imports the standard library only: worker processes that run user code load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+import types
+from collections.abc import Callable
+from typing import Any
+
+
+def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
+    """Imports the callable that `spec` names; a file is found from the current directory.
+
+    A file's folder goes to the front of sys.path, as when Python runs the file. `field` is the config field to name in
+    the ValueError that says what is wrong: form, missing file, failed import, missing or uncallable name.
+    """
+    place = f"{field}={spec!r}" if field else repr(spec)
+    module_name, colon, name = spec.rpartition(":")
+    if not (colon and module_name and name):
+        raise ValueError(
+            f"{place}: must be 'package.module:name' or 'path/to/file.py:name'; "
+            "write the module or file, a colon, and the name of the function or class"
+        )
+    try:
+        if module_name.endswith(".py"):
+            module = _load_file(module_name, place)
+        else:
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, _MissingFile):
+            raise ValueError(str(error)) from None
+        raise ValueError(
+            f"{place}: {module_name} must import, but importing it raised this; correct it and start again\n"
+            + traceback_text(error)
+        ) from error
+    value: Any = module
+    for part in name.split("."):
+        if not hasattr(value, part):
+            public = [word for word, found in vars(module).items() if callable(found) and word[0] != "_"]
+            raise ValueError(
+                f"{place}: {module_name} must define {name!r} and does not; it defines "
+                f"{', '.join(sorted(public)) or 'nothing that can be called'}"
+            )
+        value = getattr(value, part)
+    if not callable(value):
+        raise ValueError(
+            f"{place}: must name something that can be called (a function, class or callable object), "
+            f"and {name} is of type {type(value).__name__}; name a function or class instead"
+        )
+    return value
+
+
+def traceback_text(error: BaseException) -> str:
+    """Formats an exception as Python prints it, without the frames of the import system."""
+    frames = traceback.extract_tb(error.__traceback__)
+    kept = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<frozen importlib") and frame.filename != __file__
+    ]
+    head = ["Traceback (most recent call last):\n"] if kept else []
+    lines = traceback.format_list(kept) + traceback.format_exception_only(error)
+    return "".join(head + lines).rstrip()
+
+
+class _MissingFile(Exception):
+    pass
+
+
+def _load_file(path: str, place: str) -> types.ModuleType:
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        raise _MissingFile(
+            f"{place}: the file must exist, and there is none at {path}; "
+            "correct the path (a relative one is looked up from the current directory)"
+        )
+    # A name of its own, because a file called like an installed package must not take that package's place.
+    stem = os.path.splitext(os.path.basename(path))[0]
+    name = f"file_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
