@@ -8,6 +8,25 @@ from rftjax.models.decoder import FULL, Config
 from rftjax.models.names import decoder_names
 from rftjax.models.rope import read_rope
 
+# Fields that `config` and `read_rope` read.
+READ = {
+    "attention_bias",
+    "head_dim",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "vocab_size",
+}
 # Fields that change what the model computes, each with the values under which this port is exact.
 EXACT = {
     "hidden_act": ("silu", "swish"),

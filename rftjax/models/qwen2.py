@@ -8,6 +8,27 @@ from rftjax.models.decoder import FULL, Config
 from rftjax.models.names import decoder_names
 from rftjax.models.rope import read_rope
 
+# Fields that `config`, `windows` and `read_rope` read.
+READ = {
+    "head_dim",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "layer_types",
+    "max_position_embeddings",
+    "max_window_layers",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vocab_size",
+}
 EXACT = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0, 0.0, None),
@@ -19,7 +40,7 @@ EXACT = {
 def windows(fields: dict[str, Any]) -> tuple[int, ...]:
     """Returns one window a layer: `layer_types` where the config has them, else the layers from `max_window_layers` on."""
     layers = fields["num_hidden_layers"]
-    window = fields.get("sliding_window")
+    window = fields.get("sliding_window", 4096)
     if not fields.get("use_sliding_window", False) or window is None:
         return (FULL,) * layers
     kinds = fields.get("layer_types")
