@@ -109,7 +109,7 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = locate(path)
     if found.suffix == ".gguf":
         return gguf.hf_fields(gguf.read(found))
-    return _read_json(found / "config.json" if found.is_dir() else found)
+    return read_json(found / "config.json" if found.is_dir() else found)
 
 
 def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
@@ -234,7 +234,7 @@ def _safetensors(directory: Path) -> Readers:
     """Returns readers of every tensor of a directory's safetensors files, by their names."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
     else:
         files = ["model.safetensors"]
     readers: Readers = {}
@@ -375,7 +375,8 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON file's object; raises ValueError where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
