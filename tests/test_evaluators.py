@@ -1,0 +1,230 @@
+"""The ready-made rewards: right answers, wrong ones, near misses, and rows that lack what they need."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import types
+
+import pytest
+
+import rftjax.evaluators
+from rftjax.evaluators import (
+    choice,
+    contains,
+    exact_match,
+    json_fields,
+    json_record,
+    number,
+    random_reward,
+    reasoning_gym,
+    regex,
+)
+from rftjax.types import Score, Task, Trajectory
+
+NAMES = sorted(module.name for module in pkgutil.iter_modules(rftjax.evaluators.__path__))
+
+
+def score(module, completion, sample=0, draw=0, task_id="t", **data) -> Score:
+    task = Task(task_id, [{"role": "user", "content": "?"}], data)
+    messages = [*task.messages, {"role": "assistant", "content": completion}]
+    result = module.evaluate(task, Trajectory(task, draw=draw, sample=sample, messages=messages))
+    return result if isinstance(result, Score) else Score(result)
+
+
+def reward(module, completion, **data) -> float:
+    return score(module, completion, **data).reward
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_evaluator_module_has_one_public_function(name):
+    module = importlib.import_module(f"rftjax.evaluators.{name}")
+    own = [
+        key
+        for key, value in vars(module).items()
+        if isinstance(value, types.FunctionType)
+        and value.__module__ == module.__name__
+        and not key.startswith("_")
+    ]
+    assert own == ["evaluate"]
+
+
+def test_evaluators_import_only_the_standard_library_and_the_types():
+    code = "import sys\n" + "".join(f"import rftjax.evaluators.{name}\n" for name in NAMES)
+    code += "roots = {m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)\n"
+    code += "print(sorted(roots & {'jax', 'numpy', 'flax', 'transformers', 'reasoning_gym'}),"
+    code += " sorted(m for m in sys.modules if m.startswith('rftjax') and 'evaluators' not in m))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[] ['rftjax', 'rftjax.types']"
+
+
+@pytest.mark.parametrize(
+    "module", [exact_match, contains, number, json_record, json_fields, regex, choice, reasoning_gym]
+)
+def test_a_row_without_its_field_raises_with_the_task_id_and_is_no_reward_of_zero(module):
+    with pytest.raises(ValueError, match="task 'row-7'"):
+        score(module, "anything", task_id="row-7")
+
+
+def test_exact_match_ignores_only_the_amount_of_white_space():
+    assert reward(exact_match, " New \n York ", answer="New York") == 1.0
+    assert reward(exact_match, "new york", answer="New York") == 0.0
+    assert reward(exact_match, "New York!", answer="New York") == 0.0
+    assert reward(exact_match, "7", answer=7) == 1.0
+    assert reward(exact_match, "b", answer=["a", "b"]) == 1.0
+
+
+def test_contains_ignores_case_and_white_space():
+    assert reward(contains, "It is new\nYORK, surely.", answer="New York") == 1.0
+    assert reward(contains, "It is York.", answer="New York") == 0.0
+    assert reward(contains, "It is Bonn.", answer=["Berlin", "Bonn"]) == 1.0
+    with pytest.raises(ValueError, match="not empty"):
+        reward(contains, "anything", answer="  ")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "right"),
+    [
+        ("3 and 4 make 7.", 7, True),
+        ("7 is 3 + 4", 7, False),
+        ("so $1,234.50!", "1234.5", True),
+        ("1,2,3", 3, True),
+        ("1,2345", 2345, True),
+        ("the result is -4", "-4", True),
+        ("the result is \u22124", -4, True),
+        ("range 2-4", 4, True),
+        ("v1.5", 5, False),
+        ("about .5", 0.5, True),
+        ("1e3", 1000, True),
+        ("0.1", 0.1, True),
+        ("42", "6 * 7 = 42\n#### 42", True),
+        ("none", 0, False),
+        ("9" * 6000, "9" * 6000, True),
+        ("1e99999999999", 1, False),
+        ("1e" + "9" * 30, 1, False),
+    ],
+)
+def test_number_compares_the_last_number_of_the_completion(completion, answer, right):
+    assert reward(number, completion, answer=answer) == float(right)
+
+
+RECORD = {"name": "Ada", "age": 36, "tags": ["x", 1.0], "alive": True}
+WRITTEN = '{"age": 36, "alive": true, "name": "Ada", "tags": ["x", 1]}'
+
+
+def test_json_record_rewards_an_equal_object_in_any_order_of_keys():
+    assert score(json_record, f"\n{WRITTEN} ", record=RECORD) == Score(
+        1.0, {"format": 1.0, "keys": 1.0, "fields": 1.0}
+    )
+    assert reward(json_record, WRITTEN, record=WRITTEN) == 1.0  # a record as text, from a CSV file
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        f"Here it is: {WRITTEN}",
+        f"```json\n{WRITTEN}\n```",
+        WRITTEN + WRITTEN,
+        f"[{WRITTEN}]",
+        WRITTEN[:-1] + ', "age": 36}',
+        WRITTEN.replace("36", "NaN"),
+        "[" * 100_000,
+        "",
+    ],
+)
+def test_json_record_accepts_nothing_but_one_object(completion):
+    result = score(json_record, completion, record=RECORD)
+    assert result.reward == 0.0
+    assert result.parts == {"format": 0.0, "keys": 0.0, "fields": 0.0}
+
+
+def test_json_record_names_the_share_of_right_fields_and_wrong_types_are_wrong():
+    wrong = WRITTEN.replace("true", "1").replace("36", '"36"')
+    assert score(json_record, wrong, record=RECORD) == Score(
+        0.0, {"format": 1.0, "keys": 1.0, "fields": 0.5}
+    )
+    surplus = score(json_record, WRITTEN[:-1] + ', "more": 1}', record=RECORD)
+    assert (surplus.reward, surplus.parts["keys"], surplus.parts["fields"]) == (0.0, 0.0, 0.8)
+    assert score(json_record, '{"name": "Ada"}', record=RECORD).parts["fields"] == 0.25
+
+
+def test_json_fields_rewards_the_share_and_logs_the_strict_equality():
+    half = score(json_fields, WRITTEN.replace("true", "1").replace("36", "37"), record=RECORD)
+    assert (half.reward, half.parts["exact"], half.parts["format"]) == (0.5, 0.0, 1.0)
+    full = score(json_fields, WRITTEN, record=RECORD)
+    assert (full.reward, full.parts["exact"]) == (1.0, 1.0)
+    assert reward(json_fields, "no object", record=RECORD) == 0.0
+
+
+def test_regex_searches_and_compares_the_last_group_with_the_answer():
+    assert reward(regex, "call 555-1234 now", pattern=r"\d{3}-\d{4}") == 1.0
+    assert reward(regex, "call me", pattern=r"\d{3}-\d{4}") == 0.0
+    both = {"pattern": r"= *(\w+)", "answer": 7}
+    assert reward(regex, "x = 3, y = 7", **both) == 1.0
+    wrong = score(regex, "y = 7, x = 3", **both)
+    assert (wrong.reward, wrong.parts) == (0.0, {"format": 1.0})
+    assert score(regex, "7", **both).parts == {"format": 0.0}
+    with pytest.raises(ValueError, match="not a regular expression"):
+        reward(regex, "x", pattern="(")
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "B",
+        "(B)",
+        "B) Paris",
+        "B. Paris, not A",
+        "B\nbecause A is wrong",
+        "A is wrong. The answer is B.",
+        "Answer: **B**",
+        "I think \\boxed{B}",
+        "I think it is (B).",
+        "I reason for long.\nB",
+    ],
+)
+def test_choice_finds_the_letter(completion):
+    assert reward(choice, completion, answer="B") == 1.0
+    assert reward(choice, completion, answer="(b)") == 1.0
+    assert reward(choice, completion, answer=1) == 1.0
+    assert reward(choice, completion, answer="A") == 0.0
+
+
+@pytest.mark.parametrize("completion", ["A city I know", "Bonn", "", "b", "Answer: Bonn"])
+def test_choice_takes_no_ordinary_word_for_a_letter(completion):
+    result = score(choice, completion, answer="B")
+    assert (result.reward, result.parts) == (0.0, {"format": 0.0})
+
+
+def test_random_reward_depends_on_the_rollout_alone_and_is_a_fair_coin():
+    first = [reward(random_reward, "same", sample=i, answer=1) for i in range(400)]
+    assert first == [reward(random_reward, "same", sample=i) for i in range(400)]
+    assert set(first) == {0.0, 1.0} and 160 < sum(first) < 240
+    for other in (
+        [reward(random_reward, "other", sample=i) for i in range(400)],
+        [reward(random_reward, "same", sample=i, draw=1) for i in range(400)],
+        [reward(random_reward, "same", sample=i, task_id="u") for i in range(400)],
+    ):
+        assert 140 < sum(a == b for a, b in zip(first, other, strict=True)) < 260
+
+
+def test_random_reward_is_the_same_in_every_version():
+    coins = [reward(random_reward, "text", sample=i) for i in range(16)]
+    assert "".join(f"{coin:.0f}" for coin in coins) == "0000111011001001"
+
+
+ENTRY = {"question": "4 - 1 - 7 =", "answer": "-4", "metadata": {"source_dataset": "chain_sum"}}
+
+
+def test_reasoning_gym_scores_with_the_verifier_of_the_entrys_dataset():
+    pytest.importorskip("reasoning_gym")
+    assert reward(reasoning_gym, " -4\n", entry=ENTRY) == 1.0
+    assert reward(reasoning_gym, "<answer>3</answer> no, <answer>-4</answer>", **ENTRY) == 1.0
+    assert reward(reasoning_gym, "5", entry=ENTRY) < 0.5
+
+
+def test_reasoning_gym_says_how_to_install_the_package_where_it_is_missing(monkeypatch):
+    reasoning_gym._verifier.cache_clear()
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match=r"pip install 'rftjax\[reasoning-gym\]'"):
+        score(reasoning_gym, "-4", entry=ENTRY)
