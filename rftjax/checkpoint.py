@@ -1,0 +1,352 @@
+"""Orbax checkpoints: everything that a resume needs, written while training goes on.
+
+A step's directory holds four items: `trainable` and `frozen` (parameters), `optimizer` (step
+counter and Optax state) and `host` (one JSON object that the caller chooses). An export or an
+evaluation reads the parameters alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from rftjax.types import Params, TrainState
+
+NO_METRICS: Mapping[str, float] = MappingProxyType({})
+_TREES = ("trainable", "frozen", "optimizer")
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_DISK_WORDS = ("no space left", "quota exceeded", "file too large")
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint that cannot be read back; `step` says which, an earlier one may be whole."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Checkpoints:
+    """The checkpoints of one workdir: the newest `keep` (-1: all) and the best by `best_metric`.
+
+    `every` (steps, 0: never) only answers `due`; `save` saves whenever it is called. With
+    `read_only` nothing is written or cleaned up, so that an export can look into the workdir of a
+    job that is running.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every: int = 1,
+        keep: int = 3,
+        best_metric: str = "eval/reward",
+        read_only: bool = False,
+    ) -> None:
+        if keep < 1 and keep != -1:
+            raise ValueError(
+                f"checkpoint.keep={keep}: at least one checkpoint must stay to resume from; "
+                "give 1 or more, or -1 to keep all"
+            )
+        if every < 0:
+            raise ValueError(f"checkpoint.every={every}: a number of steps, or 0 for none")
+        self.directory = Path(directory).absolute()
+        self.every = every
+        self.best_metric = best_metric
+        _silence_orbax()
+        if read_only and not self.directory.is_dir():
+            raise ValueError(f"{self.directory} holds no checkpoints: no such directory")
+        with self._writing():
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                item_handlers={
+                    **{name: ocp.PyTreeCheckpointHandler() for name in _TREES},
+                    "host": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    # `best_fn` makes Orbax store the metric; the policy alone decides what stays:
+                    # `best_fn` with `max_to_keep` deletes the newest checkpoint if it is worst.
+                    best_fn=lambda metrics: metrics[best_metric],
+                    preservation_policy=_preservation(keep, best_metric),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                ),
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether a periodic save falls on this step."""
+        return self.every > 0 and step > 0 and step % self.every == 0
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        host: Mapping[str, Any] = MappingProxyType({}),
+        metrics: Mapping[str, float] = NO_METRICS,
+    ) -> bool:
+        """Starts writing a checkpoint, false where this step already has one.
+
+        The arrays are copied off the devices (on CPU: held, so that JAX copies instead of reusing
+        them) before it returns, so that the caller may donate them at once; the files are written
+        in the background. `host` is anything that JSON can say
+        (tuples come back as lists). Waits for the save before it, and raises what went wrong there.
+        """
+        _check_json(host)
+        best = metrics.get(self.best_metric, math.nan)
+        with self._writing():
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():
+                return False
+            trees = {
+                name: ocp.args.PyTreeSave(tree)
+                for name, tree in _as_trees(state).items()
+                if jax.tree.leaves(tree)
+            }
+            args = ocp.args.Composite(**trees, host=ocp.args.JsonSave(dict(host)))
+            ranked = {self.best_metric: float(best)} if math.isfinite(best) else None
+            return self._manager.save(step, args=args, metrics=ranked, force=True)
+
+    def wait(self) -> None:
+        """Returns when the save under way is whole on disk; raises what went wrong in it."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save under way and lets go of Orbax's threads."""
+        with self._writing():
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, ascending."""
+        self.wait()
+        return sorted(self._manager.all_steps(read=True))
+
+    def latest_step(self) -> int | None:
+        """The newest step with a whole checkpoint, None where there is none."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the best metric (the newest of equals), None where none has one."""
+        metrics = {step: self.metric(step) for step in self.steps()}
+        ranked = [(value, step) for step, value in metrics.items() if not math.isnan(value)]
+        return max(ranked)[1] if ranked else None
+
+    def metric(self, step: int) -> float:
+        """The value by which a checkpoint was ranked, NaN where it came without one."""
+        return float((self._manager.metrics(step) or {}).get(self.best_metric, math.nan))
+
+    def restore(self, step: int, example: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads a state with the structure and the shardings of `example`, and the `host` object.
+
+        `example` holds arrays or `jax.ShapeDtypeStruct`s; its mesh need not be the one that saved.
+        Raises ValueError where a leaf differs in name, shape or dtype, CorruptCheckpoint where
+        files are missing or damaged.
+        """
+        self.wait()
+        trees: dict[str, Any] = {}
+        for name, wanted in _as_trees(example).items():
+            found = self._metadata(step, name)
+            self._compare(step, name, found, wanted)
+            trees[name] = self._read(step, name, wanted) if jax.tree.leaves(wanted) else wanted
+        optimizer = trees["optimizer"]
+        state = TrainState(
+            optimizer["step"], trees["trainable"], trees["frozen"], optimizer["opt_state"]
+        )
+        return state, self.restore_host(step)
+
+    def restore_params(self, step: int) -> tuple[Params, Params]:
+        """Reads (trainable, frozen) as NumPy arrays, without the optimizer's state."""
+        self.wait()
+        trainable = self._read(step, "trainable", self._metadata(step, "trainable"))
+        frozen = self._metadata(step, "frozen")
+        return trainable, self._read(step, "frozen", frozen) if frozen else {}
+
+    def restore_host(self, step: int) -> dict[str, Any]:
+        """Reads the JSON object alone."""
+        self.wait()
+        with self._reading(step, "host"):
+            args = ocp.args.Composite(host=ocp.args.JsonRestore())
+            return dict(self._manager.restore(step, args=args)["host"])
+
+    def delete_after(self, step: int) -> None:
+        """Deletes what is newer than `step`: a run that goes on from there writes it anew."""
+        with self._writing():
+            for newer in [found for found in self.steps() if found > step]:
+                self._manager.delete(newer)
+
+    def _metadata(self, step: int, name: str) -> Any:
+        """An item's structure with Orbax's array metadata as leaves; {} for an empty item."""
+        path = self.directory / str(step) / name
+        if name == "frozen" and path.parent.is_dir() and not path.exists():
+            return {}
+        with self._reading(step, name):
+            return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
+
+    def _read(self, step: int, name: str, wanted: Any) -> Any:
+        """Reads one item as the arrays that `wanted` describes (host memory for metadata)."""
+        restore_args = jax.tree.map(_restore_args, wanted)
+        with self._reading(step, name):
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args)
+            return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+    def _compare(self, step: int, name: str, found: Any, wanted: Any) -> None:
+        """Raises ValueError naming the leaves in which a checkpoint differs from `wanted`."""
+        found_leaves, wanted_leaves = _describe(found), _describe(wanted)
+        differences = [
+            f"{name}/{path}: {found_leaves.get(path, 'absent')} in the checkpoint, "
+            f"{wanted_leaves.get(path, 'absent')} in this run"
+            for path in sorted({*found_leaves, *wanted_leaves})
+            if found_leaves.get(path) != wanted_leaves.get(path)
+        ]
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} was saved by a run with another model or "
+                f"optimizer: {'; '.join(differences[:3])}{more}. Start with the config that the "
+                "workdir was made with, or give another --workdir"
+            )
+
+    @contextmanager
+    def _reading(self, step: int, name: str) -> Iterator[None]:
+        """Turns what fails while an item is read into CorruptCheckpoint, or says what is there."""
+        directory = self.directory / str(step)
+        if not directory.is_dir():
+            raise ValueError(
+                f"{self.directory} holds no checkpoint of step {step}; "
+                f"it has {self.steps() or 'none'}"
+            )
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise a dozen types for damaged files
+            raise CorruptCheckpoint(
+                f"checkpoint {directory / name} cannot be read ({_first_line(error)}). Files are "
+                f"missing or damaged; delete {directory} to go on from an earlier checkpoint",
+                step,
+            ) from error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a failed write into an OSError that says where and what to do."""
+        try:
+            yield
+        except Exception as error:
+            text = " ".join(str(cause) for cause in _causes(error)).lower()
+            numbers = [cause.errno for cause in _causes(error) if isinstance(cause, OSError)]
+            full = any(number in _FULL_DISK for number in numbers)
+            if not full and not any(words in text for words in _FULL_DISK_WORDS) and not numbers:
+                raise
+            if hasattr(self, "_manager"):
+                self._manager.reload()  # else Orbax counts the broken step among those that it has
+                for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(partial, ignore_errors=True)  # it holds space that is needed
+            if full or any(words in text for words in _FULL_DISK_WORDS):
+                free = shutil.disk_usage(_existing(self.directory)).free
+                reason = f"the disk is full ({free / 2**30:.1f} GiB free)"
+                way_out = "Free some space, lower checkpoint.keep"
+            else:
+                reason = _first_line(error)
+                way_out = "Make it writable"
+            raise OSError(
+                numbers[0] if numbers else errno.ENOSPC,
+                f"cannot write a checkpoint: {reason}. {way_out} or give another --workdir; "
+                "the same command goes on from the last whole checkpoint",
+                str(self.directory),
+            ) from error
+
+
+def _as_trees(state: TrainState) -> dict[str, Any]:
+    return {
+        "trainable": state.trainable,
+        "frozen": state.frozen,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+
+
+def _preservation(keep: int, best_metric: str) -> checkpoint_managers.PreservationPolicy:
+    """The newest `keep` whatever their metric, and the best of those that have one."""
+    latest = checkpoint_managers.LatestN(None if keep == -1 else keep)
+    best = checkpoint_managers.BestN(
+        get_metric_fn=lambda metrics: metrics[best_metric],
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    return checkpoint_managers.AnyPreservationPolicy([latest, best])
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    """How Orbax restores a leaf: onto its sharding, or as NumPy for metadata and NumPy arrays."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Maps leaf paths to dtype and shape; named tuples give the paths of their stored form."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        "/".join(_key(key) for key in path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _check_json(host: Mapping[str, Any]) -> None:
+    for name, value in host.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"host[{name!r}] of a checkpoint is not JSON: {error}; "
+                "convert it to lists, dicts, numbers and text"
+            ) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An exception and those that it was raised from."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _silence_orbax() -> None:
+    """Drops Orbax's lines below ERROR (dozens a save) from absl's log; other libraries' stay."""
+    logger = logging.getLogger("absl")
+    if _is_worth_showing not in logger.filters:
+        logger.addFilter(_is_worth_showing)
+
+
+def _is_worth_showing(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or "/orbax/" not in record.pathname
