@@ -91,7 +91,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
         return local
     name = str(path)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(f"model.path={name}: no such directory or file, and not a hub name (OWNER/NAME)")
+        raise ValueError(
+            f"model.path={name}: no such directory or file, and not a hub name (OWNER/NAME)"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -313,7 +315,9 @@ def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in ids if fields.get(name) is not None}
 
 
-def _hf_tensors(config: Config, params: Params, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _hf_tensors(
+    config: Config, params: Params, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
     for name in _table(config):
         leaf = np.asarray(_leaf(params, name.path))
         for index, hf in enumerate(_hf_names(config, name)):
@@ -372,7 +376,9 @@ def _tree(leaves: Any) -> Params:
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+    return (
+        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

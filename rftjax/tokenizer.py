@@ -23,7 +23,15 @@ SPLITS = {
     "smollm": (r"\p{N}", GPT2),
 }
 CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -37,10 +45,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     directory = found if found.is_dir() else found.parent
     if (directory / "tokenizer.json").exists():
         return _from_directory(directory)
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
+        return _transformers().AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # each tokenizer class fails in its own way
         raise ValueError(
             f"model.path={directory}: has no tokenizer.json and no other tokenizer that loads"
@@ -64,11 +70,21 @@ def stop_tokens(path: str | os.PathLike[str], tokenizer: Any = None) -> tuple[in
     return tuple(ids) if isinstance(ids, list) else (int(ids),)
 
 
-def _fast(**settings: Any) -> Any:
-    from transformers import PreTrainedTokenizerFast
+def _transformers() -> Any:
+    # It takes seconds to import, and tells everybody who has no PyTorch that models need it.
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        import transformers
+    finally:
+        os.environ.pop(switch) if before is None else os.environ.update({switch: before})
+    return transformers
 
+
+def _fast(**settings: Any) -> Any:
     # Decoding is the inverse of encoding here: no spaces are tidied away.
-    return PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **settings)
+    return _transformers().PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **settings)
 
 
 def _from_directory(directory: Path) -> Any:
