@@ -59,7 +59,8 @@ def test_evaluators_import_only_the_standard_library_and_the_types():
 
 
 @pytest.mark.parametrize(
-    "module", [exact_match, contains, number, json_record, json_fields, regex, choice, reasoning_gym]
+    "module",
+    [exact_match, contains, number, json_record, json_fields, regex, choice, reasoning_gym],
 )
 def test_a_row_without_its_field_raises_with_the_task_id_and_is_no_reward_of_zero(module):
     with pytest.raises(ValueError, match="task 'row-7'"):
