@@ -102,8 +102,8 @@ class Checkpoints:
 
         The arrays are copied off the devices (on CPU: held, so that JAX copies instead of reusing
         them) before it returns, so that the caller may donate them at once; the files are written
-        in the background. `host` is anything that JSON can say
-        (tuples come back as lists). Waits for the save before it, and raises what went wrong there.
+        in the background. `host` is anything that JSON can say (tuples come back as lists). Waits
+        for the save before it, and raises what went wrong there.
         """
         _check_json(host)
         best = metrics.get(self.best_metric, math.nan)
@@ -342,11 +342,11 @@ def _existing(path: Path) -> Path:
 
 
 def _silence_orbax() -> None:
-    """Drops Orbax's lines below ERROR (dozens a save) from absl's log; other libraries' stay."""
+    """Drops Orbax's lines (dozens a save) from absl's log: what goes wrong is raised as well."""
     logger = logging.getLogger("absl")
     if _is_worth_showing not in logger.filters:
         logger.addFilter(_is_worth_showing)
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or "/orbax/" not in record.pathname
+    return record.levelno >= logging.CRITICAL or "/orbax/" not in record.pathname

@@ -190,7 +190,7 @@ KILLED = """
     checkpoints.wait()
     checkpoints.save(2, state(2), {"draw": 2})
     if delay_s < 0:  # at the first sight of a directory under construction
-        while not [name for name in os.listdir(directory) if "tmp" in name]:
+        while not [name for name in os.listdir(directory) if "2." in name]:
             pass
     else:
         time.sleep(delay_s)
@@ -202,12 +202,13 @@ KILLED = """
 def test_sigkill_during_a_save_leaves_the_last_whole_checkpoint_and_the_step_can_be_saved_again(
     tmp_path, delay_s
 ):
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()  # what an earlier kill left
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), str(delay_s)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     if delay_s < 0:
-        assert [path for path in tmp_path.iterdir() if "tmp" in path.name]
+        assert list(tmp_path.glob("2.orbax-checkpoint-tmp*"))
 
     checkpoints = Checkpoints(tmp_path, keep=2)
     latest = checkpoints.latest_step()
@@ -292,7 +293,6 @@ FULL_DISK = """
     except OSError as error:
         print("MESSAGE", error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert checkpoints.steps() == [1], checkpoints.steps()
     assert os.listdir(sys.argv[1]) == ["1"], os.listdir(sys.argv[1])
     assert checkpoints.save(2, state(10))
     assert checkpoints.steps() == [1, 2]
@@ -306,6 +306,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "the disk is full" in run.stdout
     assert str(tmp_path) in run.stdout
+    assert "Traceback" not in run.stderr
 
 
 def test_an_unwritable_place_is_said(tmp_path):
