@@ -250,7 +250,7 @@ class Checkpoints:
             if not full and not any(words in text for words in _FULL_DISK_WORDS) and not numbers:
                 raise
             if hasattr(self, "_manager"):
-                self._manager.reload()  # else Orbax counts the broken step among those that it has
+                self._manager.reload()  # Orbax thinks that it deleted what this save was to replace
                 for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
                     shutil.rmtree(partial, ignore_errors=True)  # it holds space that is needed
             if full or any(words in text for words in _FULL_DISK_WORDS):

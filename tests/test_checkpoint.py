@@ -282,7 +282,7 @@ FULL_DISK = """
         values = jnp.sin(jnp.arange(count, dtype=jnp.float32) ** 2)
         return TrainState(jnp.asarray(0), {"kernel": values}, {}, ())
 
-    checkpoints = Checkpoints(sys.argv[1])
+    checkpoints = Checkpoints(sys.argv[1], keep=1)
     checkpoints.save(1, state(10))
     checkpoints.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -295,7 +295,7 @@ FULL_DISK = """
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(sys.argv[1]) == ["1"], os.listdir(sys.argv[1])
     assert checkpoints.save(2, state(10))
-    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.steps() == [2]
 """
 
 
