@@ -1,4 +1,4 @@
-"""Messages to tokens and back: what was sampled stays as it was, and the template writes only what is around it.
+"""Messages to tokens and back: what was sampled stays, the template writes what is around it.
 
 `tokenizer` is a fast tokenizer of the transformers library throughout.
 """
@@ -13,7 +13,7 @@ MARK = "8c1f0e5d7a"  # stands for an assistant's content while the text behind i
 
 
 class ChatTemplateError(ValueError):
-    """Says that a chat template does not render a conversation, or rewrites what was said before."""
+    """Says that a chat template does not render a conversation, or rewrites its past."""
 
 
 def _text(
@@ -48,19 +48,19 @@ def render(
     generation_prompt: bool,
     tools: list[Any] | None = None,
 ) -> list[int]:
-    """Returns the ids of a conversation; `generation_prompt` adds the opening of the assistant's turn."""
+    """Returns the ids of a conversation; `generation_prompt` opens the assistant's next turn."""
     return _encode(tokenizer, _text(tokenizer, messages, generation_prompt, tools))
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Returns the ids of a text without a template, with the special tokens that the tokenizer itself adds."""
+    """Returns the ids of a text without a template, with the tokenizer's own special tokens."""
     return list(tokenizer.encode(text))
 
 
 def decode(
     tokenizer: Any, ids: list[int], *, stop_tokens: tuple[int, ...] = (), keep_special: bool = False
 ) -> str:
-    """Returns the text of a turn without the stop token at its end, and without special tokens unless kept."""
+    """Returns a turn's text without the stop token at its end; other special tokens may be kept."""
     ids = list(ids)
     if ids and ids[-1] in (*stop_tokens, tokenizer.eos_token_id):
         ids = ids[:-1]
@@ -75,11 +75,12 @@ def continuation(
     last_token: int = -1,
     tools: list[Any] | None = None,
 ) -> list[int]:
-    """Returns the ids that follow the sampled ids of `messages[-1]`, up to the opening of the assistant's next turn.
+    """Returns the ids between the sampled ids of `messages[-1]` and the assistant's next turn.
 
-    `last_token` is the stop token that ended the sampled turn, -1 where the turn was cut (the end of turn is then
-    among the returned ids). Raises ChatTemplateError where the template rewrites what came before; a caller that
-    would rather split starts a new sequence with `render` then. White space around a turn's content is not compared.
+    `last_token` is the stop token that ended the sampled turn, -1 where the turn was cut (the end
+    of turn is then among the returned ids). Raises ChatTemplateError where the template rewrites
+    what came before; a caller that would rather split starts a new sequence with `render` then.
+    White space around a turn's content is not compared.
     """
     reason = rewriting(tokenizer, messages, new_messages, tools=tools)
     if reason:
@@ -90,14 +91,12 @@ def continuation(
     ids, end_ids = _encode(tokenizer, suffix), _encode(tokenizer, end)
     if last_token < 0 or not ids:
         return ids
-    # Encoded together and cut apart, so that what follows is encoded as behind a special token, not as a text's start.
+    # Encoded together and cut, so that the rest is encoded as inside a text and not as its start.
     if ids[0] == last_token:
         return ids[1:]
     same_end = bool(end_ids) and end_ids[0] == ids[0]
     if same_end and _is_special(tokenizer, ids[0]) and _is_special(tokenizer, last_token):
-        return ids[
-            1:
-        ]  # another stop token than the template's ended the turn: it stands in its place
+        return ids[1:]  # the stop token that was sampled stands in the place of the template's
     stop = tokenizer.decode([last_token], skip_special_tokens=False)
     if stop and end.startswith(stop) and suffix.startswith(stop):
         return _encode(tokenizer, suffix.removeprefix(stop))
@@ -111,12 +110,16 @@ def rewriting(
     *,
     tools: list[Any] | None = None,
 ) -> str:
-    """Returns how the template changes the conversation so far once `new_messages` follow, empty where it does not."""
+    """Returns how the template changes the past once `new_messages` follow, else an empty text."""
     assert messages and messages[-1]["role"] == "assistant", "the last message is the sampled one"
     prompt = _text(tokenizer, messages[:-1], True, tools)
     after = _text(tokenizer, [*messages, *new_messages], True, tools)
     if not after.startswith(prompt):
-        common = next(i for i, pair in enumerate(zip(prompt, after + "\0")) if pair[0] != pair[1])
+        common = next(
+            i
+            for i, pair in enumerate(zip(prompt, after + "\0", strict=False))
+            if pair[0] != pair[1]
+        )
         return (
             "the chat template rewrites history: with the next turn the prompt's"
             f" {prompt[common : common + 60]!r} becomes {after[common : common + 60]!r}"
@@ -137,9 +140,7 @@ def rewriting(
 def _behind_mark(text: str) -> str:
     before, mark, behind = text.rpartition(MARK)
     if not mark or MARK in before:
-        raise ChatTemplateError(
-            "the chat template does not render an assistant's content just once"
-        )
+        raise ChatTemplateError("the chat template does not render an assistant's content once")
     return behind
 
 
@@ -158,7 +159,7 @@ SAMPLE: tuple[Message, ...] = (
 
 
 def instability(tokenizer: Any) -> str:
-    """Returns how the template breaks a sample conversation with thinking and tools, empty where it does not."""
+    """Returns how the template rewrites a sample with thinking and tools, else an empty text."""
     plain = [
         message | {"content": str(message["content"]).rpartition("</think>")[2].strip()}
         for message in SAMPLE

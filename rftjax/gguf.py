@@ -1,4 +1,4 @@
-"""GGUF files: metadata as a Hugging Face config, tensors dequantised under their Hugging Face names."""
+"""GGUF files: metadata as a Hugging Face config, tensors dequantised under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
-# Keys that are read apart, and the ones that describe how the file was made and not what it computes.
+# Keys that are read apart, or say how the file was made and not what it computes.
 OTHERS = {
     "attention.value_length",
     "rope.dimension_count",
@@ -36,7 +36,7 @@ OTHERS = {
     "rope.scaling.finetuned",
 }
 ARCHITECTURES = ("llama", "qwen2")
-# GGUF keeps Llama 3's rotary scaling only as a table of factors; these are the settings it was ever made from.
+# GGUF keeps Llama 3's rotary scaling as a table of factors, which comes from these settings.
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_SETTINGS = {
     "low_freq_factor": 1.0,
@@ -62,7 +62,7 @@ TENSORS = {
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """An open GGUF file: `metadata(key)` returns a value or None, `tensors` maps GGUF names to readers of float32."""
+    """An open GGUF file: `metadata(key)` returns a value or None, a reader a float32 array."""
 
     path: Path
     keys: tuple[str, ...]
@@ -81,13 +81,13 @@ def read(path: str | os.PathLike[str]) -> File:
 
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
-    # Weights and tokenizer are asked for one after the other, and parsing takes seconds: keep the last file.
+    # Parsing takes seconds, and weights and tokenizer are asked for in turn: keep the last file.
     del modified_ns
     try:
         import gguf
     except ImportError as error:
         raise ValueError(
-            f"model.path={path}: reading GGUF files needs the gguf package: pip install 'rftjax[gguf]'"
+            f"model.path={path}: GGUF files need the gguf package: pip install 'rftjax[gguf]'"
         ) from error
     try:
         reader = gguf.GGUFReader(path)
@@ -118,7 +118,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
 
 
 def hf_fields(file: File) -> dict[str, Any]:
-    """Returns the Hugging Face config that says the same; raises ValueError for metadata that is not implemented."""
+    """Returns the Hugging Face config that says the same; refuses what is not implemented."""
     arch = file.metadata("general.architecture")
     if arch not in ARCHITECTURES:
         raise ValueError(
@@ -159,7 +159,7 @@ def hf_fields(file: File) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    # Floats were stored as float32: the shortest decimal that rounds to it is the number that was meant.
+    # Floats are stored as float32: the shortest decimal that rounds to it is what was meant.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -206,7 +206,7 @@ def _llama3_scaling(file: File, fields: dict[str, Any], channels: int) -> dict[s
 
 
 def tensors(file: File, fields: dict[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
-    """Returns readers by Hugging Face name, in Hugging Face's layout (q and k rows of a Llama file are put back)."""
+    """Returns readers by Hugging Face name, in Hugging Face's layout."""
     theirs = {gguf_name: name for name, gguf_name in TENSORS.items()}
     heads = {
         "attn_q": fields["num_attention_heads"],
@@ -229,7 +229,7 @@ def tensors(file: File, fields: dict[str, Any]) -> dict[str, Callable[[], np.nda
 
 
 def _unpermuted(reader: Callable[[], np.ndarray], heads: int) -> np.ndarray:
-    # GGUF interleaves the two halves of each head's rotary channels; Hugging Face keeps them one after the other.
+    # A Llama file interleaves the two halves of each head's rotary channels.
     rows = reader()
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

@@ -85,7 +85,7 @@ WAY_OUT = {
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Returns the local file or directory of a path or hub name, downloading the latter into the hub's own cache."""
+    """Returns the local file or directory of a path or hub name, which is downloaded if need be."""
     local = Path(path).expanduser()
     if local.exists():
         return local
@@ -115,11 +115,12 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
-    """Returns the shape of the model; raises ValueError for every field whose effect is not implemented."""
+    """Returns the shape of the model; refuses every field whose effect is not implemented."""
     kind = fields.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type={kind!r} is not implemented; rftjax knows {', '.join(FAMILIES)}"
+            f"config.json: model_type={kind!r} is not implemented;"
+            f" rftjax knows {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     exact = EXACT | family.EXACT
@@ -156,10 +157,10 @@ def load(
     seed: int = 0,
     place: Place | None = None,
 ) -> tuple[Config, Params, dict[str, Any]]:
-    """Returns the config, float32 parameters and the Hugging Face config fields of a directory, hub name or GGUF file.
+    """Returns config, float32 parameters and Hugging Face fields of a directory, hub name or GGUF.
 
-    `dtype` is what the model computes in. Leaves are read one after the other and handed to `place(path, array)`,
-    which puts them on devices. `init="random"` needs no more than a config.json.
+    `dtype` is what the model computes in. Leaves are read one after the other and handed to
+    `place(path, array)`, which puts them on devices. `init="random"` needs a config.json alone.
     """
     put = place or (lambda _, leaf: jnp.asarray(leaf))
     fields = read_fields(path)
@@ -282,7 +283,7 @@ def save(
     max_shard_bytes: float = 5e9,
     dtype: str = "float32",
 ) -> Path:
-    """Writes a Hugging Face directory that appears whole or not at all, and replaces one that was there."""
+    """Writes a Hugging Face directory, whole or not at all, in place of one that was there."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
     out = Path(out).absolute()
@@ -356,7 +357,7 @@ def _write_weights(
     for index, names in enumerate(shards):
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (work / f"part-{index}").rename(work / file)
-        weight_map |= {hf: file for hf in names}
+        weight_map |= dict.fromkeys(names, file)
     index_fields = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     _write_json(work / "model.safetensors.index.json", index_fields)
 
@@ -376,9 +377,8 @@ def _tree(leaves: Any) -> Params:
 
 
 def _few(names: list[str]) -> str:
-    return (
-        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "none"
-    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or "none"
 
 
 def read_json(path: Path) -> dict[str, Any]:

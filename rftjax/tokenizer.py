@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories and GGUF files, always as a fast tokenizer with its chat template."""
+"""Tokenizers of Hugging Face directories and GGUF files, with their chat templates."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ SPECIAL = (
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Returns the tokenizer of a directory, hub name or GGUF file; raises ValueError where there is none.
+    """Returns the fast tokenizer of a directory, hub name or GGUF file.
 
-    A tokenizer.json is taken as it is: the automatic class rebuilds some of them as another kind of tokenizer.
+    A tokenizer.json is taken as it is: the automatic class rebuilds some as another kind.
+    Raises ValueError where there is no tokenizer.
     """
     found = hf.locate(path)
     if found.suffix == ".gguf":
@@ -55,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 def stop_tokens(path: str | os.PathLike[str], tokenizer: Any = None) -> tuple[int, ...]:
-    """Returns the ids that end a turn: the generation config's, else the tokenizer's end of sequence, else the config's."""
+    """Returns the ids that end a turn: the generation config's, the tokenizer's or the config's."""
     found = hf.locate(path)
     generation: dict[str, Any] = {}
     if found.is_dir() and (found / "generation_config.json").exists():
@@ -119,7 +120,7 @@ def _text(token: Any) -> Any:
 
 
 def from_gguf(file: gguf.File) -> Any:
-    """Builds the tokenizer from a GGUF file's metadata; raises ValueError for kinds that are not implemented."""
+    """Returns the tokenizer that a GGUF file's metadata describe; refuses kinds not implemented."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
 
     kind = file.metadata("tokenizer.ggml.model")

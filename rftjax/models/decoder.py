@@ -10,8 +10,8 @@ Parameters are a plain nested dict; everything under `layers` carries a leading 
     final_norm/scale (D)
     head/kernel (D, V)                          only where the embedding is not tied
 
-LoRA adapters are a tree of the same form in which each adapted linear layer holds a (L, inputs, rank) and
-b (L, rank, outputs).
+LoRA adapters are a tree of the same form in which each adapted linear layer holds a
+(L, inputs, rank) and b (L, rank, outputs).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FULL = 1 << 30  # a window that no sequence fills
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: `kind` is default, linear, llama3 or yarn, the rest are that kind's Hugging Face fields."""
+    """Rotary embedding: `kind` is default, linear, llama3 or yarn; the rest are its settings."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -75,7 +75,7 @@ class Config:
 
 
 class Linear(nn.Module):
-    """A linear map over the trailing `axes` axes in the compute dtype, plus a LoRA path where the tree holds one."""
+    """A linear map over the trailing `axes` axes, plus a LoRA path where the tree holds one."""
 
     features: tuple[int, ...]
     config: Config
@@ -181,7 +181,7 @@ class Block(nn.Module):
 def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
     """Returns the inverse frequencies (C / 2,) and the factor on sine and cosine.
 
-    Sources: Su et al. 2021; linear: Chen et al. 2023; llama3: Llama 3.1's scheme; yarn: Peng et al. 2023.
+    Sources: Su et al. 2021; linear: Chen et al. 2023; llama3: Llama 3.1; yarn: Peng et al. 2023.
     """
     exponents = jnp.arange(0, channels, 2, dtype=jnp.float32) / channels
     plain = 1.0 / (rope.theta**exponents)
@@ -232,13 +232,11 @@ def rotate(x_BTHC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
 def attention(
     q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Returns attended values (B, T, H, C): the plain form that every faster one is compared with."""
+    """Returns attended values (B, T, H, C), the plain form that faster ones are compared with."""
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
     q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)
-    scores = jnp.einsum(
-        "BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
     # A finite floor keeps rows of padding, which attend to nothing, free of NaN.
     scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
@@ -246,7 +244,7 @@ def attention(
 
 
 def packed_mask(groups_RX: jax.Array, segments_RX: jax.Array) -> jax.Array:
-    """Returns mask_RXX, true where a packed token attends: earlier, same group, own segment or the shared prefix."""
+    """Returns mask_RXX, true where a packed token attends (the rule is in `types.Batch`)."""
     X = groups_RX.shape[1]
     same_group = (groups_RX[:, :, None] == groups_RX[:, None, :]) & (groups_RX[:, :, None] > 0)
     visible = (segments_RX[:, :, None] == segments_RX[:, None, :]) | (segments_RX[:, None, :] == 0)

@@ -1,4 +1,4 @@
-"""Llama: what its Hugging Face config says in terms of the shared decoder, and the names of its weights."""
+"""Llama: its Hugging Face config in terms of the shared decoder, and the names of its weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXACT = {
 
 
 def config(fields: dict[str, Any], dtype: str) -> Config:
-    """Reads a Hugging Face Llama config; fields whose effect is not implemented are refused by `hf.read_config`."""
+    """Reads a Hugging Face Llama config that `hf.read_config` has checked."""
     heads = fields["num_attention_heads"]
     bias = bool(fields.get("attention_bias", False))
     return Config(

@@ -10,8 +10,9 @@ from rftjax.models.decoder import Config
 class Name(NamedTuple):
     """One tensor: `hf` holds `{layer}` where the tensor exists once a layer.
 
-    `inputs` is how many leading axes of ours (without L) are inputs: Hugging Face's matrices are (outputs, inputs), so
-    a kernel is flattened to (inputs, outputs) and transposed; 0 means that the tensor is taken as it is, flattened.
+    `inputs` is how many leading axes of ours (without L) are inputs: Hugging Face's matrices are
+    (outputs, inputs), so a kernel is flattened to (inputs, outputs) and transposed; 0 means that
+    the tensor is taken as it is, flattened unless it is the embedding.
     """
 
     path: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Qwen2 (and Qwen2.5): Llama with biases on query, key and value, and sliding windows in some layers."""
+"""Qwen2 (and Qwen2.5): Llama with biases on query, key and value, and windows in some layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ EXACT = {
 
 
 def windows(fields: dict[str, Any]) -> tuple[int, ...]:
-    """Returns one window a layer: `layer_types` where the config has them, else the layers from `max_window_layers` on."""
+    """Returns one window a layer, by `layer_types` or else from layer `max_window_layers` on."""
     layers = fields["num_hidden_layers"]
     window = fields.get("sliding_window", 4096)
     if not fields.get("use_sliding_window", False) or window is None:
@@ -51,7 +51,7 @@ def windows(fields: dict[str, Any]) -> tuple[int, ...]:
 
 
 def config(fields: dict[str, Any], dtype: str) -> Config:
-    """Reads a Hugging Face Qwen2 config; fields whose effect is not implemented are refused by `hf.read_config`."""
+    """Reads a Hugging Face Qwen2 config that `hf.read_config` has checked."""
     heads = fields["num_attention_heads"]
     return Config(
         family="qwen2",

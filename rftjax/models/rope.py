@@ -1,4 +1,4 @@
-"""Reads the rotary settings of a Hugging Face config, in its old form (`rope_scaling`) and its new (`rope_parameters`)."""
+"""Reads a Hugging Face config's rotary settings (`rope_scaling`, newer `rope_parameters`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIELDS = {
 
 
 def read_rope(fields: dict[str, Any]) -> Rope:
-    """Returns the rotary settings; raises ValueError for a kind or a field that is not implemented."""
+    """Returns the rotary settings; refuses a kind or a field that is not implemented."""
     found = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
     found.pop("type", None)
