@@ -75,7 +75,7 @@ def load(
 
 
 def _bad_rows_message(where: str, bad: list[str]) -> str:
-    lines = [f"{where}: {len(bad)} faults in its rows; correct these rows or leave them out:"]
+    lines = [f"{where}: {len(bad)} faults in its rows, which must be corrected or left out:"]
     lines += [f"  {one}" for one in bad[:SHOWN_BAD_ROWS]]
     if len(bad) > SHOWN_BAD_ROWS:
         lines.append(f"  and {len(bad) - SHOWN_BAD_ROWS} more")

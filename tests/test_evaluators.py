@@ -1,4 +1,4 @@
-"""The ready-made rewards: right answers, wrong ones, near misses, and rows that lack what they need."""
+"""The ready-made rewards: right and wrong answers, near misses, rows that lack what is needed."""
 
 import importlib
 import pkgutil
@@ -181,6 +181,7 @@ def test_regex_searches_and_compares_the_last_group_with_the_answer():
         "Answer: **B**",
         "I think \\boxed{B}",
         "I think it is (B).",
+        "The answer is A? No: the answer is B.",
         "I reason for long.\nB",
     ],
 )

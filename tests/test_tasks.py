@@ -91,13 +91,13 @@ def test_all_bad_rows_are_told_at_once_with_line_field_and_rule(tmp_path):
         {"messages": user("q") + [{"role": "assistant", "content": "a"}]},
         {"messages": user(" ")},
         '{"prompt": "x", "weight": NaN, "id": [1]}',
-        {"prompt": ""},
+        {"prompt": "", "weight": float("inf")},
         '{"prompt": "half \\ud800"}',
         {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
     ]
     path = write(tmp_path / "bad.jsonl", rows)
     message = faults(path, field="tasks.heldout")
-    assert message.startswith(f"tasks.heldout={path!r}: 17 faults in its rows")
+    assert message.startswith(f"tasks.heldout={path!r}: 18 faults in its rows")
     for expected in (
         ":2: line: is not valid JSON",
         ":3: row: must be an object",
@@ -114,6 +114,7 @@ def test_all_bad_rows_are_told_at_once_with_line_field_and_rule(tmp_path):
         ":12: weight: must be finite and at least 0, is nan",
         ":12: id: must be a text or a whole number, is a list",
         ":13: prompt: must not be empty",
+        ":13: weight: must be finite and at least 0, is inf",
         ":14: prompt: holds half of a surrogate pair",
         ":15: messages[0].tool_calls: only the assistant",
     ):
@@ -130,7 +131,9 @@ def test_of_many_bad_rows_twenty_are_shown_and_the_rest_counted(tmp_path):
 def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n{"prompt": "\xe9"}\n')
-    assert f"{path}:2: line: is not UTF-8" in faults(path)
+    message = faults(path)
+    assert f"{path}:2: line: is not UTF-8" in message
+    assert "1 faults" in message  # the mark at the file's start is none
 
 
 def test_a_source_without_rows_is_an_error_that_names_the_field(tmp_path):
@@ -179,11 +182,12 @@ def test_csv_and_parquet_files_and_directories_are_read_by_datasets(tmp_path):
     dataset.to_parquet(str(tmp_path / "a.parquet"))
     dataset.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"test": dataset}).save_to_disk(str(tmp_path / "parts"))
+    (tmp_path / "a.tsv").write_text("prompt\tanswer\na\t1\nb\t2\n")
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder" / "train.jsonl", rows[:1])
     write(tmp_path / "folder" / "test.jsonl", rows)
     expected = tasks.load(write(tmp_path / "a.jsonl", rows))
-    for name in ("a.csv", "a.parquet", "saved"):
+    for name in ("a.csv", "a.tsv", "a.parquet", "saved"):
         assert tasks.load(str(tmp_path / name)) == expected
     for name in ("parts", "folder"):
         assert tasks.load(str(tmp_path / name), split="test") == expected
@@ -205,7 +209,10 @@ def test_messages_from_parquet_lose_the_empty_keys_that_arrow_adds(tmp_path):
 
 
 def test_a_mapping_function_makes_rows_and_leaves_rows_out(tmp_path):
-    code = "def rows(row):\n    n = row['n']\n    return {'prompt': f'{6 / n}', 'n': n} if n < 3 else None\n"
+    code = (
+        "def rows(row):\n    n = row['n']\n"
+        "    return {'prompt': f'{6 / n}', 'n': n} if n < 3 else None\n"
+    )
     (tmp_path / "maps.py").write_text(code)
     mapping = f"{tmp_path}/maps.py:rows"
     (tmp_path / "a.csv").write_text("n\n1\n2\n3\n")
