@@ -210,7 +210,7 @@ def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
     first, last = max(first, 0), min(last, channels - 1)
     last = last + 0.001 if first == last else last
     ramp = jnp.clip((jnp.arange(channels // 2, dtype=jnp.float32) - first) / (last - first), 0, 1)
-    attention_factor = rope.attention_factor or 0.1 * math.log(rope.factor) + 1.0
+    attention_factor = rope.attention_factor or 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
     return plain / rope.factor * ramp + plain * (1 - ramp), attention_factor
 
 
@@ -268,7 +268,8 @@ def hidden(
     remat: bool = False,
 ) -> jax.Array:
     """Returns the last layer's normed output x_RXD for packed rows (see `types.Batch`)."""
-    block = Block(config)
+    block: Any = Block(config)
+    final_norm: Any = Norm(config)
     turn = rotation(config, positions_RX)
     mask_RXX = packed_mask(groups_RX, segments_RX)
     distance_RXX = positions_RX[:, :, None] - positions_RX[:, None, :]
@@ -284,7 +285,7 @@ def hidden(
     x_RXD = embed(config, params, tokens_RX)
     body = jax.checkpoint(layer) if remat else layer
     x_RXD, _ = jax.lax.scan(body, x_RXD, (trees, windows_L))
-    return Norm(config).apply({"params": params["final_norm"]}, x_RXD)
+    return final_norm.apply({"params": params["final_norm"]}, x_RXD)
 
 
 def logits(config: Config, params: Params, x_MD: jax.Array) -> jax.Array:

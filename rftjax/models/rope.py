@@ -47,6 +47,8 @@ def read_rope(fields: dict[str, Any]) -> Rope:
         )
     if partial not in (None, 1, 1.0):
         raise ValueError(f"config.json: partial_rotary_factor={partial} is not implemented, only 1")
+    if kind != "default" and not found.get("factor"):
+        raise ValueError(f"config.json: rope settings of type {kind!r} need a factor")
     original = found.get("original_max_position_embeddings")
     return Rope(
         theta=theta,
