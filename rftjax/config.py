@@ -1,0 +1,354 @@
+"""Checks a config before anything is loaded, and keeps it as config.json over the restarts of a run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from rftjax.fields import (
+    assign,
+    base_config,
+    embedded_model,
+    field_type,
+    flatten,
+    has_type,
+    suggest,
+)
+from rftjax.resolve import resolve
+
+__all__ = [
+    "base_config",
+    "check",
+    "embedded_model",
+    "flatten",
+    "from_json",
+    "merge_resume",
+    "resolve",
+    "to_json",
+]
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "must be at least 1",
+        lambda value: value >= 1,
+        "steps batch.prompts batch.group_size batch.micro_batches sampler.max_new_tokens sampler.slots "
+        "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
+        "scoring.workers environments.workers grpo.updates_per_batch eval.samples checkpoint.keep "
+        "logging.every",
+    ),
+    (
+        "must be at least 2 (a prompt token and a sampled one)",
+        lambda value: value >= 2,
+        "rollout.max_length",
+    ),
+    (
+        "must be at least 0 (0 switches it off)",
+        lambda value: value >= 0,
+        "tasks.heldout_count tasks.limit sampler.top_k sampler.pool eval.every eval.max_tasks eval.top_k "
+        "checkpoint.every logging.rollouts lora.rank optim.warmup_steps optim.clip optim.weight_decay "
+        "overlap.max_staleness",
+    ),
+    ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
+    (
+        "must be above 0.0",
+        lambda value: value > 0,
+        "sampler.temperature scoring.timeout_s environments.timeout_s optim.lr lora.alpha",
+    ),
+    ("must be at least 0.0 (0.0: greedy)", lambda value: value >= 0, "eval.temperature"),
+    (
+        "must be above 0.0 and at most 1.0 (1.0 switches it off)",
+        lambda value: 0 < value <= 1,
+        "sampler.top_p eval.top_p",
+    ),
+    ("must be between 0.0 and 1.0", lambda value: 0 <= value <= 1, "scoring.max_error_share"),
+    (
+        "must be at least 1, or -1 for the devices that the other axes leave",
+        lambda value: value >= 1 or value == -1,
+        "mesh.data mesh.fsdp mesh.tensor",
+    ),
+)
+_CHOICES = {
+    "model.dtype": ("float32", "bfloat16"),
+    "model.init": ("pretrained", "random"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+}
+_REQUIRED = {
+    "model.path": "a directory in Hugging Face format, a .gguf file or a hub name",
+    "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
+    "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory)",
+}
+_CALLABLES = ("evaluator", "environment", "tasks.map")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def check(config: ConfigDict, *, devices: int = 0, processes: int = 1) -> None:
+    """Raises one ValueError that lists everything wrong with the fields' values; loads and imports nothing.
+
+    Call it after the preset is resolved. `devices` is the number of devices over all processes (0: the mesh and what
+    must divide over it are not checked).
+    """
+    values = flatten(config)
+    problems = dict(_structure_problems(config, values))
+    for field, problem in _value_problems(values):
+        problems.setdefault(field, problem)
+    sound = {field: value for field, value in values.items() if field not in problems}
+    related = [*_relation_problems(sound), *_mesh_problems(sound, devices, processes)]
+    lines = [_say(field, values.get(field, ""), text) for field, text in problems.items()]
+    lines += [_say(field, values[field], text) for field, text in related]
+    if lines:
+        count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise ValueError(f"the config has {count}:\n  " + "\n  ".join(lines))
+
+
+def _say(field: str, value: Any, text: str) -> str:
+    return f"{field}={value!r}: {text}"
+
+
+def _structure_problems(config: ConfigDict, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields missing, unknown and wrongly typed fields of the sections that every spec has."""
+    base = base_config()
+    known = flatten(base)
+    for field, default in known.items():
+        wanted = field_type(base, field)
+        if field not in values:
+            yield (
+                field,
+                f"is missing; a spec starts from rftjax.config.base_config() (default {default!r})",
+            )
+        elif not (values[field] is default is None or has_type(values[field], wanted)):
+            found = type(values[field]).__name__
+            yield field, f"must be {_TYPES.get(wanted, 'a tuple')}, is of type {found}"
+    for field in values:
+        section = field.partition(".")[0]
+        if field not in known and isinstance(base.get(section), ConfigDict):
+            yield (
+                field,
+                f"is no field of section {section!r}{suggest(field, known)}; "
+                "a spec's own fields go into a section of its own",
+            )
+
+
+def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with single fields; of wrongly typed ones nothing is known."""
+    for field, what in _REQUIRED.items():
+        if values.get(field) == "":
+            yield field, f"must be given: {what} (--config.{field}=... or in the spec)"
+    for field, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield field, "must be finite"
+    for rule, holds, fields in _RANGES:
+        for field in fields.split():
+            value: Any = values.get(field)
+            if has_type(value, float) and not holds(value):
+                yield field, rule
+    for field, choices in _CHOICES.items():
+        if isinstance(values.get(field), str) and values[field] not in choices:
+            yield field, f"must be one of {', '.join(choices)}"
+    for field in _CALLABLES:
+        if isinstance(values.get(field), str) and values[field]:
+            yield from _callable_problems(field, values[field])
+    for field in ("model.path", "tasks.train", "tasks.heldout"):
+        if isinstance(values.get(field), str) and values[field]:
+            yield from _path_problems(field, values[field])
+    for stop in values["sampler.stop"] if isinstance(values.get("sampler.stop"), tuple) else ():
+        if isinstance(stop, bool) or not isinstance(stop, (str, int)) or stop == "":
+            yield "sampler.stop", "must hold texts and token ids only"
+
+
+def _callable_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
+    module, colon, name = value.rpartition(":")
+    if not (colon and module and name):
+        yield (
+            field,
+            "must be 'module:name' or 'file.py:name': the file or module, a colon, the name in it",
+        )
+    elif module.endswith(".py") and not os.path.isfile(os.path.expanduser(module)):
+        yield (
+            field,
+            f"there is no file {os.path.abspath(os.path.expanduser(module))}; correct the path",
+        )
+
+
+def _path_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
+    path, _, name = value.partition(".py:")
+    path = os.path.expanduser(path + ".py" if name else value)
+    suffixes = (".gguf",) if field == "model.path" else (*_DATA_SUFFIXES, ".py")
+    local = path.startswith(("/", "./", "../")) or value.startswith("~") or path.endswith(suffixes)
+    if local and not os.path.exists(path):
+        way_out = "correct the path"
+        if value == embedded_model():
+            way_out = "python scripts/fetch_model.py fetches it"
+        yield field, f"there is no {os.path.abspath(path)}; {way_out}"
+
+
+def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong between fields that are each sound; rules with a field that is not are left out."""
+
+    def given(*fields: str) -> list[Any] | None:
+        found = [values.get(field) for field in fields]
+        return None if None in found else found
+
+    if (found := given("sampler.max_new_tokens", "rollout.max_length")) and found[0] >= found[1]:
+        yield (
+            "sampler.max_new_tokens",
+            f"must be below rollout.max_length={found[1]}, which the prompt shares; raise rollout.max_length",
+        )
+    if found := given("batch.prompts", "batch.group_size", "batch.micro_batches"):
+        sequences = found[0] * found[1]
+        if sequences % found[2]:
+            yield (
+                "batch.micro_batches",
+                f"must divide batch.prompts * batch.group_size = {sequences}; "
+                f"the nearest below is {_divisor_below(sequences, found[2])}",
+            )
+    found = given("batch.group_size", "grpo.baseline")
+    if found and found[0] == 1 and found[1] in ("mean", "leave_one_out"):
+        yield (
+            "batch.group_size",
+            f"must be at least 2 with grpo.baseline={found[1]!r}, which would make every advantage 0; "
+            "raise it, or set grpo.baseline to batch_mean or none",
+        )
+    if (found := given("sampler.pool", "sampler.slots")) and 0 < found[0] < found[1]:
+        yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
+    if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
+        yield "optim.warmup_steps", f"must be below steps={found[1]}"
+    if found := given("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count", "eval.every"):
+        heldout, heldout_split, count, every = found
+        if count and (heldout or heldout_split):
+            yield (
+                "tasks.heldout_count",
+                "must be 0 where held-out tasks are given by themselves; "
+                "it takes them out of tasks.train (eval.max_tasks limits how many are evaluated)",
+            )
+        if every and not (count or heldout or heldout_split):
+            yield (
+                "eval.every",
+                "must be 0 where there are no held-out tasks; give tasks.heldout, "
+                "or take some out of tasks.train with tasks.heldout_count",
+            )
+
+
+def _mesh_problems(
+    values: Mapping[str, Any], devices: int, processes: int
+) -> Iterator[tuple[str, str]]:
+    axes = {axis: values.get(f"mesh.{axis}", 0) for axis in ("data", "fsdp", "tensor")}
+    rest = [axis for axis, size in axes.items() if size == -1]
+    if len(rest) > 1:
+        yield f"mesh.{rest[1]}", f"only one axis may be -1, and mesh.{rest[0]} is already"
+        return
+    if not devices or 0 in axes.values():
+        return
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    if devices % fixed or (not rest and devices != fixed):
+        field = "mesh.tensor" if axes["tensor"] > 1 or rest == ["data"] else "mesh.data"
+        yield (
+            field,
+            f"the axes {axes} must multiply to the {devices} devices there are; "
+            "change the sizes, or set one to -1 for the rest",
+        )
+        return
+    sizes = {axis: devices // fixed if size == -1 else size for axis, size in axes.items()}
+    shards = sizes["data"] * sizes["fsdp"]
+    counts = [values.get(f"batch.{name}", 0) for name in ("prompts", "group_size", "micro_batches")]
+    if all(counts) and (counts[0] * counts[1]) % (counts[2] * shards):
+        yield (
+            "batch.prompts",
+            f"batch.prompts * batch.group_size = {counts[0] * counts[1]} must divide by batch.micro_batches "
+            f"({counts[2]}) times mesh.data times mesh.fsdp ({shards}); change one of them",
+        )
+    if counts[0] % processes:
+        yield (
+            "batch.prompts",
+            f"must divide by the {processes} processes, each of which samples its share",
+        )
+
+
+def _divisor_below(number: int, bound: int) -> int:
+    return next(size for size in range(min(bound, number), 0, -1) if number % size == 0)
+
+
+# ---- config.json
+
+# What a resumed run may change: nothing that has entered the parameters, the optimizer or the order of tasks.
+_FREE_SECTIONS = ("eval.", "checkpoint.", "logging.")  # and steps
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the text of config.json; a value that JSON cannot hold raises ValueError."""
+    try:
+        return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the config cannot be stored as JSON ({error}); use plain values"
+        ) from error
+
+
+def from_json(text: str, name: str = "config.json") -> ConfigDict:
+    """Returns the config that `to_json` wrote, locked; fields that it lacks have their defaults."""
+    try:
+        stored = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: is not valid JSON ({error}); start in a new workdir") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{name}: must hold an object; start in a new workdir")
+    config = base_config()
+    with config.unlocked():
+        for field, value in flatten(stored).items():
+            try:
+                assign(config, field, value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name}: {field}={value!r}: {error}; start in a new workdir"
+                ) from error
+    return config
+
+
+def merge_resume(stored: ConfigDict, given: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:
+    """Returns the config of a resumed run: the stored one with the flags that may change.
+
+    `flags` are the fields set on the command line by path. One that contradicts the stored config and is not free to
+    change is an error; a spec whose defaults changed is only told of.
+    """
+    before = flatten(stored)
+    wanted = flatten(given)
+    overridden = flatten(flags)
+    merged = copy.deepcopy(stored)
+    contradictions = []
+    with merged.unlocked():
+        for field, value in wanted.items():
+            if field not in before:
+                assign(merged, field, value)
+        for field, value in overridden.items():
+            if field not in before or before[field] == value:
+                continue
+            if field == "steps" or field.startswith(_FREE_SECTIONS):
+                assign(merged, field, value)
+            else:
+                contradictions.append(
+                    f"--config.{field}={value!r}: the run in this workdir has {before[field]!r}; "
+                    "leave the flag out to go on with it, or start in a new workdir"
+                )
+    if contradictions:
+        allowed = ", ".join(["steps", *(f"{section}*" for section in _FREE_SECTIONS)])
+        raise ValueError(
+            "flags contradict the config.json of the run to resume, "
+            f"where only {allowed} may change:\n  " + "\n  ".join(contradictions)
+        )
+    changed = [
+        f"{field} ({before[field]!r} stays, not {value!r})"
+        for field, value in wanted.items()
+        if field in before and field not in overridden and value not in (None, before[field])
+    ]
+    if changed:
+        logging.warning(
+            "resuming with the stored config.json; the spec differs in %s", ", ".join(changed)
+        )
+    return merged

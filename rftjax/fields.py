@@ -1,0 +1,168 @@
+"""The fields that every spec has, with their defaults, and access to fields by dotted path.
+
+A spec starts from `base_config()`, which is locked: a misspelt field is an error where it is written.
+A section's fields are what its module's builder takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def embedded_model() -> str:
+    """Returns where `scripts/fetch_model.py` puts the quickstart's GGUF file.
+
+    The folder is $RFTJAX_CACHE, else rftjax under $XDG_CACHE_HOME or ~/.cache.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("RFTJAX_CACHE") or os.path.join(cache, "rftjax")
+    return os.path.abspath(os.path.join(folder, "SmolLM2-135M-Instruct.Q4_1.gguf"))
+
+
+def base_config() -> ConfigDict:
+    """Returns every field with its default; empty ones that must be set are `check`'s to name.
+
+    A spec adds fields of its own under `with config.unlocked():`.
+    """
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "steps": 100,
+            "evaluator": "",  # "module:name" or "file.py:name"; required
+            "environment": "",  # the same; "": the model answers once
+            "export": True,  # write a Hugging Face directory at the end
+            "model": {
+                "path": "",  # directory, .gguf file or hub name; required
+                "dtype": "float32",  # of the computation; master weights are float32
+                "init": "pretrained",  # or "random", from a config.json alone
+            },
+            "tasks": {
+                "train": "",  # file, dataset or "module:name" of rows; required
+                "heldout": "",
+                "heldout_count": 0,  # this many are taken out of `train` where `heldout` is ""
+                "map": "",  # "module:name" of a function from a row to a row
+                "split": "train",
+                "heldout_split": "",  # "": the same as `split`
+                "limit": 0,  # rows read; 0: all
+                "allow_overlap": False,
+            },
+            "batch": {"prompts": 8, "group_size": 8, "micro_batches": 1},
+            "sampler": {
+                "max_new_tokens": 256,  # of one turn
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 0,  # 0: off
+                "slots": 64,  # rows that decode at once
+                "stop": (),  # stop tokens beside the model's own, as text or ids
+                "dispatch_steps": 16,  # decode steps between two looks of the host
+                "prefill_rows": 8,
+                "prefill_chunk": 64,  # tokens
+                "pool": 0,  # rows of the KV cache; 0: chosen from `slots`
+            },
+            "rollout": {"max_turns": 1, "max_length": 1024},  # tokens of a whole conversation
+            "scoring": {"workers": 2, "timeout_s": 10.0, "max_error_share": 0.25},
+            "environments": {"workers": 2, "timeout_s": 60.0},
+            "grpo": {
+                "preset": "grpo",
+                # Fields of the preset: the value of the preset where they are not given.
+                "baseline": placeholder(str),
+                "scale": placeholder(str),
+                "eps": placeholder(float),
+                "objective": placeholder(str),
+                "ratio": placeholder(str),
+                "clip_low": placeholder(float),
+                "clip_high": placeholder(float),
+                "dual_clip": placeholder(float),
+                "sapo_tau_pos": placeholder(float),
+                "sapo_tau_neg": placeholder(float),
+                "aggregate": placeholder(str),
+                "max_tokens": placeholder(int),
+                "kl_weight": placeholder(float),
+                "kl": placeholder(str),
+                "kl_times_ratio": placeholder(bool),
+                "entropy_weight": placeholder(float),
+                "tis_cap": placeholder(float),
+                # Fields beside the preset.
+                "updates_per_batch": 1,
+                "mask_truncated": False,
+                "drop_zero_variance": False,
+            },
+            "optim": {
+                "lr": 1e-5,
+                "schedule": "constant",
+                "warmup_steps": 0,
+                "clip": 1.0,  # of the gradient's global norm; 0.0: off
+                "weight_decay": 0.0,
+            },
+            "lora": {"rank": 0, "alpha": 16.0, "targets": "all"},  # rank 0: full fine-tuning
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that the others leave
+            "overlap": {"max_staleness": 0},  # updates that a sampled token may lag behind
+            "eval": {
+                "every": 10,  # steps, and at the start and the end; 0: never
+                "samples": 1,  # a task
+                "temperature": 1.0,  # 0.0: greedy
+                "top_p": 1.0,
+                "top_k": 0,
+                "max_tasks": 0,  # 0: all
+            },
+            "checkpoint": {"every": 10, "keep": 2},  # every 0: at the end only
+            "logging": {"every": 1, "rollouts": 8, "histograms": True},  # rollouts in TensorBoard
+        }
+    )
+    return config.lock()
+
+
+def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values by dotted path, lists as tuples and unset placeholders as None."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, (ConfigDict, Mapping)) and len(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def field_type(config: ConfigDict, field: str) -> type:
+    """Returns the type that the field takes, a placeholder's own; KeyError or AttributeError where there is none."""
+    *sections, name = field.split(".")
+    found: Any = config
+    for section in sections:
+        found = found[section]
+    return found.get_type(name)
+
+
+def has_type(value: Any, wanted: type) -> bool:
+    """Says whether a field of type `wanted` takes the value: whole numbers are numbers, booleans are not."""
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+def suggest(field: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean ...?)" with the known fields nearest in spelling or of the same last name, or ""."""
+    known = list(known)
+    name = field.rpartition(".")[2]
+    near = [other for other in known if other.rpartition(".")[2] == name]
+    near += difflib.get_close_matches(field, known, n=3, cutoff=0.7)
+    near = list(dict.fromkeys(near))[:3]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def assign(config: ConfigDict, field: str, value: Any) -> None:
+    """Sets the field by path, making sections that are missing; the config must be unlocked."""
+    *sections, name = field.split(".")
+    found: Any = config
+    for section in sections:
+        if not isinstance(found.get(section), ConfigDict):
+            found[section] = ConfigDict()
+        found = found[section]
+    found[name] = value
