@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as in OpenAI's chat format
 Params = Any  # a nested dict of arrays
+NOWHERE = 2**31 - 1  # a place beyond every array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +124,31 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Batch(NamedTuple):
-    """One step's sequences as arrays: a packed layout for the forward pass and one row a sequence for the loss.
+class Pack(NamedTuple):
+    """Sequences laid out for the forward pass; a leading N axis stacks micro-batches.
 
-    Forward pass, one row a pack: tokens_RX, positions_RX (position within the token's own sequence), groups_RX and
-    segments_RX. A token attends to earlier tokens of its own group (0 is padding) whose segment is its own or 0, the
-    prefix that the group's sequences share.
-    Scored positions, flat: sources_M indexes the flattened (R * X) positions whose output scores targets_M, and
-    places_M is where the result goes in the flattened (B * T) rows; padding has a place of B * T (dropped).
-    Loss, one row a sequence: sampled_BT, sampler_logprobs_BT, advantages_B, weights_B.
+    A row holds packs: a prefix that the sequences of a group share, and behind it what is each one's own.
+    tokens_RX, positions_RX (position within the token's own sequence), groups_RX (which pack; 0 is padding) and
+    segments_RX (0: the prefix). A token attends to earlier tokens of its pack in its own segment or the prefix.
+    Scored positions, M a row: the output at index sources_RM scores targets_RM; the result belongs at index places_RM
+    of the flattened (B * T) rows of the loss, NOWHERE where nothing is scored.
     """
 
     tokens_RX: Any
     positions_RX: Any
     groups_RX: Any
     segments_RX: Any
-    sources_M: Any
-    targets_M: Any
-    places_M: Any
+    sources_RM: Any
+    targets_RM: Any
+    places_RM: Any
+
+
+class Batch(NamedTuple):
+    """One step's sequences: `pack` (with a leading N axis, of which `micro_batches` are in use) for the forward pass,
+    one row a sequence for the loss. Column t belongs to token t; sampled_BT is true where a token is trained on."""
+
+    pack: Pack
+    micro_batches: Any
     sampled_BT: Any
     sampler_logprobs_BT: Any
     advantages_B: Any

@@ -1,0 +1,184 @@
+"""Trajectories into arrays: each group's common prefix is laid out once, every sequence keeps a row of its own.
+
+Packing is a layout of the forward pass only; `update.logprobs` puts its results back into one row a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rftjax import types
+from rftjax.types import Batch, Pack, Trajectory
+
+
+class _Row(NamedTuple):
+    """One sequence and where it goes."""
+
+    index: int  # row of the loss
+    sequence: types.Sequence
+
+
+class _Bundle(NamedTuple):
+    """Sequences that share their first `prefix` tokens."""
+
+    prefix: int
+    rows: list[_Row]
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix + sum(len(row.sequence.tokens) - self.prefix for row in self.rows)
+
+
+def make_batch(
+    trajectories: Sequence[Trajectory],
+    *,
+    rows: int,
+    max_length: int,
+    pack_tokens: int = 512,
+    pack_rows: int = 1,
+    share_prefix: bool = True,
+    mask_truncated: bool = False,
+) -> Batch:
+    """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
+
+    A packed row takes `pack_tokens` tokens, or as many as the longest sequence needs; a micro-batch has `pack_rows` of
+    them. Shapes depend on the settings, and on the data only by powers of two. `mask_truncated` trains on nothing of a
+    trajectory that a token limit cut.
+    """
+    used: list[tuple[int, types.Sequence]] = []
+    advantages, weights, trained = [], [], []
+    for trajectory in trajectories:
+        if trajectory.score is not None and not trajectory.score.valid:
+            continue
+        for sequence in trajectory.sequences:
+            _check(sequence, trajectory, max_length)
+            used.append((trajectory.draw, sequence))
+            advantages.append(trajectory.advantage)
+            weights.append(trajectory.task.weight)
+            trained.append(not (mask_truncated and trajectory.finish_reason == "length"))
+    B = -(-max(len(used), 1) // rows) * rows
+    sampled_BT = np.zeros((B, max_length), bool)
+    sampler_logprobs_BT = np.zeros((B, max_length), np.float32)
+    advantages_B, weights_B = np.zeros(B, np.float32), np.zeros(B, np.float32)
+    for index, (_, sequence) in enumerate(used):
+        count = len(sequence.tokens)
+        if trained[index]:
+            sampled_BT[index, :count] = sequence.sampled
+        sampler_logprobs_BT[index, :count] = sequence.logprobs
+        advantages_B[index], weights_B[index] = advantages[index], weights[index]
+    longest = max((len(sequence.tokens) for _, sequence in used), default=1)
+    budget = max(pack_tokens, -(-longest // 128) * 128)
+    bundles = list(_bundles(used, budget, share_prefix))
+    pack, count = _lay_out(bundles, budget, pack_rows, sampled_BT)
+    return Batch(
+        pack, np.int32(count), sampled_BT, sampler_logprobs_BT, advantages_B, weights_B
+    )
+
+
+def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) -> None:
+    """Asserts what the rollout promises, so that a missing log-probability never becomes 0."""
+    count = len(sequence.tokens)
+    lists = (sequence.sampled, sequence.logprobs, sequence.policy_version)
+    if any(len(values) != count for values in lists) or not np.isfinite(sequence.logprobs).all():
+        raise ValueError(
+            f"task {trajectory.task.id!r}, draw {trajectory.draw}, sample {trajectory.sample}: every one of the"
+            f" {count} tokens needs a flag, a finite log-probability and a policy version"
+        )
+    if count > max_length:
+        raise ValueError(
+            f"rollout.max_length={max_length}: a sequence of task {trajectory.task.id!r} has {count} tokens"
+        )
+    if sequence.sampled and sequence.sampled[0]:
+        raise ValueError(f"task {trajectory.task.id!r}: the first token of a sequence was sampled")
+
+
+def _bundles(
+    used: Sequence[tuple[int, types.Sequence]], budget: int, share_prefix: bool
+) -> Iterator[_Bundle]:
+    """Yields bundles of at most `budget` tokens: a draw's sequences with their common prefix of given tokens."""
+    draws: dict[int, list[_Row]] = {}
+    for index, (draw, sequence) in enumerate(used):
+        draws.setdefault(draw if share_prefix else index, []).append(_Row(index, sequence))
+    for members in draws.values():
+        prefix = _common_prefix([row.sequence for row in members]) if len(members) > 1 else 0
+        bundle = _Bundle(prefix, [])
+        for row in members:
+            grown = bundle.tokens + len(row.sequence.tokens) - prefix
+            if bundle.rows and grown > budget:
+                yield bundle
+                bundle = _Bundle(prefix, [])
+            bundle.rows.append(row)
+        yield bundle
+
+
+def _common_prefix(sequences: Sequence[types.Sequence]) -> int:
+    """Returns how many leading tokens all have in common and none sampled."""
+    limit = min(
+        sequence.sampled.index(True) if any(sequence.sampled) else len(sequence.tokens)
+        for sequence in sequences
+    )
+    first = sequences[0].tokens
+    for position in range(limit):
+        if any(sequence.tokens[position] != first[position] for sequence in sequences):
+            return position
+    return limit
+
+
+def _fill(bundles: Sequence[_Bundle], budget: int) -> list[list[_Bundle]]:
+    """Returns rows of bundles of at most `budget` tokens: first fit, the longest first."""
+    filled: list[list[_Bundle]] = []
+    room: list[int] = []
+    for bundle in sorted(bundles, key=lambda bundle: -bundle.tokens):
+        for row, left in enumerate(room):
+            if bundle.tokens <= left:
+                break
+        else:
+            row = len(room)
+            filled.append([])
+            room.append(budget)
+        filled[row].append(bundle)
+        room[row] -= bundle.tokens
+    return filled
+
+
+def _lay_out(
+    bundles: Sequence[_Bundle], budget: int, pack_rows: int, sampled_BT: np.ndarray
+) -> tuple[Pack, int]:
+    """Returns the packed arrays with a leading micro-batch axis, and how many micro-batches hold anything."""
+    filled = _fill(bundles, budget)
+    count = max(1, -(-len(filled) // pack_rows))
+    N = 1 << (count - 1).bit_length()
+    shape = (N * pack_rows, budget)
+    T = sampled_BT.shape[1]
+    tokens, positions, groups, segments, sources, targets = (
+        np.zeros(shape, np.int32) for _ in range(6)
+    )
+    places = np.full(shape, types.NOWHERE, np.int32)
+    for row, bundles_of_row in enumerate(filled):
+        at = scored = 0
+        for group, bundle in enumerate(bundles_of_row, start=1):
+            prefix, start = bundle.prefix, at
+            first = bundle.rows[0].sequence.tokens
+            tokens[row, at : at + prefix] = first[:prefix]
+            positions[row, at : at + prefix] = np.arange(prefix)
+            groups[row, at : at + prefix] = group
+            at += prefix
+            for segment, member in enumerate(bundle.rows, start=1):
+                own = np.asarray(member.sequence.tokens[prefix:], np.int32)
+                end = at + len(own)
+                tokens[row, at:end] = own
+                positions[row, at:end] = prefix + np.arange(len(own))
+                groups[row, at:end], segments[row, at:end] = group, segment
+                picked = np.flatnonzero(sampled_BT[member.index, prefix : prefix + len(own)])
+                last = scored + len(picked)
+                # The output before a token scores it: for the first own token that is the prefix's last.
+                before = np.where(picked > 0, at + picked - 1, start + prefix - 1)
+                sources[row, scored:last] = before
+                targets[row, scored:last] = own[picked]
+                places[row, scored:last] = member.index * T + prefix + picked
+                at, scored = end, last
+    arrays = (tokens, positions, groups, segments, sources, targets, places)
+    return Pack(*(array.reshape(N, pack_rows, budget) for array in arrays)), count

@@ -1,0 +1,209 @@
+"""The sampler's jitted part: a KV cache of rows, chunked prefill, and many decode steps a dispatch.
+
+The cache is one (keys, values) pair a layer, each (rows, K, S, C). A row's keys lie at the positions of its tokens.
+What a row computes depends on nothing but its own tokens: call shapes are constant, S only adds masked positions.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
+from rftjax.models.distribution import Settings, adjust, draw, uniforms
+from rftjax.types import Params
+
+Cache = list[tuple[jax.Array, jax.Array]]
+
+
+class Rows(NamedTuple):
+    """The decoding rows: next input token, its position, tokens that may still be sampled (0: idle), noise key parts
+    (stream, draw, sample) and settings."""
+
+    token_B: jax.Array
+    position_B: jax.Array
+    budget_B: jax.Array
+    noise_B3: jax.Array
+    settings: Settings
+
+
+def sampler_params(config: Config, params: Params, adapters: Params | None = None) -> Params:
+    """Returns what decode reads: compute dtype, one tree a layer, adapters (already scaled) merged.
+
+    Nothing else hands weights to the sampler.
+    """
+    dtype = jnp.dtype(config.dtype)
+    stacked = merge(params["layers"], adapters["layers"]) if adapters else params["layers"]
+    layers = [
+        jax.tree.map(lambda leaf: leaf[i].astype(dtype), stacked) for i in range(config.layers)
+    ]
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": layers}
+
+
+def merge(tree: Params, adapters: Params) -> Params:
+    """Returns the tree with a @ b added to each adapted kernel (all with a leading L axis)."""
+    merged = {}
+    for name, value in tree.items():
+        adapter = adapters.get(name) if isinstance(adapters, dict) else None
+        if adapter is None:
+            merged[name] = value
+        elif "a" in adapter:
+            delta = jnp.einsum("Lir,Lro->Lio", adapter["a"], adapter["b"])
+            kernel = value["kernel"]
+            wide = kernel.astype(jnp.float32) + delta.reshape(kernel.shape)
+            merged[name] = value | {"kernel": wide}
+        else:
+            merged[name] = merge(value, adapter)
+    return merged
+
+
+def new_cache(config: Config, rows: int, length: int) -> Cache:
+    """Returns an empty cache of `length` positions a row in the compute dtype."""
+    shape = (rows, config.kv_heads, length, config.channels)
+    return [
+        (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+        for _ in range(config.layers)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def grow(cache: Cache, *, length: int) -> Cache:
+    """Returns the cache with room for `length` positions."""
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, length - leaf.shape[2]), (0, 0))), cache
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def copy_rows(cache: Cache, source: Cache | None, to_B: jax.Array, from_B: jax.Array) -> Cache:
+    """Copies rows of `source` (None: the cache itself) into the cache; a target beyond its rows is dropped."""
+    origin = cache if source is None else source
+
+    def copy(target: jax.Array, leaf: jax.Array) -> jax.Array:
+        length = min(target.shape[2], leaf.shape[2])
+        return target.at[to_B, :, :length].set(leaf[from_B, :, :length], mode="drop")
+
+    return jax.tree.map(copy, cache, origin)
+
+
+def _attend(
+    q_BTHC: jax.Array, keys_BKSC: jax.Array, values_BKSC: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    B, T, H, C = q_BTHC.shape
+    K = keys_BKSC.shape[1]
+    q_BKGTC = (q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum(
+        "BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values_BKSC.dtype)
+    attended = jnp.einsum("BKGTS,BKSC->BKGTC", weights, values_BKSC)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
+
+
+def _layers(
+    config: Config,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    rows_B: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
+    """Runs every layer on new tokens, written into the cache first; a position of S or more is not written.
+
+    `rows_B` names the tokens' cache rows (None: row i for i, without a gather).
+    """
+    block = Block(config)
+    turn = rotation(config, positions_BT)
+    x_BTD = embed(config, params, tokens_BT)
+    length = cache[0][0].shape[2]
+    at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
+    back_BTS = positions_BT[:, :, None] - jnp.arange(length)[None, None, :]
+    written = []
+    for index, (keys, values) in enumerate(cache):
+        tree = {"params": params["layers"][index]}
+        q, k, v = block.apply(tree, x_BTD, turn, method="before")
+        keys = keys.at[at_B[:, None], :, positions_BT, :].set(k, mode="drop")
+        values = values.at[at_B[:, None], :, positions_BT, :].set(v, mode="drop")
+        written.append((keys, values))
+        if rows_B is not None:
+            keys, values = keys[rows_B], values[rows_B]
+        window = config.windows[index] if config.windows else FULL
+        mask_BTS = (back_BTS >= 0) & (back_BTS < window)
+        x_BTD = block.apply(tree, x_BTD, _attend(q, keys, values, mask_BTS), method="after")
+    return x_BTD, written
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def prefill(
+    config: Config,
+    params: Params,
+    cache: Cache,
+    rows_B: jax.Array,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+) -> Cache:
+    """Writes `count_B` tokens a row at positions from `start_B` on; rows with a count of 0 are padding."""
+    steps_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    far = cache[0][0].shape[2]
+    positions_BT = jnp.where(steps_BT < count_B[:, None], start_B[:, None] + steps_BT, far)
+    return _layers(config, params, cache, tokens_BT, positions_BT, rows_B)[1]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "steps", "filtered", "limit"), donate_argnames="cache"
+)
+def decode(
+    config: Config,
+    params: Params,
+    cache: Cache,
+    rows: Rows,
+    stops_E: jax.Array,
+    seed: jax.Array,
+    enough: jax.Array,
+    *,
+    steps: int,
+    filtered: bool,
+    limit: int,
+) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
+    """Samples up to `steps` tokens a row; returns cache, rows, tokens_BT (-1: none), logprobs_BT and steps taken.
+
+    A row goes idle after a stop token or at the end of its budget. The dispatch ends early when no more than `enough`
+    rows are still active.
+    """
+    B = rows.token_B.shape[0]
+    far = cache[0][0].shape[2]
+    start = (cache, rows, jnp.full((B, steps), -1, jnp.int32), jnp.zeros((B, steps)), 0)
+
+    def going(carry) -> jax.Array:
+        _, rows, _, _, step = carry
+        return (step < steps) & (jnp.sum(rows.budget_B > 0) > enough)
+
+    def step_once(carry):
+        cache, rows, tokens_BT, logprobs_BT, step = carry
+        active_B = rows.budget_B > 0
+        positions_B1 = jnp.where(active_B, rows.position_B, far)[:, None]
+        x_B1D, cache = _layers(config, params, cache, rows.token_B[:, None], positions_B1, None)
+        x_BD = Norm(config).apply({"params": params["final_norm"]}, x_B1D[:, 0])
+        adjusted_BV = adjust(
+            logits(config, params, x_BD), rows.settings, filtered=filtered, limit=limit
+        )
+        uniform_B = uniforms(seed, rows.noise_B3, rows.position_B + 1)
+        ids_B, chosen_B = draw(adjusted_BV, uniform_B, rows.settings.temperature_B)
+        stopped_B = jnp.any(ids_B[:, None] == stops_E[None, :], axis=-1)
+        budget_B = jnp.where(stopped_B | ~active_B, 0, rows.budget_B - 1)
+        tokens_BT = tokens_BT.at[:, step].set(jnp.where(active_B, ids_B, -1))
+        logprobs_BT = logprobs_BT.at[:, step].set(jnp.where(active_B, chosen_B, 0.0))
+        rows = rows._replace(
+            token_B=jnp.where(active_B, ids_B, rows.token_B),
+            position_B=rows.position_B + active_B,
+            budget_B=budget_B,
+        )
+        return cache, rows, tokens_BT, logprobs_BT, step + 1
+
+    return jax.lax.while_loop(going, step_once, start)

@@ -1,0 +1,237 @@
+"""Log-probabilities of packed sequences and the jitted GRPO update; pure, no files, no clocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rftjax import grpo
+from rftjax.models import decoder
+from rftjax.models.decoder import Config
+from rftjax.models.distribution import GONE, Settings, adjust
+from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
+
+HEAD_CHUNK = 256  # scored positions whose logits exist at once, a packed row
+HEAD_BYTES = 1 << 30  # logits that may be kept for the backward pass; beyond, they are computed again
+
+Metrics = dict[str, jax.Array]
+
+
+def weights(state: TrainState, lora_scale: float = 0.0) -> tuple[Params, Params | None]:
+    """Returns the model's parameters and its scaled adapters (None in full fine-tuning)."""
+    if not state.frozen:
+        return state.trainable, None
+    return state.frozen, scale_adapters(state.trainable, lora_scale)
+
+
+def scale_adapters(adapters: Params, scale: float) -> Params:
+    """Returns adapters whose product a @ b carries the factor alpha / rank."""
+
+    def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf * scale if path[-1].key == "b" else leaf
+
+    return jax.tree_util.tree_map_with_path(scaled, adapters)
+
+
+def logprobs(
+    config: Config,
+    params: Params,
+    adapters: Params | None,
+    pack: Pack,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    limit: int = 0,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats.
+
+    They are those of the sampler's distribution: after temperature, top-k, top-p and without padded ids. Logits exist
+    for one chunk of scored positions at a time, and not at all for chunks without any.
+    """
+    x_RXD = decoder.hidden(
+        config,
+        params,
+        pack.tokens_RX,
+        pack.positions_RX,
+        pack.groups_RX,
+        pack.segments_RX,
+        lora=adapters,
+        remat=remat,
+    )
+    R, M = pack.sources_RM.shape
+    chunk = min(HEAD_CHUNK, M)
+    chunks = -(-M // chunk)
+    spare = ((0, 0), (0, chunks * chunk - M))
+    used_RM = pack.places_RM != NOWHERE
+
+    def chunked(values_RM: jax.Array) -> jax.Array:
+        return jnp.pad(values_RM, spare).reshape(R, chunks, chunk).swapaxes(0, 1)
+
+    def score(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sources_RM, targets_RM = inputs
+        x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
+        logits_MV = decoder.logits(config, params, x_RMD.reshape(-1, config.width))
+        targets_M = targets_RM.reshape(-1)
+        ones_M = jnp.ones(targets_M.shape)
+        settings = Settings(
+            temperature * ones_M, top_p * ones_M, jnp.full(targets_M.shape, top_k, jnp.int32)
+        )
+        filtered = top_p < 1 or top_k > 0
+        adjusted_MV = adjust(
+            logits_MV, settings, filtered=filtered, limit=limit, keep_B=targets_M
+        )
+        total_M = jax.nn.logsumexp(adjusted_MV, axis=-1)
+        chosen_M = jnp.take_along_axis(adjusted_MV, targets_M[:, None], axis=-1)[:, 0]
+        probabilities_MV = jnp.exp(adjusted_MV - total_M[:, None])
+        finite_MV = jnp.where(adjusted_MV > GONE, adjusted_MV, 0.0)
+        entropy_M = total_M - jnp.sum(probabilities_MV * finite_MV, axis=-1)
+        return (chosen_M - total_M).reshape(R, -1), entropy_M.reshape(R, -1)
+
+    def one_chunk(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple]:
+        sources_RM, targets_RM, used_RM = inputs
+
+        def nothing(_: Any) -> tuple[jax.Array, jax.Array]:
+            zeros_RM = jnp.zeros(sources_RM.shape)
+            return zeros_RM, zeros_RM
+
+        return None, jax.lax.cond(jnp.any(used_RM), score, nothing, (sources_RM, targets_RM))
+
+    if remat or R * M * config.vocab * 4 > HEAD_BYTES:
+        one_chunk = jax.checkpoint(one_chunk)
+    inputs = (chunked(pack.sources_RM), chunked(pack.targets_RM), chunked(used_RM))
+    _, results = jax.lax.scan(one_chunk, None, inputs)
+    logprobs_RM, entropies_RM = (
+        values.swapaxes(0, 1).reshape(R, chunks * chunk)[:, :M] for values in results
+    )
+    return jnp.where(used_RM, logprobs_RM, 0.0), jnp.where(used_RM, entropies_RM, 0.0)
+
+
+def to_rows(values_RM: jax.Array, places_RM: jax.Array, like_BT: jax.Array) -> jax.Array:
+    """Returns values_BT: each scored value in its sequence's row, 0 elsewhere."""
+    flat = jnp.zeros(like_BT.size, values_RM.dtype)
+    return flat.at[places_RM.reshape(-1)].add(values_RM.reshape(-1), mode="drop").reshape(
+        like_BT.shape
+    )
+
+
+def micro_batch(pack: Pack, index: jax.Array | int) -> Pack:
+    """Returns micro-batch `index` of a stacked pack."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), pack
+    )
+
+
+def make_scorer(config: Config, **sampling: Any) -> Callable[..., jax.Array]:
+    """Builds `score(params, adapters, batch) -> logprobs_BT` without gradient; `sampling` as `logprobs` takes it."""
+
+    @jax.jit
+    def score(params: Params, adapters: Params | None, batch: Batch) -> jax.Array:
+        def one(index: jax.Array, total_BT: jax.Array) -> jax.Array:
+            pack = micro_batch(batch.pack, index)
+            logprobs_RM, _ = logprobs(config, params, adapters, pack, **sampling)
+            return total_BT + to_rows(logprobs_RM, pack.places_RM, total_BT)
+
+        zeros_BT = jnp.zeros(batch.sampled_BT.shape)
+        return jax.lax.fori_loop(0, batch.micro_batches, one, zeros_BT)
+
+    return score
+
+
+def normalizers(batch: Batch, aggregate: str, max_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the whole step's denominators: the loss's for its aggregate, and the number of trained tokens."""
+    tokens = jnp.maximum(jnp.sum(batch.sampled_BT), 1)
+    sequences = jnp.maximum(jnp.sum(jnp.any(batch.sampled_BT, axis=1)), 1)
+    denominators = {
+        "token_mean": tokens,
+        "sequence_mean": sequences,
+        "constant": sequences * max_tokens,
+    }
+    return denominators[aggregate], tokens
+
+
+def make_update(
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    loss_fields: Mapping[str, Any],
+    *,
+    lora_scale: float = 0.0,
+    remat: bool = False,
+    **sampling: Any,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
+
+    The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
+    does not change the gradient. `loss_fields` are `grpo.policy_loss`'s, `sampling` is `logprobs`'s.
+    """
+
+    def micro_loss(
+        trainable: Params, frozen: Params, batch: Batch, index: Any, old_BT: Any, reference_BT: Any
+    ) -> tuple[jax.Array, Metrics]:
+        params, adapters = weights(TrainState(0, trainable, frozen, None), lora_scale)
+        pack = micro_batch(batch.pack, index)
+        logprobs_RM, entropies_RM = logprobs(
+            config, params, adapters, pack, remat=remat, **sampling
+        )
+        like_BT = batch.sampled_BT
+        here_BT = to_rows(pack.places_RM != NOWHERE, pack.places_RM, like_BT) & like_BT
+        logprobs_BT = to_rows(logprobs_RM, pack.places_RM, like_BT)
+        denominator, tokens = normalizers(
+            batch, loss_fields["aggregate"], loss_fields["max_tokens"]
+        )
+        loss, metrics = grpo.policy_loss(
+            logprobs_BT,
+            here_BT,
+            batch.advantages_B,
+            old_logprobs=old_BT,
+            reference_logprobs=reference_BT,
+            sampler_logprobs=batch.sampler_logprobs_BT,
+            entropy=to_rows(entropies_RM, pack.places_RM, like_BT),
+            weights=batch.weights_B,
+            normalizer=denominator,
+            token_normalizer=tokens,
+            **loss_fields,
+        )
+        gap_BT = jnp.where(here_BT, jnp.abs(logprobs_BT - batch.sampler_logprobs_BT), 0.0)
+        count = jnp.maximum(jnp.sum(here_BT), 1)
+        metrics["sampler/logprob_diff_mean"] = jnp.sum(gap_BT) / count
+        metrics["sampler/logprob_diff_max"] = jnp.max(gap_BT)
+        return loss, jax.lax.stop_gradient(metrics)
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(
+        state: TrainState, batch: Batch, old_BT: Any = None, reference_BT: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        def one(index: jax.Array, carry: tuple) -> tuple:
+            (loss, metrics), grads = gradient(
+                state.trainable, state.frozen, batch, index, old_BT, reference_BT
+            )
+            total, sums, kept = carry
+            kept = {name: kept[name].at[index].set(value) for name, value in metrics.items()}
+            return total + loss, jax.tree.map(jnp.add, sums, grads), kept
+
+        N = batch.pack.tokens_RX.shape[0]
+        shapes = jax.eval_shape(
+            gradient, state.trainable, state.frozen, batch, 0, old_BT, reference_BT
+        )
+        empty = {name: jnp.zeros(N, value.dtype) for name, value in shapes[0][1].items()}
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
+        loss, grads, metrics_N = jax.lax.fori_loop(
+            0, batch.micro_batches, one, (jnp.zeros(()), zeros, empty)
+        )
+        gap = jnp.max(metrics_N["sampler/logprob_diff_max"])
+        metrics = grpo.merge_metrics(metrics_N) | {"sampler/logprob_diff_max": gap}
+        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, changes)
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+
+    return update
