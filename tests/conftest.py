@@ -1,0 +1,34 @@
+"""Eight fake CPU devices for every test, and strictness where JAX is lenient by default.
+
+The environment is set before anything imports JAX; worker processes inherit it.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+# A cache that outlives the run would hide what a fresh machine does.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Nothing here may wait for a network that a test machine does not have.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+# An array that is broadcast along axes it does not have is a mistake more often than not.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(data_dir: Path) -> Path:
+    """A two-layer random Qwen2 checkpoint in Hugging Face format (see its NOTE.md)."""
+    return data_dir / "tiny"

@@ -1,0 +1,337 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import config_dict
+
+from rftjax import config as config_lib
+from rftjax.fields import field_type, flatten
+
+ROOT = Path(__file__).parent.parent
+
+
+def complete(**fields):
+    """A config that passes the check, with `fields` (double underscores for dots) on top."""
+    config = config_lib.base_config()
+    config.model.path = "owner/name"
+    config.evaluator = "package.module:evaluate"
+    config.tasks.train = "owner/dataset"
+    config.tasks.heldout = "owner/heldout"
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+def complaint(config, **options):
+    with pytest.raises(ValueError) as caught:
+        config_lib.check(config, **options)
+    return str(caught.value)
+
+
+def test_the_defaults_pass_once_the_required_fields_are_given():
+    config_lib.check(complete())
+    config_lib.check(complete(), devices=8)
+
+
+def test_all_required_fields_are_named_at_once():
+    text = complaint(config_lib.base_config())
+    for field in ("model.path", "tasks.train", "evaluator"):
+        assert f"{field}=''" in text
+        assert f"--config.{field}=" in text
+
+
+def test_a_misspelt_field_is_refused_where_it_is_written():
+    config = config_lib.base_config()
+    with pytest.raises(AttributeError):
+        config.sampler.max_tokens = 3
+    with pytest.raises((AttributeError, KeyError)):
+        config.smapler = 3
+
+
+def test_an_unknown_field_of_a_known_section_is_refused_with_a_suggestion():
+    config = complete()
+    with config.unlocked():
+        config.sampler.max_new_token = 3
+        config.mine = config_dict.ConfigDict({"whatever": 1})
+    text = complaint(config)
+    assert "sampler.max_new_token=3" in text
+    assert "did you mean sampler.max_new_tokens" in text
+    assert "mine" not in text
+
+
+@pytest.mark.parametrize("missing", ["seed", "batch.group_size", "eval"])
+def test_a_missing_field_is_named(missing):
+    config = complete()
+    with config.unlocked():
+        section, _, name = missing.rpartition(".")
+        del (config[section] if section else config)[name]
+    assert f"{missing}" in complaint(config)
+    assert "base_config" in complaint(config)
+
+
+def test_every_numeric_field_has_a_range():
+    ranged = {field for *_, fields in config_lib._RANGES for field in fields.split()}
+    base = config_lib.base_config()
+    numeric = {
+        field
+        for field, value in flatten(base).items()
+        if value is not None and field_type(base, field) in (int, float)
+    }
+    assert ranged == numeric
+
+
+def test_every_number_is_refused_when_it_is_far_too_small():
+    for *_, fields in config_lib._RANGES:
+        for field in fields.split():
+            config = complete()
+            config.update_from_flattened_dict({field: -7})
+            text = complaint(config)
+            assert f"{field}=-7" in text
+
+
+def test_every_problem_is_listed_in_one_error():
+    text = complaint(
+        complete(sampler__top_p=1.5, optim__lr=0.0, model__dtype="float8", eval__samples=0)
+    )
+    assert "4 problems" in text
+    assert "sampler.top_p=1.5: must be above 0.0 and at most 1.0" in text
+    assert "optim.lr=0.0" in text
+    assert "model.dtype='float8': must be one of float32, bfloat16" in text
+    assert "eval.samples=0" in text
+
+
+def test_nan_and_infinity_are_refused():
+    assert "optim.lr=nan: must be finite" in complaint(complete(optim__lr=float("nan")))
+    assert "optim.clip=inf: must be finite" in complaint(complete(optim__clip=float("inf")))
+
+
+def test_a_wrong_type_is_named_with_the_right_one():
+    config = complete()
+    with config.unlocked():
+        config.batch = config_dict.ConfigDict({**config.batch.to_dict(), "prompts": "many"})
+    assert "batch.prompts='many': must be a whole number, is of type str" in complaint(config)
+
+
+def test_relations_between_fields_are_checked():
+    assert "rollout.max_length=64" in complaint(
+        complete(sampler__max_new_tokens=64, rollout__max_length=64)
+    )
+    text = complaint(complete(batch__micro_batches=7))
+    assert "batch.micro_batches=7: must divide" in text
+    assert "below is 4" in text
+    assert "sampler.slots=64" in complaint(complete(sampler__pool=8))
+    assert "must be below steps=100" in complaint(complete(optim__warmup_steps=100))
+    assert "tasks.heldout_count=5" in complaint(complete(tasks__heldout_count=5))
+    assert "eval.every=10" in complaint(complete(tasks__heldout=""))
+    config_lib.check(complete(tasks__heldout="", tasks__heldout_count=5))
+    config_lib.check(complete(tasks__heldout="", eval__every=0))
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_a_group_of_one_is_refused_where_every_advantage_would_be_0(baseline):
+    text = complaint(complete(batch__group_size=1, grpo__baseline=baseline))
+    assert "batch.group_size=1" in text
+    assert "grpo.baseline" in text
+    config_lib.check(complete(batch__group_size=1, grpo__baseline="batch_mean"))
+
+
+def test_a_mesh_that_the_devices_do_not_fill_is_refused():
+    assert "mesh.fsdp=-1: only one axis" in complaint(complete(mesh__fsdp=-1))
+    assert "the 8 devices" in complaint(complete(mesh__tensor=3), devices=8)
+    assert "the 8 devices" in complaint(complete(mesh__data=2, mesh__fsdp=2), devices=8)
+    config_lib.check(complete(mesh__data=2, mesh__fsdp=2, mesh__tensor=2), devices=8)
+    config_lib.check(complete(mesh__data=2, mesh__fsdp=-1, mesh__tensor=2), devices=8)
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_refused():
+    text = complaint(complete(batch__prompts=3, batch__group_size=4), devices=8)
+    assert "batch.prompts=3" in text
+    assert "(8)" in text
+    config_lib.check(complete(batch__prompts=3, batch__group_size=4), devices=1)
+    assert "the 3 processes" in complaint(complete(), devices=1, processes=3)
+
+
+def test_missing_files_are_named_by_their_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = complaint(
+        complete(
+            model__path="./model",
+            tasks__train="rows.jsonl",
+            evaluator="score.py:evaluate",
+            environment="game.py",
+        )
+    )
+    assert f"model.path='./model': there is no {tmp_path / 'model'}" in text
+    assert f"there is no {tmp_path / 'rows.jsonl'}" in text
+    assert f"there is no file {tmp_path / 'score.py'}" in text
+    assert "environment='game.py': must be 'module:name' or 'file.py:name'" in text
+    for name in ("rows.jsonl", "score.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "model").mkdir()
+    config_lib.check(
+        complete(model__path="./model", tasks__train="rows.jsonl", evaluator="score.py:evaluate")
+    )
+
+
+def test_the_embedded_model_is_missing_with_the_command_that_fetches_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RFTJAX_CACHE", str(tmp_path))
+    path = config_lib.embedded_model()
+    assert Path(path).parent == tmp_path
+    assert "scripts/fetch_model.py" in complaint(complete(model__path=path))
+    Path(path).touch()
+    config_lib.check(complete(model__path=path))
+
+
+def test_json_brings_every_field_back_with_its_type():
+    config = complete(optim__lr=1.0, sampler__stop=("###", 7), grpo__clip_low=0.1)
+    with config.unlocked():
+        config.mine = config_dict.ConfigDict({"words": ("a", "b"), "depth": 3})
+    text = config_lib.to_json(config)
+    again = config_lib.from_json(text)
+    assert flatten(again) == flatten(config)
+    assert config_lib.to_json(again) == text
+    assert isinstance(again.optim.lr, float)
+    assert again.sampler.stop == ("###", 7)
+    assert field_type(again, "grpo.kl_weight") is float
+    assert again.is_locked
+
+
+def test_a_broken_config_json_says_what_to_do():
+    for text in ("{", "[]", json.dumps({"steps": "many"})):
+        with pytest.raises(ValueError, match=r"config\.json.*new workdir"):
+            config_lib.from_json(text)
+
+
+def test_values_that_json_cannot_hold_are_refused():
+    config = complete(optim__lr=float("inf"))
+    with pytest.raises(ValueError, match="cannot be stored as JSON"):
+        config_lib.to_json(config)
+
+
+def resume(stored, given=None, **flags):
+    flags = {name.replace("__", "."): value for name, value in flags.items()}
+    given = complete() if given is None else given
+    given.update_from_flattened_dict(flags)
+    return config_lib.merge_resume(config_lib.from_json(config_lib.to_json(stored)), given, flags)
+
+
+def test_the_same_command_resumes_with_the_same_config():
+    stored = complete(optim__lr=3e-4, grpo__clip_high=0.28)
+    assert flatten(resume(stored, optim__lr=3e-4)) == flatten(stored)
+
+
+def test_the_stored_config_wins_over_a_spec_that_changed():
+    stored = complete(optim__lr=3e-4, steps=50)
+    given = complete(optim__lr=1e-3, batch__prompts=16, steps=100)
+    with given.unlocked():
+        given.mine = config_dict.ConfigDict({"new": 1})
+    merged = resume(stored, given)
+    assert (merged.optim.lr, merged.batch.prompts, merged.steps) == (3e-4, 8, 50)
+    assert merged.mine.new == 1
+
+
+def test_flags_that_contradict_the_stored_config_are_all_named():
+    with pytest.raises(ValueError) as caught:
+        resume(complete(), optim__lr=1.0, grpo__preset="dapo", steps=7)
+    text = str(caught.value)
+    assert "--config.optim.lr=1.0: the run in this workdir has 1e-05" in text
+    assert "--config.grpo.preset='dapo': the run in this workdir has 'grpo'" in text
+    assert "new workdir" in text
+    assert "--config.steps" not in text
+
+
+def test_a_resumed_run_may_change_its_end_its_evaluation_and_its_records():
+    merged = resume(
+        complete(), steps=200, eval__every=5, checkpoint__keep=7, logging__histograms=False
+    )
+    assert (merged.steps, merged.eval.every, merged.checkpoint.keep) == (200, 5, 7)
+    assert merged.logging.histograms is False
+
+
+PROGRAM = """
+import sys
+from absl import app, flags
+from ml_collections import config_flags
+from rftjax import config, flags as rft_flags
+config_flags.DEFINE_config_file("config")
+flags.DEFINE_string("workdir", "", "")
+def main(argv):
+    values = flags.FLAGS["config"].override_values
+    print(sorted(values.items()), flags.FLAGS.config.sampler.stop, flags.FLAGS.config.optim.lr)
+app.run(main, flags_parser=rft_flags.parse_flags)
+"""
+
+SPEC = """
+from rftjax.config import base_config
+def get_config(argument=""):
+    config = base_config()
+    if argument == "bug":
+        config.sampler.nothing = 1
+    elif argument not in ("", "debug"):
+        raise ValueError(f"no form {argument!r}, only debug")
+    return config
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "spec.py").write_text(SPEC)
+
+    def call(*arguments):
+        process = subprocess.run(
+            [sys.executable, "program.py", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "Traceback" not in process.stderr, process.stderr
+        return process.returncode, process.stdout, process.stderr
+
+    return call
+
+
+def test_good_flags_reach_the_config(command):
+    code, out, err = command(
+        "--config=spec.py:debug", "--config.optim.lr=2", "--config.sampler.stop=('a', 3)"
+    )
+    assert code == 0, err
+    assert out.strip() == "[('optim.lr', 2.0), ('sampler.stop', ('a', 3))] ('a', 3) 2.0"
+
+
+def test_bad_flags_are_listed_with_what_to_write_instead(command):
+    code, out, err = command(
+        "--config=spec.py",
+        "--config.sampler.max_new_token=3",
+        "--config.group_size=4",
+        "--config.steps=many",
+        "--config.optim.lr=fast",
+        "--config.export=perhaps",
+        "--config.batch=3",
+    )
+    assert (code, out) == (2, "")
+    lines = err.strip().splitlines()
+    assert len(lines) == 6
+    assert "did you mean sampler.max_new_tokens" in lines[0]
+    assert "did you mean batch.group_size" in lines[1]
+    assert lines[2].startswith("error: --config.steps='many': must be a whole number")
+    assert "must be a number" in lines[3]
+    assert "must be true or false" in lines[4]
+    assert "is a section; set its fields one by one: batch.group_size" in lines[5]
+
+
+def test_a_missing_or_failing_spec_is_told_in_one_line(command):
+    cases = {
+        ("--workdir=x",): "--config: must be given",
+        ("--config=spek.py",): "there is no file spek.py; did you mean spec.py?",
+        ("--config=spec.py:fast",): "spec.py, line 8: no form 'fast', only debug",
+        ("--config=spec.py:bug",): "spec.py, line 6: AttributeError",
+        ("--config=spec.py", "--wrkdir=x"): "Unknown command line flag 'wrkdir'",
+    }
+    for arguments, expected in cases.items():
+        code, out, err = command(*arguments)
+        assert (code, out) == (2, ""), err
+        assert expected in err
+        assert len(err.strip().splitlines()) == 1
