@@ -67,6 +67,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.every = every
         self.best_metric = best_metric
+        self._read_only = read_only
         _silence_orbax()
         if read_only and not self.directory.is_dir():
             raise ValueError(f"{self.directory} holds no checkpoints: no such directory")
@@ -184,9 +185,10 @@ class Checkpoints:
 
     def delete_after(self, step: int) -> None:
         """Deletes what is newer than `step`: a run that goes on from there writes it anew."""
+        newer = [found for found in self.steps() if found > step]
         with self._writing():
-            for newer in [found for found in self.steps() if found > step]:
-                self._manager.delete(newer)
+            for found in newer:
+                self._manager.delete(found)
 
     def _metadata(self, step: int, name: str) -> Any:
         """An item's structure with Orbax's array metadata as leaves; {} for an empty item."""
@@ -246,26 +248,29 @@ class Checkpoints:
         except Exception as error:
             text = " ".join(str(cause) for cause in _causes(error)).lower()
             numbers = [cause.errno for cause in _causes(error) if isinstance(cause, OSError)]
-            full = any(number in _FULL_DISK for number in numbers)
-            if not full and not any(words in text for words in _FULL_DISK_WORDS) and not numbers:
+            full = any(number in _FULL_DISK for number in numbers) or any(
+                words in text for words in _FULL_DISK_WORDS
+            )
+            if not full and not numbers:
                 raise
-            if hasattr(self, "_manager"):
-                self._manager.reload()  # Orbax thinks that it deleted what this save was to replace
-                for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(partial, ignore_errors=True)  # it holds space that is needed
-            if full or any(words in text for words in _FULL_DISK_WORDS):
-                free = shutil.disk_usage(_existing(self.directory)).free
+            self._clear_failed_save()
+            free = shutil.disk_usage(_existing(self.directory)).free
+            reason, way_out = _first_line(error), "Make it writable"
+            if full:
                 reason = f"the disk is full ({free / 2**30:.1f} GiB free)"
                 way_out = "Free some space, lower checkpoint.keep"
-            else:
-                reason = _first_line(error)
-                way_out = "Make it writable"
             raise OSError(
                 numbers[0] if numbers else errno.ENOSPC,
                 f"cannot write a checkpoint: {reason}. {way_out} or give another --workdir; "
                 "the same command goes on from the last whole checkpoint",
                 str(self.directory),
             ) from error
+
+    def _clear_failed_save(self) -> None:
+        if hasattr(self, "_manager") and not self._read_only:
+            self._manager.reload()  # Orbax thinks that it deleted what this save was to replace
+            for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)  # it holds space that is needed
 
 
 def _as_trees(state: TrainState) -> dict[str, Any]:

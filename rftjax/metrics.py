@@ -1,0 +1,451 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, rollouts, one line a step in the terminal.
+
+TensorBoard's files are written with the `tensorboard` package alone: no TensorFlow, no PyTorch.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from rftjax.reports import (
+    by_draw,
+    encode,
+    is_valid,
+    mean_tokens,
+    reward_of,
+    rollouts_markdown,
+    sampled_tokens,
+    to_json,
+    trajectory_record,
+)
+from rftjax.types import Trajectory
+
+log = logging.getLogger(__name__)
+
+NO_METRICS: Mapping[str, float] = MappingProxyType({})
+NO_HISTOGRAMS: Mapping[str, np.ndarray] = MappingProxyType({})
+NO_TEXTS: Mapping[str, str] = MappingProxyType({})
+ROLLOUT_NAMES = {"train": "step", "heldout": "heldout"}
+
+
+class Recorder:
+    """Writes a run's metrics and rollouts below `workdir`, and its progress to the terminal.
+
+    `steps` is the run's length. With `resume_step` N everything beyond step N is removed first: the
+    run that wrote it went on past its last checkpoint. `every` is the number of steps between
+    histograms and rollout texts in TensorBoard, `rollouts` the number of conversations in a text
+    (0: none); metrics.jsonl and rollouts/ have every step whatever these say. A process that is not
+    `primary` keeps the timers and writes nothing.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        steps: int,
+        resume_step: int = 0,
+        every: int = 1,
+        rollouts: int = 8,
+        histograms: bool = True,
+        quiet: bool = False,
+        primary: bool = True,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"logging.every={every}: a number of steps, at least 1")
+        self.workdir = Path(workdir).absolute()
+        self._every, self._rollouts, self._histograms = every, rollouts, histograms
+        self._primary = primary
+        self._metrics_path = self.workdir / "metrics.jsonl"
+        self._pending: dict[int, dict[str, float]] = {}
+        self._times_s: dict[str, float] = collections.defaultdict(float)
+        self._outside_s = 0.0
+        self._sampled_tokens = 0
+        self._lines: list[dict[str, Any]] = []
+        if primary:
+            with self._writing():
+                (self.workdir / "rollouts").mkdir(parents=True, exist_ok=True)
+                self._lines = _cut_metrics(self._metrics_path, resume_step)
+                _cut_rollouts(self.workdir / "rollouts", resume_step)
+                self._events = _Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
+        self._progress = Progress(steps, self._lines, quiet=quiet or not primary)
+        self._step_began_s = time.monotonic()
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float] = NO_METRICS,
+        histograms: Mapping[str, np.ndarray] = NO_HISTOGRAMS,
+        trajectories: Sequence[Trajectory] = (),
+        texts: Mapping[str, str] = NO_TEXTS,
+        stream: str = "train",
+    ) -> None:
+        """Adds to a step, whose line in metrics.jsonl `flush` writes.
+
+        `stream` says whose the trajectories are: "train" or "heldout". `texts` are Markdown for
+        TensorBoard's text tab.
+        """
+        assert stream in ROLLOUT_NAMES, stream
+        self._pending.setdefault(step, {}).update(metrics)
+        if stream == "train":
+            self._sampled_tokens += sum(map(sampled_tokens, trajectories))
+        if not self._primary:
+            return
+        shown = step % self._every == 0 or stream != "train"
+        with self._writing():
+            if trajectories:
+                name = f"{ROLLOUT_NAMES[stream]}_{step:06d}.jsonl"
+                lines = [to_json(trajectory_record(step, one)) for one in trajectories]
+                _write_whole(self.workdir / "rollouts" / name, lines)
+            if trajectories and self._rollouts and shown:
+                markdown = rollouts_markdown(trajectories, self._rollouts)
+                self._events.text(step, f"rollouts/{stream}", markdown)
+            for tag, text in texts.items():
+                self._events.text(step, tag, text)
+            if self._histograms and shown:
+                for tag, values in histograms.items():
+                    self._events.histogram(step, tag, values)
+
+    @contextmanager
+    def time(self, name: str, *, in_step: bool = True) -> Iterator[None]:
+        """Adds the seconds spent inside to `time/<name>_s` of the step that is flushed next.
+
+        With `in_step=False` (held-out evaluation, saves) they do not count in `time/step_s`.
+        """
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            elapsed_s = time.monotonic() - began_s
+            self._times_s[f"time/{name}_s"] += elapsed_s
+            self._outside_s += 0.0 if in_step else elapsed_s
+
+    def flush(self, step: int) -> None:
+        """Ends a step: its line in metrics.jsonl, the same scalars in TensorBoard, progress.
+
+        Call it before the step's checkpoint is saved, so that a resume from there finds the line.
+        Flushing the last step again (an evaluation at the end) adds to its line.
+        """
+        old = self._lines[-1] if self._lines else {"step": -1}
+        if step < old["step"]:
+            raise ValueError(f"metrics of step {step} came after those of step {old['step']}")
+        again = step == old["step"]
+        metrics = {name: float(value) for name, value in self._pending.pop(step, {}).items()}
+        metrics = {**self._end_timers(step, again), **metrics}
+        if not self._primary:
+            return
+        if again:
+            metrics = {name: x for name, x in metrics.items() if old.get(name) != x}
+        line = {**(old if again else {"step": step}), **_without_nan(step, metrics)}
+        with self._writing():
+            if again:
+                self._lines[-1] = line
+                _write_whole(self._metrics_path, map(to_json, self._lines))
+            else:
+                self._lines.append(line)
+                with open(self._metrics_path, "ab") as file:
+                    file.write(encode(to_json(line)))
+            self._events.scalars(step, metrics)
+        self._progress.show(line)
+
+    def close(self) -> None:
+        """Flushes the steps that still wait and closes the files; harmless a second time."""
+        try:
+            for step in sorted(self._pending):
+                self.flush(step)
+        finally:
+            self._progress.close()
+            if self._primary:
+                with self._writing():
+                    self._events.close()
+
+    def _end_timers(self, step: int, again: bool) -> dict[str, float]:
+        """The seconds and the throughput of the step that ends now; step 0 only evaluates."""
+        now_s = time.monotonic()
+        metrics: dict[str, float] = dict(self._times_s)
+        if step > 0 and not again:
+            metrics["time/step_s"] = max(now_s - self._step_began_s - self._outside_s, 0.0)
+        if self._sampled_tokens and metrics.get("time/sample_s", 0.0) > 0:
+            metrics["throughput/sampled_tokens_per_s"] = (
+                self._sampled_tokens / metrics["time/sample_s"]
+            )
+        self._times_s.clear()
+        self._step_began_s, self._outside_s, self._sampled_tokens = now_s, 0.0, 0
+        return metrics
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns an OSError into one that says where and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot record the run ({error.strerror}). Free some space or make the directory "
+                "writable; the same command goes on from the last checkpoint",
+                str(error.filename or self.workdir),
+            ) from error
+
+
+class Progress:
+    """The run's state on one line: redrawn in a terminal, printed once a step elsewhere.
+
+    `lines` are the metrics of the steps before a resume: what they show is shown until it is new.
+    """
+
+    def __init__(self, steps: int, lines: Iterable[dict[str, Any]] = (), *, quiet: bool) -> None:
+        self._steps, self._quiet = steps, quiet
+        self._shown: dict[str, float] = {}
+        self._ends_s = collections.deque([time.monotonic()], maxlen=11)
+        self._drawn = False
+        for line in lines:
+            self._remember(line)
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows the metrics of the step that just ended."""
+        self._remember(line)
+        self._ends_s.append(time.monotonic())
+        if self._quiet:
+            return
+        text = self._text(line["step"])
+        if sys.stdout.isatty():
+            done = round(20 * min(line["step"] / max(self._steps, 1), 1.0))
+            text = f"[{'#' * done}{'.' * (20 - done)}]  {text}"
+            columns = shutil.get_terminal_size().columns
+            print(f"\r\033[2K{text[: columns - 1]}", end="", flush=True)
+            self._drawn = True
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leaves the line standing, so that what is printed next starts on a new one."""
+        if self._drawn:
+            print(flush=True)
+            self._drawn = False
+
+    def _remember(self, line: Mapping[str, Any]) -> None:
+        for name in ("reward/mean", "eval/reward", "time/step_s"):
+            if line.get(name) is not None:
+                self._shown[name] = line[name]
+
+    def _text(self, step: int) -> str:
+        fields = [f"step {step:>{len(str(self._steps)) + 1}}/{self._steps}"]
+        if "reward/mean" in self._shown:
+            fields.append(f"reward {self._shown['reward/mean']:.2f}")
+        if "eval/reward" in self._shown:
+            fields.append(f"held-out {self._shown['eval/reward']:.2f}")
+        if "time/step_s" in self._shown:
+            fields.append(f"{self._shown['time/step_s']:.1f} s/step")
+        if 0 < step < self._steps:
+            mean_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
+            fields.append(f"left {format_duration(mean_s * (self._steps - step))}")
+        return "  ".join(fields)
+
+
+class _Events:
+    """One file in TensorBoard's format, written without a thread, so that a full disk is seen.
+
+    Points of earlier files from `purge_step` on are hidden by TensorBoard.
+    """
+
+    def __init__(self, directory: Path, *, purge_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event_pb2: Any = event_pb2  # protocol buffers have no types that a checker sees
+        self._summary_pb2: Any = summary_pb2
+        directory.mkdir(parents=True, exist_ok=True)
+        stem = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        count = len(list(directory.glob(f"{stem}.*")))
+        self._file = (directory / f"{stem}.{count:03d}").open("xb")
+        self._writer: Any = RecordWriter(self._file)
+        session = self._event_pb2.SessionLog
+        start = session(status=session.START)
+        self._write(file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=start)
+        self._file.flush()
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        make = self._summary_pb2.Summary.Value
+        self._write_values(step, [make(tag=tag, simple_value=x) for tag, x in metrics.items()])
+        self._file.flush()
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        from tensorboard.plugins.text import metadata
+
+        encoded = np.array([encode(markdown)], dtype=object)
+        self._tensor(step, tag, encoded, metadata.create_summary_metadata(None, None))
+
+    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
+        """Thirty equal buckets, each (left edge, right edge, count); nothing where all is NaN."""
+        from tensorboard.plugins.histogram import metadata
+
+        flat = np.asarray(values, np.float64).ravel()
+        flat = flat[np.isfinite(flat)]
+        if flat.size:
+            counts, edges = np.histogram(flat, bins=30)
+            buckets = np.stack([edges[:-1], edges[1:], counts], axis=1)
+            self._tensor(step, tag, buckets, metadata.create_summary_metadata(None, None))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _tensor(self, step: int, tag: str, tensor: np.ndarray, metadata: Any) -> None:
+        from tensorboard.util import tensor_util
+
+        proto = tensor_util.make_tensor_proto(tensor)
+        make = self._summary_pb2.Summary.Value
+        self._write_values(step, [make(tag=tag, metadata=metadata, tensor=proto)])
+
+    def _write_values(self, step: int, values: list[Any]) -> None:
+        self._write(step=step, summary=self._summary_pb2.Summary(value=values))
+
+    def _write(self, **fields: Any) -> None:
+        event = self._event_pb2.Event(wall_time=time.time(), **fields)
+        self._writer.write(event.SerializeToString())
+
+
+def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
+    """Makes the directory and proves that files can be written there; raises ValueError if not."""
+    workdir = Path(path).absolute()
+    probe = workdir / f".probe-{os.getpid()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(b"rftjax")
+            os.fsync(file.fileno())
+        probe.unlink()
+        free_bytes = shutil.disk_usage(workdir).free
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={path}: cannot be written to ({error.strerror}); "
+            "give a directory that you may write to, on a disk with free space"
+        ) from error
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"--workdir={path}: {free_bytes / 2**30:.1f} GiB are free there, the run needs about "
+            f"{needed_bytes / 2**30:.1f} GiB; free some, lower checkpoint.keep or give another disk"
+        )
+    return workdir
+
+
+def rollout_metrics(
+    trajectories: Sequence[Trajectory], *, right_reward: float = 1.0
+) -> dict[str, float]:
+    """The metrics that follow from scored trajectories; rewards count where the score is valid.
+
+    A completion is right from `right_reward` on. Groups are draws; one with fewer than two valid
+    samples counts among those without variance: it teaches nothing either.
+    """
+    if not trajectories:
+        return {}
+    total = len(trajectories)
+    groups = by_draw(trajectories)
+    valid = [one for one in trajectories if is_valid(one)]
+    rewards = [reward_of(one) for one in valid]
+    failed = [one for one in trajectories if one.finish_reason == "error"]
+    unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in trajectories)
+    truncated = sum(one.finish_reason == "length" for one in trajectories)
+    different = sum(len({_completion_key(one) for one in group}) for group in groups)
+    group_rewards = [{reward_of(one) for one in group if is_valid(one)} for group in groups]
+    metrics = {
+        "reward/mean": float(np.mean(rewards)) if rewards else math.nan,
+        "reward/std": float(np.std(rewards)) if rewards else math.nan,
+        "rollout/truncated_share": truncated / total,
+        "rollout/completion_tokens_mean": mean_tokens(trajectories),
+        "rollout/turns_mean": sum(one.turns for one in trajectories) / total,
+        "rollout/duplicate_share": (total - different) / total,
+        "evaluator/error_share": unscored / total,
+        "environment/error_share": len(failed) / total,
+        "groups/zero_variance_share": float(np.mean([len(some) < 2 for some in group_rewards])),
+    }
+    parts = sorted({name for one in valid if one.score for name in one.score.parts})
+    for name in parts:
+        values = [one.score.parts[name] for one in valid if one.score and name in one.score.parts]
+        metrics[f"reward/part/{name}"] = float(np.mean(values))
+    right = [one for one in valid if reward_of(one) >= right_reward]
+    wrong = [one for one in valid if reward_of(one) < right_reward]
+    if right:
+        metrics["rollout/tokens_right_mean"] = mean_tokens(right)
+    if wrong:
+        metrics["rollout/tokens_wrong_mean"] = mean_tokens(wrong)
+    return metrics
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 45s, 6m30s or 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _completion_key(trajectory: Trajectory) -> Any:
+    """What makes two completions identical: sampled ids, or the text where there are no ids."""
+    ids = tuple(
+        token
+        for sequence in trajectory.sequences
+        for token, sampled in zip(sequence.tokens, sequence.sampled, strict=True)
+        if sampled
+    )
+    return ids or trajectory.completion
+
+
+def _without_nan(step: int, metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Puts None (null) for NaN and infinity, which JSON cannot say, with a warning."""
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        log.warning("step %d: not a finite number, written as null: %s", step, ", ".join(broken))
+    return {name: None if name in broken else value for name, value in metrics.items()}
+
+
+def _write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Replaces a file at once: whoever reads it sees the old lines or the new ones."""
+    partial = path.with_name(f".{path.name}.tmp")
+    with open(partial, "wb") as file:
+        file.writelines(map(encode, lines))
+    os.replace(partial, path)
+
+
+def _cut_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drops lines beyond a step, and ones that a kill left half written; returns what stays."""
+    if not path.exists():
+        return []
+    kept, dropped = [], 0
+    for text in path.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text) if text.strip() else None
+        except ValueError:
+            line = {}
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and step <= last_step:
+            kept.append(line)
+        else:
+            dropped += line is not None
+    if dropped:
+        _write_whole(path, map(to_json, kept))
+    return kept
+
+
+def _cut_rollouts(directory: Path, last_step: int) -> None:
+    for path in [*directory.glob("*.jsonl"), *directory.glob(".*.tmp")]:
+        number = re.fullmatch(r"(?:step|heldout)_(\d+)\.jsonl", path.name)
+        if path.suffix == ".tmp" or (number and int(number[1]) > last_step):
+            path.unlink()

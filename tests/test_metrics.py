@@ -1,0 +1,352 @@
+"""Metrics, rollouts and TensorBoard say the same, survive kills, and never show a point twice."""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from rftjax.metrics import Recorder, check_workdir, format_duration, rollout_metrics
+from rftjax.reports import rollouts_markdown
+from rftjax.types import Score, Sequence, Task, Trajectory
+
+
+def make_trajectory(draw=0, sample=0, reward=1.0, completion="four", tokens=(5, 6), **changes):
+    sequence = Sequence()
+    sequence.extend([1, 2, 3])
+    sequence.extend(list(tokens), [-0.1] * len(tokens), policy_version=4)
+    asked = [{"role": "user", "content": "2 + 2?"}]
+    answered = [*asked, {"role": "assistant", "content": completion}]
+    fields = {
+        "messages": answered,
+        "sequences": [sequence],
+        "turn_rewards": [0.0],
+        "finish_reason": "stop",
+        "score": Score(reward),
+        **changes,
+    }
+    return Trajectory(Task(f"task-{draw}", asked), draw, sample, **fields)
+
+
+def make_recorder(workdir, **changes) -> Recorder:
+    return Recorder(workdir, **{"steps": 10, "quiet": True, **changes})
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def accumulated(workdir) -> EventAccumulator:
+    """What TensorBoard itself holds of a run."""
+    return EventAccumulator(str(workdir / "tensorboard"), tensor_size_guidance={}).Reload()
+
+
+def tags(workdir, plugin) -> list[str]:
+    events = accumulated(workdir)
+    found = events.Tags()["tensors"]
+    return sorted(t for t in found if events.SummaryMetadata(t).plugin_data.plugin_name == plugin)
+
+
+def scalars(workdir, tag) -> dict[int, float]:
+    events = accumulated(workdir).Tensors(tag)
+    points = [(event.step, tensor_util.make_ndarray(event.tensor_proto).item()) for event in events]
+    assert len(points) == len(dict(points)), f"{tag} has two points at one step: {points}"
+    return dict(points)
+
+
+def texts(workdir, tag) -> dict[int, str]:
+    events = accumulated(workdir).Tensors(tag)
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in events}
+
+
+def test_one_object_a_step_with_the_names_that_tensorboard_has(tmp_path):
+    recorder = make_recorder(tmp_path)
+    recorder.write(0, {"eval/reward": 0.25}, stream="heldout")
+    recorder.flush(0)
+    recorder.write(1, {"reward/mean": 0.5, "loss": np.float32(0.1)})
+    recorder.write(1, {"eval/reward": 0.75}, stream="heldout")
+    recorder.flush(1)
+    recorder.close()
+    first, second = lines_of(tmp_path / "metrics.jsonl")
+    assert first == {"step": 0, "eval/reward": 0.25}
+    assert second.pop("time/step_s") >= 0
+    assert second == {
+        "step": 1,
+        "reward/mean": 0.5,
+        "loss": pytest.approx(0.1),
+        "eval/reward": 0.75,
+    }
+    assert tags(tmp_path, "scalars") == ["eval/reward", "loss", "reward/mean", "time/step_s"]
+    assert scalars(tmp_path, "eval/reward") == {0: 0.25, 1: 0.75}
+
+
+def test_flushing_the_last_step_again_adds_to_its_line(tmp_path):
+    recorder = make_recorder(tmp_path)
+    for step in (1, 2):
+        recorder.write(step, {"loss": 1.0 / step})
+        recorder.flush(step)
+    recorder.write(2, {"loss": 0.5, "eval/reward": 0.5})
+    recorder.close()
+    lines = lines_of(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert (lines[1]["loss"], lines[1]["eval/reward"]) == (0.5, 0.5)
+    assert scalars(tmp_path, "loss") == {1: 1.0, 2: 0.5}
+    with pytest.raises(ValueError, match="step 1 came after those of step 2"):
+        recorder.flush(1)
+
+
+def test_what_is_no_number_is_written_as_null_with_a_warning(tmp_path, caplog):
+    recorder = make_recorder(tmp_path)
+    recorder.write(1, {"loss": math.nan, "grad_norm": math.inf, "entropy": 2.0})
+    with caplog.at_level(logging.WARNING):
+        recorder.flush(1)
+    assert "written as null: loss, grad_norm" in caplog.text
+    text = (tmp_path / "metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line["loss"] is None
+    assert line["grad_norm"] is None
+    assert line["entropy"] == 2.0
+
+
+def record_steps(workdir, first, last, value, **changes):
+    recorder = make_recorder(workdir, **changes)
+    for step in range(first, last + 1):
+        rollouts = [make_trajectory(draw=step)]
+        recorder.write(step, {"loss": value}, {"reward": np.arange(3.0)}, rollouts)
+        recorder.write(step, trajectories=rollouts, stream="heldout")
+        recorder.flush(step)
+    return recorder
+
+
+def test_a_resume_cuts_back_to_the_checkpoint_and_shows_no_point_twice(tmp_path):
+    record_steps(tmp_path, 1, 5, 1.0)  # killed: never closed
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    (tmp_path / "rollouts" / ".step_000006.jsonl.tmp").write_text("{")
+    recorder = record_steps(tmp_path, 4, 6, 2.0, resume_step=3)
+    recorder.close()
+    losses = [(line["step"], line["loss"]) for line in lines_of(tmp_path / "metrics.jsonl")]
+    assert losses == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert scalars(tmp_path, "loss") == dict(losses)
+    steps = [event.step for event in accumulated(tmp_path).Tensors("rollouts/train")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+    make_recorder(tmp_path, resume_step=2).close()
+    names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert names == [f"{kind}_00000{step}.jsonl" for kind in ("heldout", "step") for step in (1, 2)]
+    assert scalars(tmp_path, "loss") == {1: 1.0, 2: 1.0}
+
+
+def test_a_run_that_starts_over_before_its_first_checkpoint_shows_step_0_once(tmp_path):
+    for _ in range(2):
+        recorder = make_recorder(tmp_path)
+        recorder.write(0, {"eval/reward": 0.25})
+        recorder.flush(0)
+        recorder.write(1, {"loss": 1.0})
+        recorder.flush(1)
+    assert [line["step"] for line in lines_of(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert scalars(tmp_path, "eval/reward") == {0: 0.25}
+
+
+def test_rollouts_are_written_whole(tmp_path):
+    recorder = make_recorder(tmp_path)
+    score = Score(0.5, {"format": 1.0}, reason="half")
+    one = make_trajectory(7, 3, score=score, advantage=-0.5, completion="ä \ud800 \u2028")
+    broken = make_trajectory(7, 4, score=Score(math.nan, valid=False, reason="raised"))
+    recorder.write(2, trajectories=[one, broken])
+    recorder.write(2, trajectories=[make_trajectory(score=None)], stream="heldout")
+    recorder.close()
+    path = tmp_path / "rollouts" / "step_000002.jsonl"
+    record, invalid = lines_of(path)
+    assert record == {
+        "step": 2,
+        "draw": 7,
+        "task_id": "task-7",
+        "sample": 3,
+        "messages": one.messages,
+        "sequences": [
+            {
+                "tokens": [1, 2, 3, 5, 6],
+                "sampled": [False, False, False, True, True],
+                "logprobs": [0.0, 0.0, 0.0, -0.1, -0.1],
+                "policy_version": [-1, -1, -1, 4, 4],
+            }
+        ],
+        "reward": 0.5,
+        "parts": {"format": 1.0},
+        "valid": True,
+        "reason": "half",
+        "finish_reason": "stop",
+        "error": "",
+        "advantage": -0.5,
+        "turn_rewards": [0.0],
+    }
+    assert (invalid["reward"], invalid["valid"], invalid["reason"]) == (None, False, "raised")
+    assert lines_of(tmp_path / "rollouts" / "heldout_000002.jsonl")[0]["reward"] is None
+
+
+def test_tensorboard_shows_rollouts_as_conversations_and_histograms_as_buckets(tmp_path):
+    recorder = make_recorder(tmp_path, every=2, rollouts=2)
+    for step in (1, 2):
+        recorder.write(
+            step,
+            histograms={"reward": np.array([0.0, 1.0, 1.0, math.nan]), "empty": np.zeros(0)},
+            trajectories=[make_trajectory(0, sample, 0.25 * sample) for sample in range(4)],
+            texts={"alarms": "**none**"},
+        )
+        recorder.flush(step)
+    recorder.close()
+    text = texts(tmp_path, "rollouts/train").pop(2)
+    assert "| 0 | task-0 | 0.00 0.25 0.50 0.75 | 0.38 | 2 | stop 4 |" in text
+    assert re.findall(r"### draw 0, sample (\d)", text) == ["3", "0"]
+    assert "**user**\n\n```\n2 + 2?\n```\n\n**assistant**\n\n```\nfour\n```" in text
+    assert "reward **0.75**" in text
+    assert texts(tmp_path, "alarms") == {1: "**none**", 2: "**none**"}
+    assert tags(tmp_path, "text") == ["alarms", "rollouts/train"]
+    assert tags(tmp_path, "histograms") == ["reward"]
+    (event,) = accumulated(tmp_path).Tensors("reward")
+    buckets = np.frombuffer(event.tensor_proto.tensor_content).reshape(-1, 3)
+    assert buckets[0].tolist() == pytest.approx([0, 1 / 30, 1])
+    assert buckets[-1].tolist() == pytest.approx([29 / 30, 1, 2])
+    assert buckets[:, 2].sum() == 3
+
+
+def test_no_text_of_a_model_can_leave_its_block():
+    hostile = "```\n# heading\n````\n<script>" + "x" * 5000
+    tool_call = {"role": "assistant", "content": None, "tool_calls": [{"id": "a|b"}]}
+    one = make_trajectory(completion=hostile, score=Score(0.0, valid=False, reason="a | *b*\nc"))
+    one.messages.append(tool_call)
+    text = rollouts_markdown([one], 8)
+    assert "`````\n```\n# heading\n````\n<script>xxx" in text
+    assert re.search(r"x\n\.\.\. \(\d+ more characters\)\n`````", text)
+    assert '[{"id": "a|b"}]' in text
+    assert r"*a \| \*b\* c*" in text
+    assert "**no valid reward**" in text
+
+
+def test_rewards_count_where_valid_and_groups_are_draws():
+    rows = [
+        make_trajectory(0, 0, 1.0, tokens=(1, 2, 3), score=Score(1.0, {"format": 1.0})),
+        make_trajectory(0, 1, 0.0, tokens=(1, 2, 4), score=Score(0.0, {"format": 0.5})),
+        make_trajectory(1, 0, 0.5, tokens=(1,), finish_reason="length", turn_rewards=[0.0] * 3),
+        make_trajectory(1, 1, 0.5, tokens=(1,)),
+        make_trajectory(2, 0, 1.0, tokens=(1,)),
+        make_trajectory(2, 1, score=Score(9.0, valid=False)),
+        make_trajectory(2, 2, score=None, tokens=(8, 8)),
+        make_trajectory(3, 0, score=None, finish_reason="error", tokens=()),
+    ]
+    assert rollout_metrics(rows) == pytest.approx(
+        {
+            "reward/mean": 0.6,
+            "reward/std": np.std([1, 0, 0.5, 0.5, 1]),
+            "reward/part/format": 0.75,
+            "rollout/truncated_share": 1 / 8,
+            "rollout/completion_tokens_mean": 13 / 8,
+            "rollout/turns_mean": 10 / 8,
+            "rollout/duplicate_share": 1 / 8,
+            "rollout/tokens_right_mean": 2.0,
+            "rollout/tokens_wrong_mean": 5 / 3,
+            "evaluator/error_share": 2 / 8,
+            "environment/error_share": 1 / 8,
+            "groups/zero_variance_share": 3 / 4,
+        }
+    )
+
+
+def test_without_a_valid_score_the_reward_is_no_number():
+    metrics = rollout_metrics([make_trajectory(score=None)])
+    assert math.isnan(metrics["reward/mean"])
+    assert metrics["evaluator/error_share"] == 1.0
+    assert metrics["groups/zero_variance_share"] == 1.0
+    assert rollout_metrics([]) == {}
+
+
+def test_timers_add_up_and_throughput_counts_sampled_tokens(tmp_path):
+    recorder = make_recorder(tmp_path)
+    for _ in range(2):
+        with recorder.time("sample"):
+            sum(range(1000))
+    with pytest.raises(KeyError), recorder.time("heldout", in_step=False):
+        raise KeyError
+    recorder.write(1, trajectories=[make_trajectory(tokens=(1, 2, 3))])
+    recorder.write(1, trajectories=[make_trajectory()], stream="heldout")
+    recorder.flush(1)
+    recorder.flush(2)
+    first, second = lines_of(tmp_path / "metrics.jsonl")
+    assert first["time/step_s"] >= first["time/sample_s"] > 0
+    assert first["time/heldout_s"] > 0
+    tokens = first["throughput/sampled_tokens_per_s"] * first["time/sample_s"]
+    assert tokens == pytest.approx(3)
+    assert set(second) == {"step", "time/step_s"}
+
+
+def test_progress_is_one_plain_line_a_step_outside_a_terminal(tmp_path, capsys):
+    recorder = make_recorder(tmp_path, steps=60, quiet=False)
+    recorder.write(0, {"eval/reward": 0.31})
+    recorder.flush(0)
+    recorder.write(12, {"reward/mean": 0.434})
+    recorder.flush(12)
+    recorder.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step   0/60  held-out 0.31"
+    pattern = r"step  12/60  reward 0\.43  held-out 0\.31  \d+\.\d s/step  left \w+"
+    assert re.fullmatch(pattern, second)
+
+
+def test_progress_is_redrawn_on_one_line_in_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    recorder = make_recorder(tmp_path, steps=2, quiet=False)
+    for step in (1, 2):
+        recorder.write(step, {"reward/mean": 0.5, "eval/reward": 0.5})
+        recorder.flush(step)
+    recorder.close()
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1
+    half, full = (text.strip() for text in shown.split("\r\033[2K")[1:])
+    assert half.startswith("[##########..........]  step  1/2  reward 0.50")
+    assert full.startswith("[####################]  step  2/2")
+    assert max(len(half), len(full)) <= 59
+
+
+def test_durations_are_readable():
+    durations = [format_duration(seconds) for seconds in (0.4, 59.6, 390, 3599.6, 7500)]
+    assert durations == ["0s", "1m00s", "6m30s", "1h00m", "2h05m"]
+
+
+def test_a_process_that_is_not_primary_writes_and_prints_nothing(tmp_path, capsys):
+    recorder = make_recorder(tmp_path / "new", quiet=False, primary=False)
+    with recorder.time("sample"):
+        recorder.write(1, {"loss": 1.0}, trajectories=[make_trajectory()])
+    recorder.flush(1)
+    recorder.close()
+    assert not (tmp_path / "new").exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_said_with_the_way_out(tmp_path):
+    recorder = make_recorder(tmp_path)
+    recorder.write(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot record .*No space left.*Free some space") as caught:
+        recorder.flush(1)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--workdir=.*file/run: cannot be written to"):
+        check_workdir(tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match=r"GiB are free there, the run needs about .*keep"):
+        check_workdir(tmp_path, needed_bytes=2**60)
+    assert check_workdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(ValueError, match=r"logging\.every=0"):
+        make_recorder(tmp_path, every=0)
