@@ -288,7 +288,7 @@ class _Events:
     def text(self, step: int, tag: str, markdown: str) -> None:
         from tensorboard.plugins.text import metadata
 
-        encoded = np.array([encode(markdown)], dtype=object)
+        encoded = np.array(encode(markdown), dtype=object)
         self._tensor(step, tag, encoded, metadata.create_summary_metadata(None, None))
 
     def histogram(self, step: int, tag: str, values: np.ndarray) -> None:

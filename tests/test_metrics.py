@@ -6,10 +6,12 @@ import math
 import os
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.util import tensor_util
 
 from rftjax.metrics import Recorder, check_workdir, format_duration, rollout_metrics
@@ -228,6 +230,9 @@ def test_no_text_of_a_model_can_leave_its_block():
     assert '[{"id": "a|b"}]' in text
     assert r"*a \| \*b\* c*" in text
     assert "**no valid reward**" in text
+    html = markdown_to_safe_html(text)
+    assert "<h1>" not in html
+    assert "<script>" not in html
 
 
 def test_rewards_count_where_valid_and_groups_are_draws():
@@ -268,19 +273,23 @@ def test_without_a_valid_score_the_reward_is_no_number():
 
 
 def test_timers_add_up_and_throughput_counts_sampled_tokens(tmp_path):
+    began_s = time.monotonic()
     recorder = make_recorder(tmp_path)
     for _ in range(2):
         with recorder.time("sample"):
             sum(range(1000))
     with pytest.raises(KeyError), recorder.time("heldout", in_step=False):
+        time.sleep(0.02)
         raise KeyError
     recorder.write(1, trajectories=[make_trajectory(tokens=(1, 2, 3))])
     recorder.write(1, trajectories=[make_trajectory()], stream="heldout")
     recorder.flush(1)
+    passed_s = time.monotonic() - began_s
     recorder.flush(2)
     first, second = lines_of(tmp_path / "metrics.jsonl")
     assert first["time/step_s"] >= first["time/sample_s"] > 0
-    assert first["time/heldout_s"] > 0
+    assert first["time/heldout_s"] >= 0.02
+    assert first["time/step_s"] + first["time/heldout_s"] <= passed_s
     tokens = first["throughput/sampled_tokens_per_s"] * first["time/sample_s"]
     assert tokens == pytest.approx(3)
     assert set(second) == {"step", "time/step_s"}
