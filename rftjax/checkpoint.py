@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import numpy as np
@@ -97,7 +97,7 @@ class Checkpoints:
         step: int,
         state: TrainState,
         host: Mapping[str, Any] = MappingProxyType({}),
-        metrics: Mapping[str, float] = NO_METRICS,
+        metrics: Mapping[str, SupportsFloat] = NO_METRICS,
     ) -> bool:
         """Starts writing a checkpoint, false where this step already has one.
 
@@ -107,7 +107,7 @@ class Checkpoints:
         for the save before it, and raises what went wrong there.
         """
         _check_json(host)
-        best = metrics.get(self.best_metric, math.nan)
+        best = float(metrics.get(self.best_metric, math.nan))
         with self._writing():
             self._manager.wait_until_finished()
             if step in self._manager.all_steps():
@@ -118,7 +118,7 @@ class Checkpoints:
                 if jax.tree.leaves(tree)
             }
             args = ocp.args.Composite(**trees, host=ocp.args.JsonSave(dict(host)))
-            ranked = {self.best_metric: float(best)} if math.isfinite(best) else None
+            ranked = {self.best_metric: best} if math.isfinite(best) else None
             return self._manager.save(step, args=args, metrics=ranked, force=True)
 
     def wait(self) -> None:

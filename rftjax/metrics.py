@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Recorder:
         self._every, self._rollouts, self._histograms = every, rollouts, histograms
         self._primary = primary
         self._metrics_path = self.workdir / "metrics.jsonl"
-        self._pending: dict[int, dict[str, float]] = {}
+        self._pending: dict[int, dict[str, SupportsFloat]] = {}
         self._times_s: dict[str, float] = collections.defaultdict(float)
         self._outside_s = 0.0
         self._sampled_tokens = 0
@@ -89,7 +89,7 @@ class Recorder:
     def write(
         self,
         step: int,
-        metrics: Mapping[str, float] = NO_METRICS,
+        metrics: Mapping[str, SupportsFloat] = NO_METRICS,
         histograms: Mapping[str, np.ndarray] = NO_HISTOGRAMS,
         trajectories: Sequence[Trajectory] = (),
         texts: Mapping[str, str] = NO_TEXTS,
@@ -227,15 +227,17 @@ class Progress:
             done = round(20 * min(line["step"] / max(self._steps, 1), 1.0))
             text = f"[{'#' * done}{'.' * (20 - done)}]  {text}"
             columns = shutil.get_terminal_size().columns
-            print(f"\r\033[2K{text[: columns - 1]}", end="", flush=True)
+            sys.stdout.write(f"\r\033[2K{text[: columns - 1]}")
             self._drawn = True
         else:
-            print(text, flush=True)
+            sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
     def close(self) -> None:
         """Leaves the line standing, so that what is printed next starts on a new one."""
         if self._drawn:
-            print(flush=True)
+            sys.stdout.write("\n")
+            sys.stdout.flush()
             self._drawn = False
 
     def _remember(self, line: Mapping[str, Any]) -> None:
