@@ -44,7 +44,9 @@ def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
     value: Any = module
     for part in name.split("."):
         if not hasattr(value, part):
-            public = [word for word, found in vars(module).items() if callable(found) and word[0] != "_"]
+            public = [
+                word for word, found in vars(module).items() if callable(found) and word[0] != "_"
+            ]
             raise ValueError(
                 f"{place}: {module_name} must define {name!r} and does not; it defines "
                 f"{', '.join(sorted(public)) or 'nothing that can be called'}"
@@ -64,7 +66,8 @@ def traceback_text(error: BaseException) -> str:
     kept = [
         frame
         for frame in frames
-        if not frame.filename.startswith("<frozen importlib") and frame.filename != __file__
+        if not frame.filename.startswith("<frozen importlib")
+        and frame.filename not in (__file__, importlib.__file__)
     ]
     head = ["Traceback (most recent call last):\n"] if kept else []
     lines = traceback.format_list(kept) + traceback.format_exception_only(error)
