@@ -295,8 +295,9 @@ def save(
         _write_json(work / "config.json", kept | {"dtype": dtype})
         _write_json(work / "generation_config.json", generation or generation_fields(fields))
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(work))
-        work.chmod(0o755)  # mkdtemp makes directories that only their owner reads
+            _write_tokenizer(work, tokenizer)
+        for path in (work, *work.iterdir()):  # temporary files are their owner's alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if out.exists():
             old = work.with_name(work.name + ".old")
             out.rename(old)
@@ -308,6 +309,15 @@ def save(
         shutil.rmtree(work, ignore_errors=True)
         raise
     return out
+
+
+def _write_tokenizer(work: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(str(work))
+    settings = read_json(work / "tokenizer_config.json")
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # The name that transformers 4 and 5 both know for the same class.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write_json(work / "tokenizer_config.json", settings)
 
 
 def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
