@@ -13,15 +13,15 @@ given its prefix):
     k1 = d               KL            0: noise only, no pull at all         biased
     k2 = d^2 / 2         biased        exactly that of KL                    biased
     k3 = e^-d + d - 1    KL            that of the forward KL(p_ref || p)    biased
-    r k1, r k3           KL            exactly that of KL                    exactly that of KL (token ratio)
+    r k1, r k3           KL            exactly that of KL                    the same (token ratio)
     r k2                 biased        that of E[d^2] / 2, not of KL         the same
 
 So without `kl_times_ratio` choose k2 for an unbiased gradient, with it k1 or k3 (k3 has the lower
-variance); k3 without it (TRL's default, and the `fireworks_grpo` preset) is biased towards the
-forward KL, by little while the policy stays near the reference. In every case the gradient is that
-of the KL of each token given the prefix that was sampled: what a token does to later prefixes is
-left out. A sequence ratio in place of r makes no estimator exact. After Schulman, "Approximating KL
-divergence" (2020).
+variance; it is TRL's default). k3 without it, as in the `fireworks_grpo` preset, pulls by the
+forward KL, which differs little while the policy stays near the reference. In every case the
+gradient is that of the KL of each token given the prefix that was sampled: what a token does to
+later prefixes is left out. A sequence ratio in place of r makes no estimator exact. After Schulman,
+"Approximating KL divergence" (2020).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -170,8 +171,8 @@ def advantages(
     if not isinstance(group_ids, jax.Array):  # 64-bit ids and names would not survive the device
         group_ids = np.unique(np.asarray(group_ids), return_inverse=True)[1]
     size = {"size": rows} if on_device else {}
-    _, first_B, group_B = xp.unique(group_ids, return_index=True, return_inverse=True, **size)
-    by_group = _Spread(xp, rewards_B, group_B, rewards_B[first_B][group_B], on_device)
+    _, first_P, group_B = xp.unique(group_ids, return_index=True, return_inverse=True, **size)
+    by_group = _Spread(xp, rewards_B, group_B, rewards_B[first_P][group_B], on_device)
     everything_B = xp.zeros_like(group_B)
     by_batch = _Spread(xp, rewards_B, everything_B, rewards_B[everything_B], on_device)
 
@@ -364,10 +365,9 @@ def _exp(log_ratio: jax.Array) -> jax.Array:
 def _clipped(
     ratio_BT: jax.Array, advantages_BT: jax.Array, low: float, high: float, dual_clip: float
 ) -> jax.Array:
-    # Selections in place of jnp.clip and jnp.minimum, which halve the gradient where both sides
-    # are equal: at a ratio of 1 with a clip range of 0, the gradient is the unclipped one.
-    inside_BT = jnp.where(ratio_BT < 1 - low, 1 - low, ratio_BT)
-    inside_BT = jnp.where(inside_BT > 1 + high, 1 + high, inside_BT)
+    # A selection in place of jnp.minimum, which halves the gradient where both sides are equal: then
+    # the gradient is the unclipped one, also at a ratio of 1 with a clip range of 0.
+    inside_BT = jnp.clip(ratio_BT, 1 - low, 1 + high)
     plain_BT, clipped_BT = ratio_BT * advantages_BT, inside_BT * advantages_BT
     gain_BT = jnp.where(plain_BT <= clipped_BT, plain_BT, clipped_BT)
     if dual_clip > 0:

@@ -1,4 +1,4 @@
-"""The one Optax chain: global-norm clipping, AdamW, a learning rate schedule with linear warm-up."""
+"""The one Optax chain: global-norm clipping, AdamW, a learning rate schedule with warm-up."""
 
 from __future__ import annotations
 
