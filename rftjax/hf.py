@@ -166,7 +166,7 @@ def load(
     fields = read_fields(path)
     config = read_config(fields, dtype)
     if init == "random":
-        fresh = decoder.init(config, jax.random.key(seed))
+        fresh = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(seed))
         leaves = [(name.path, _leaf(fresh, name.path)) for name in _table(config)]
         return config, _tree((at, put(at, np.asarray(leaf))) for at, leaf in leaves), fields
     if init != "pretrained":
