@@ -18,9 +18,27 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import jax
 import pytest
+import shapes
 
 # An array that is broadcast along axes it does not have is a mistake more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def watch():
+    """Looks at the array names of every function of rftjax that the tests run."""
+    watch = shapes.Watch()
+    watch.start()
+    yield watch
+    watch.stop()
+
+
+@pytest.fixture(autouse=True)
+def array_names_tell_shapes(watch: shapes.Watch):
+    watch.take()
+    yield
+    faults = watch.take()
+    assert not faults, "array names and shapes differ:\n" + "\n".join(faults)
 
 
 @pytest.fixture(scope="session")
