@@ -2,8 +2,8 @@
 
     python scripts/reference/check_export.py DIR [--numbers tests/data/reference/smollm2.json]
 
-With `--numbers` the largest difference is printed (for an export of the untrained model), without
-it the export is compared with rftjax on the same tokens. It needs `torch`.
+With `--numbers` (for an export of the untrained model) they are the committed ones; without, rftjax
+computes them for the tokens of a greedy answer. It needs `torch`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,24 +35,30 @@ def ours(directory: Path, tokens_T: list[int]) -> np.ndarray:
     return np.asarray(jax.jit(lambda p, x: decoder.logits(config, p, x))(params, x_1TD[0]))
 
 
+def prompt_of(directory: Path, vocab: int) -> tuple[list[int], Any]:
+    """Returns a prompt and transformers' tokenizer, or random ids where the export has none."""
+    if not (directory / "tokenizer.json").exists():
+        return np.random.default_rng(0).integers(0, vocab, 24).tolist(), None
+    words = AutoTokenizer.from_pretrained(directory)
+    text = words.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    prompt = words.encode(text, add_special_tokens=False)
+    own = tokenizer.load(directory).encode(text, add_special_tokens=False)
+    print("tokenizer equal to ours:", prompt == own)
+    return prompt, words
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--numbers", type=Path)
     flags = parser.parse_args()
-    words = AutoTokenizer.from_pretrained(flags.directory)
-    text = words.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    prompt = words.encode(text, add_special_tokens=False)
-    own = tokenizer.load(flags.directory)
-    print("tokenizer equal to ours:", prompt == own.encode(text, add_special_tokens=False))
     model, report = AutoModelForCausalLM.from_pretrained(
         flags.directory, dtype=torch.float32, output_loading_info=True
     )
     print("missing tensors:", sorted(report["missing_keys"]))
     print("unexpected tensors:", sorted(report["unexpected_keys"]))
+    prompt, words = prompt_of(flags.directory, model.config.vocab_size)
     with torch.no_grad():
-        whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0]
-        print("answer:", words.decode(whole[len(prompt) :]))
         if flags.numbers:
             numbers = json.loads(flags.numbers.read_text())
             tokens = numbers["prompt"] + numbers["continuation"]
@@ -59,9 +66,14 @@ def main() -> None:
             found = logits_TV[np.ix_(numbers["positions"], numbers["ids"])]
             expected = np.asarray(numbers["logits"])
         else:
+            whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0]
+            if words:
+                print("answer:", words.decode(whole[len(prompt) :]))
             found = model(whole[None]).logits[0].numpy()
             expected = ours(flags.directory, whole.tolist())
-    print(f"largest difference of logits: {np.abs(found - expected).max():.2e}")
+    difference = np.abs(found - expected)
+    print(f"logits compared: {difference.size}, of size up to {np.abs(expected).max():.0f}")
+    print(f"difference: largest {difference.max():.1e}, mean {difference.mean():.1e}")
 
 
 if __name__ == "__main__":
