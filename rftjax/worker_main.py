@@ -62,9 +62,9 @@ def main() -> None:
     for fd in (wake_read, wake_write, settings["life_fd"]):
         os.close(fd)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing a core file would count as hanging
-    with contextlib.suppress(OSError):  # when memory runs out this goes first, not the training
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("800")
+    # When memory runs out the worker goes first, not the training.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("800")
     _work(settings)
 
 

@@ -79,9 +79,9 @@ class Workers:
     """`count` processes that call `target`, the name of user code, with a limit of `timeout_s` seconds a call.
 
     `wrapper` ("module:name") is called in the process with the resolved target and returns what is called instead; its
-    attribute `about` is passed on. Construction waits until the target is imported everywhere and raises ValueError,
-    naming `field`, where it does not import. Results are plain values, Score, Turn and the like: unpickling never
-    imports user code here.
+    attribute `about` is passed on. Construction waits until the target is imported everywhere and raises ValueError
+    where it does not import; messages name the config fields `field` and `limit_field`. Results are plain values,
+    Score, Turn and the like: reading one never imports user code here.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Workers:
         *,
         wrapper: str = "",
         field: str = "",
+        limit_field: str = "",
         concurrency: int = 64,
         start_timeout_s: float = 120.0,
     ):
@@ -111,6 +112,7 @@ class Workers:
             "timeout_s": timeout_s,
         }
         self._concurrency, self._start_timeout_s = concurrency, start_timeout_s
+        self._limit = f"the time limit of {timeout_s:g} s" + (limit_field and f" ({limit_field})")
         self._folder = os.getcwd()
         self._numbers = itertools.count()
         self._slots: list[_Process | None] = [None] * count
@@ -287,6 +289,8 @@ class Workers:
         try:
             await self._start(slot)
         except Exception as error:  # the next call tries again
+            if self._closed:
+                return
             _log.error("a worker process did not start again: %s", error)
             if not self._starting and not any(self._slots):
                 while self._waiting:
@@ -346,8 +350,7 @@ class Workers:
         if process.ended:
             return
         process.ended = (
-            f"the worker process was stopped because another call in it overran the time limit of "
-            f"{self.timeout_s:g} s"
+            f"the worker process was stopped because another call in it overran {self._limit}"
         )
         if blamed is None and len(process.running) == 1:
             (blamed,) = process.running.values()
@@ -357,7 +360,7 @@ class Workers:
         self._kill(process)
 
     def _overrun_error(self) -> WorkerError:
-        return WorkerError(f"time limit of {self.timeout_s:g} s overrun")
+        return WorkerError(f"overran {self._limit}")
 
     def _fail(self, call: _Call, error: WorkerError) -> None:
         if call.timer:

@@ -1,0 +1,205 @@
+"""Scores trajectories with the user's evaluator, in worker processes, while the device works.
+
+What an evaluator cannot score leaves its group and is counted: it never becomes a reward of 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import inspect
+import math
+import random
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from rftjax.types import Score, Trajectory
+from rftjax.workers import WorkerError, Workers
+
+
+class EvaluatorError(RuntimeError):
+    """More samples than allowed could not be scored; the caller saves before it lets this go up."""
+
+
+class Scorer:
+    """Runs `evaluator` ("module:name" or "file.py:name") in `workers` processes of its own.
+
+    An empty `evaluator` gives the sum of the turn rewards. `timeout_s` limits a call. Before a synchronous evaluator
+    is called, Python's (and NumPy's) global generator is seeded from `seed` and the sample. Construction raises
+    ValueError where the evaluator does not import; construct it before JAX is used.
+    """
+
+    def __init__(
+        self,
+        evaluator: str,
+        *,
+        workers: int = 2,
+        timeout_s: float = 10.0,
+        max_error_share: float = 0.25,
+        seed: int = 0,
+    ):
+        if not 0.0 <= max_error_share <= 1.0:
+            raise ValueError(
+                f"scoring.max_error_share={max_error_share}: must be between 0.0 and 1.0"
+            )
+        self._max_error_share = max_error_share
+        self._seed = seed
+        # Keyed by identity, as the same draw and sample come from several task streams.
+        self._pending: dict[int, tuple[Trajectory, concurrent.futures.Future[Score]]] = {}
+        self._details: dict[str, str] = {}
+        self._workers: Workers | None = None
+        if evaluator:
+            self._workers = Workers(
+                evaluator,
+                workers,
+                timeout_s,
+                wrapper="rftjax.scoring:evaluation",
+                field="evaluator",
+                limit_field="scoring.timeout_s",
+            )
+
+    def submit(self, trajectory: Trajectory) -> None:
+        """Starts scoring one finished trajectory; returns at once, and a second call does nothing."""
+        if id(trajectory) in self._pending:
+            return
+        if trajectory.finish_reason == "error":
+            future = _done(_invalid(f"environment: {trajectory.error or 'no reason given'}"))
+        elif self._workers is None:
+            future = _done(_sum_of_turns(trajectory))
+        else:
+            future = self._workers.submit(self._seed, trajectory)
+        self._pending[id(trajectory)] = (trajectory, future)
+
+    def gather(self, trajectories: list[Trajectory]) -> list[Score]:
+        """Waits for the scores of `trajectories`, submitting what is not, and sets `trajectory.score`."""
+        for trajectory in trajectories:
+            self.submit(trajectory)
+        for trajectory in trajectories:
+            _, future = self._pending.pop(id(trajectory), (None, None))
+            if future is None:  # the same trajectory twice in the list
+                continue
+            try:
+                trajectory.score = future.result()
+            except WorkerError as error:
+                trajectory.score = _invalid(str(error))
+                self._details.setdefault(str(error), error.details)
+        return [trajectory.score for trajectory in trajectories if trajectory.score is not None]
+
+    def check(self, scores: list[Score]) -> None:
+        """Raises EvaluatorError, with the commonest reasons, if too many of `scores` are invalid."""
+        share = error_share(scores)
+        if share <= self._max_error_share:
+            self._details.clear()
+            return
+        reasons = collections.Counter(score.reason for score in scores if not score.valid)
+        lines = [
+            f"{sum(reasons.values())} of {len(scores)} samples ({share:.1%}) could not be scored; "
+            f"scoring.max_error_share={self._max_error_share:g} allows {self._max_error_share:.1%}. "
+            "Correct the evaluator or the environment and start again, or raise scoring.max_error_share. "
+            "The commonest reasons:"
+        ]
+        lines += [f"  {count} x {reason}" for reason, count in reasons.most_common(3)]
+        details = self._details.get(reasons.most_common(1)[0][0], "")
+        if details:
+            lines += ["The first of them in full:", details]
+        raise EvaluatorError("\n".join(lines))
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._workers is not None:
+            self._workers.close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def error_share(scores: list[Score]) -> float:
+    """Returns the share of `scores` that are invalid, 0.0 for none."""
+    return sum(not score.valid for score in scores) / max(1, len(scores))
+
+
+def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]:
+    """Wraps an evaluator, in a worker process, so that it answers with a checked Score."""
+    try:
+        inspect.signature(evaluate).bind("task", "trajectory")
+    except TypeError as error:
+        raise ValueError(
+            f"evaluator: must be callable as evaluate(task, trajectory), but {error}"
+        ) from None
+    except ValueError:  # no signature to be had
+        pass
+
+    async def evaluate_async(seed: int, trajectory: Trajectory) -> Score:
+        return as_score(await evaluate(trajectory.task, trajectory))
+
+    def evaluate_sync(seed: int, trajectory: Trajectory) -> Any:
+        _seed_generators(f"{seed} {trajectory.task.id} {trajectory.draw} {trajectory.sample}")
+        value = evaluate(trajectory.task, trajectory)
+        return _score_later(value) if inspect.isawaitable(value) else as_score(value)
+
+    call = getattr(evaluate, "__call__", None)  # noqa: B004 - its kind is asked, not its presence
+    if inspect.iscoroutinefunction(evaluate) or inspect.iscoroutinefunction(call):
+        return evaluate_async
+    return evaluate_sync
+
+
+async def _score_later(value: Any) -> Score:
+    return as_score(await value)
+
+
+def as_score(value: Any) -> Score:
+    """Returns what an evaluator gave as a Score of plain numbers; raises ValueError where it is none."""
+    if not isinstance(value, Score):
+        return Score(_number(value, "the evaluator's result"))
+    if not isinstance(value.valid, bool) or not isinstance(value.reason, str):
+        raise ValueError("Score.valid must be a bool and Score.reason a str")
+    if not value.valid:
+        return _invalid(value.reason or "the evaluator calls it invalid")
+    if not isinstance(value.parts, dict) or not all(isinstance(name, str) for name in value.parts):
+        raise ValueError("Score.parts must be a dict of names and numbers")
+    parts = {name: _number(part, f"Score.parts[{name!r}]") for name, part in value.parts.items()}
+    return Score(_number(value.reward, "Score.reward"), parts, True, value.reason)
+
+
+def _number(value: Any, name: str) -> float:
+    given = value
+    if not isinstance(value, (bool, int, float)) and getattr(value, "ndim", None) == 0:
+        value = value.item()  # a scalar of NumPy, JAX or PyTorch
+    if not isinstance(value, (bool, int, float)):
+        raise ValueError(f"{name} must be a number, not {type(given).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, not {number}")
+    return number
+
+
+def _invalid(reason: str) -> Score:
+    return Score(0.0, valid=False, reason=reason)
+
+
+def _done(score: Score) -> concurrent.futures.Future[Score]:
+    future: concurrent.futures.Future[Score] = concurrent.futures.Future()
+    future.set_result(score)
+    return future
+
+
+def _sum_of_turns(trajectory: Trajectory) -> Score:
+    try:
+        return Score(_number(math.fsum(trajectory.turn_rewards), "the sum of the turn rewards"))
+    except (ValueError, OverflowError) as error:
+        return _invalid(str(error))
+
+
+def _seed_generators(text: str) -> None:
+    random.seed(text)
+    numpy = sys.modules.get("numpy")  # not imported for this: a worker starts quickly
+    if numpy is not None:
+        numpy.random.seed(zlib.crc32(text.encode()))

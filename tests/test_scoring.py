@@ -1,0 +1,250 @@
+"""What an evaluator cannot score leaves its group with a reason, and too much of it stops the run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rftjax.scoring import EvaluatorError, Scorer, error_share
+from rftjax.types import Score, Task, Trajectory
+
+EVALUATOR = """
+import asyncio, os, random, subprocess, sys, time
+from rftjax.types import Score
+
+class Number:
+    ndim = 0
+    def item(self):
+        return 0.25
+
+VALUES = {
+    "half": 0.5, "one": 1, "true": True, "scalar": Number(), "none": None, "nan": float("nan"),
+    "inf": float("inf"), "text": "1.0", "list": [1.0], "huge": 10**400, "class": Score,
+    "score": Score(0.75, {"format": 1, "answer": Number()}),
+    "nan_score": Score(float("nan")), "text_score": Score("1"), "none_part": Score(1.0, {"a": None}),
+    "nan_part": Score(1.0, {"a": float("nan")}), "list_parts": Score(1.0, [1.0]),
+    "number_part_name": Score(1.0, {1: 1.0}), "none_valid": Score(1.0, valid=None),
+    "invalid": Score(float("nan"), valid=False, reason="the judge was down"),
+}
+
+def evaluate(task, trajectory):
+    what = trajectory.completion
+    if what == "raise":
+        raise RuntimeError("no such answer")
+    if what == "loop":
+        while True:
+            pass
+    if what == "exit":
+        os._exit(0)
+    if what == "child":
+        subprocess.Popen(["sleep", "1000"])
+        time.sleep(1000)
+    if what == "output":
+        for _ in range(1024):
+            os.write(1, bytes(2**20))
+        return 0.5
+    if what == "random":
+        return random.random()
+    if what == "data":
+        assert task == trajectory.task
+        return task.data["value"] + len(trajectory.sequences) + trajectory.turns
+    return VALUES[what]
+
+async def evaluate_async(task, trajectory):
+    if trajectory.completion == "loop":
+        await asyncio.sleep(1000)
+    await asyncio.sleep(0.01)
+    return evaluate(task, trajectory)
+
+class Judge:
+    async def __call__(self, task, trajectory):
+        return await evaluate_async(task, trajectory)
+
+judge = Judge()
+
+def returns_coroutine(task, trajectory):
+    return evaluate_async(task, trajectory)
+
+def one_argument(trajectory):
+    return 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def user_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("user") / "reward.py"
+    path.write_text(EVALUATOR)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scorer(user_file: Path):
+    with Scorer(f"{user_file}:evaluate", workers=1, timeout_s=0.5) as scorer:
+        yield scorer
+
+
+def trajectory(completion: str, sample: int = 0, **fields: Any) -> Trajectory:
+    task = Task("row-1", [{"role": "user", "content": "?"}], {"value": 2.0})
+    messages = [*task.messages, {"role": "assistant", "content": completion}]
+    return Trajectory(task, 3, sample, messages, finish_reason="stop", **fields)
+
+
+def score_of(scorer: Scorer, completion: str) -> Score:
+    (score,) = scorer.gather([trajectory(completion)])
+    return score
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"), [("half", 0.5), ("one", 1.0), ("true", 1.0), ("scalar", 0.25)]
+)
+def test_a_number_is_a_reward(scorer: Scorer, completion: str, reward: float):
+    score = score_of(scorer, completion)
+    assert score == Score(reward)
+    assert type(score.reward) is float
+
+
+def test_a_score_keeps_its_parts_as_plain_numbers(scorer: Scorer):
+    score = score_of(scorer, "score")
+    assert score == Score(0.75, {"format": 1.0, "answer": 0.25})
+    assert {type(part) for part in score.parts.values()} == {float}
+
+
+def test_an_evaluator_sees_task_and_trajectory(scorer: Scorer):
+    (score,) = scorer.gather([trajectory("data", turn_rewards=[0.0, 0.0, 0.0])])
+    assert score == Score(2.0 + 0 + 3)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("none", "must be a number, not NoneType"),
+        ("text", "must be a number, not str"),
+        ("list", "must be a number, not list"),
+        ("class", "must be a number, not type"),
+        ("nan", "must be finite, not nan"),
+        ("inf", "must be finite, not inf"),
+        ("huge", "must be finite"),
+        ("nan_score", "Score.reward must be finite"),
+        ("text_score", "Score.reward must be a number"),
+        ("none_part", "Score.parts['a'] must be a number"),
+        ("nan_part", "Score.parts['a'] must be finite"),
+        ("list_parts", "Score.parts must be a dict"),
+        ("number_part_name", "Score.parts must be a dict of names"),
+        ("none_valid", "Score.valid must be a bool"),
+        ("invalid", "the judge was down"),
+        ("raise", "RuntimeError: no such answer (reward.py:"),
+        ("unknown", "KeyError: 'unknown'"),
+        ("loop", "overran the time limit of 0.5 s (scoring.timeout_s)"),
+        ("exit", "the worker process died (exit status 0)"),
+        ("child", "overran the time limit"),
+    ],
+)
+def test_a_fault_makes_the_sample_invalid_and_the_next_is_scored(
+    scorer: Scorer, completion: str, reason: str
+):
+    bad, good = trajectory(completion), trajectory("half")
+    scores = scorer.gather([bad, good])
+    assert (scores[0].valid, scores[0].reward, scores[0].parts) == (False, 0.0, {})
+    assert reason in scores[0].reason
+    assert scores[1] == Score(0.5)
+    assert [bad.score, good.score] == scores
+
+
+def test_a_gigabyte_of_output_is_no_fault(user_file: Path):
+    with Scorer(f"{user_file}:evaluate", workers=1, timeout_s=30.0) as scorer:
+        assert score_of(scorer, "output") == Score(0.5)
+
+
+def test_scores_come_in_the_order_asked_for_whatever_was_submitted_first(scorer: Scorer):
+    names = ["half", "one", "score", "scalar"]
+    trajectories = [trajectory(name) for name in names]
+    for one in reversed(trajectories[1:]):
+        scorer.submit(one)
+        scorer.submit(one)
+    assert [score.reward for score in scorer.gather(trajectories)] == [0.5, 1.0, 0.75, 0.25]
+
+
+def test_equal_draws_of_two_streams_are_scored_apart(scorer: Scorer):
+    train, heldout = trajectory("half"), trajectory("one")
+    assert (train.draw, train.sample) == (heldout.draw, heldout.sample)
+    scorer.submit(train)
+    scorer.submit(heldout)
+    assert [score.reward for score in scorer.gather([heldout, train])] == [1.0, 0.5]
+
+
+def test_a_failed_environment_is_invalid_without_a_call(scorer: Scorer):
+    failed = trajectory("one")
+    failed.finish_reason, failed.error = "error", "the game crashed"
+    assert scorer.gather([failed]) == [
+        Score(0.0, valid=False, reason="environment: the game crashed")
+    ]
+
+
+def test_random_rewards_repeat_for_a_sample_and_differ_between_samples(
+    scorer: Scorer, user_file: Path
+):
+    trajectories = [trajectory("random", sample) for sample in range(4)]
+    first = [score.reward for score in scorer.gather(trajectories)]
+    assert len(set(first)) == 4
+    assert [score.reward for score in scorer.gather(trajectories[::-1])] == first[::-1]
+    with Scorer(f"{user_file}:evaluate", workers=1, seed=1) as other:
+        assert first[0] not in [score.reward for score in other.gather(trajectories)]
+
+
+@pytest.mark.parametrize("name", ["evaluate_async", "judge", "returns_coroutine"])
+def test_asynchronous_evaluators_give_scores_and_faults(user_file: Path, name: str):
+    with Scorer(f"{user_file}:{name}", workers=1, timeout_s=0.5) as scorer:
+        scores = scorer.gather([trajectory(what) for what in ("half", "nan", "loop", "score")])
+    assert [score.valid for score in scores] == [True, False, False, True]
+    assert [scores[0].reward, scores[3].reward] == [0.5, 0.75]
+    assert "must be finite" in scores[1].reason
+    assert "overran" in scores[2].reason
+
+
+def test_without_an_evaluator_the_turn_rewards_are_summed():
+    with Scorer("") as scorer:
+        scores = scorer.gather(
+            [
+                trajectory("x", turn_rewards=[0.5, 0.25]),
+                trajectory("x", turn_rewards=[float("nan")]),
+            ]
+        )
+    assert scores[0] == Score(0.75)
+    assert not scores[1].valid
+
+
+def test_too_many_faults_stop_with_share_limit_and_reasons(scorer: Scorer):
+    good, bad = Score(1.0), ["raise", "raise", "raise", "none", "none", "nan", "text"]
+    scores = scorer.gather([trajectory(name) for name in bad]) + [good] * 13
+    assert error_share(scores) == 0.35
+    with pytest.raises(EvaluatorError) as caught:
+        scorer.check(scores)
+    message = str(caught.value)
+    for part in (
+        "7 of 20 samples (35.0%)",
+        "scoring.max_error_share=0.25",
+        "3 x RuntimeError: no such answer",
+        "2 x ValueError: the evaluator's result must be a number, not NoneType",
+        "Traceback (most recent call last)",
+    ):
+        assert part in message
+    assert message.count(" x ") == 3
+
+
+def test_faults_up_to_the_limit_are_let_pass(scorer: Scorer):
+    scorer.check([Score(0.0, valid=False, reason="r")] + [Score(1.0)] * 3)
+    scorer.check([])
+
+
+def test_an_evaluator_that_cannot_be_called_is_refused_at_the_start(user_file: Path):
+    with pytest.raises(ValueError, match=r"evaluate\(task, trajectory\).*too many positional"):
+        Scorer(f"{user_file}:one_argument", workers=1)
+    with pytest.raises(ValueError, match="evaluator='missing.py:evaluate'"):
+        Scorer("missing.py:evaluate", workers=1)
+
+
+def test_the_module_imports_no_jax():
+    code = "import sys, rftjax.scoring, rftjax.environments; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
