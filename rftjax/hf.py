@@ -320,6 +320,14 @@ def _write_tokenizer(work: Path, tokenizer: Any) -> None:
         _write_json(work / "tokenizer_config.json", settings)
 
 
+def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns a model's generation config, or one made of its config's token ids."""
+    found = locate(path)
+    if found.is_dir() and (found / "generation_config.json").exists():
+        return read_json(found / "generation_config.json")
+    return generation_fields(read_fields(found))
+
+
 def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns a generation config with the token ids of a model config."""
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ SPLITS = {
     "qwen2": (WORDS.format(digits=""),),
     "smollm": (r"\p{N}", GPT2),
 }
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
 SPECIAL = (
     "bos_token",
@@ -55,13 +55,20 @@ def load(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether a model comes with a tokenizer: a directory of weights alone is a model too."""
+    found = hf.locate(path)
+    if found.suffix == ".gguf":
+        return gguf.read(found).metadata("tokenizer.ggml.tokens") is not None
+    directory = found if found.is_dir() else found.parent
+    return any((directory / name).exists() for name in FILES)
+
+
 def stop_tokens(path: str | os.PathLike[str], tokenizer: Any = None) -> tuple[int, ...]:
     """Returns the ids that end a turn: the generation config's, the tokenizer's or the config's."""
     found = hf.locate(path)
-    generation: dict[str, Any] = {}
-    if found.is_dir() and (found / "generation_config.json").exists():
-        generation = json.loads((found / "generation_config.json").read_text(encoding="utf-8"))
-    ids = generation.get("eos_token_id")
+    generation = found / "generation_config.json"
+    ids = hf.read_json(generation).get("eos_token_id") if generation.exists() else None
     if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
     if ids is None:

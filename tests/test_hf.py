@@ -286,8 +286,18 @@ def test_stop_tokens_come_from_the_generation_config_then_the_tokenizer(tmp_path
 
 
 def test_a_directory_without_a_tokenizer_says_so(copy: Path):
+    assert not tokenizer.exists(copy)
+    assert tokenizer.exists(DATA / "tiny")
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         tokenizer.load(copy)
+
+
+def test_a_generation_config_is_the_files_or_made_of_the_configs_ids(copy: Path):
+    assert hf.read_generation(DATA / "tiny")["eos_token_id"] == 1
+    assert hf.read_generation(edit(copy, pad_token_id=None)) == {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
 
 
 def test_loading_a_tokenizer_prints_nothing():
