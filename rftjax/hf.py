@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from rftjax import gguf
@@ -262,7 +261,7 @@ def _open_safetensors(path: Path) -> Readers:
 
     def read(name: str) -> np.ndarray:
         tensor = file.get_tensor(name)
-        if tensor.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
+        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
             raise ValueError(
                 f"model.path={path}: tensor {name} is {tensor.dtype}; rftjax reads float32,"
                 " float16 and bfloat16"
