@@ -38,7 +38,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be at least 1",
         lambda value: value >= 1,
-        "steps batch.prompts batch.group_size batch.micro_batches sampler.max_new_tokens sampler.slots "
+        "steps batch.prompts batch.group_size batch.pack_tokens batch.pack_rows sampler.max_new_tokens sampler.slots "
         "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
         "scoring.workers environments.workers grpo.updates_per_batch eval.samples checkpoint.keep "
         "logging.every",
@@ -201,14 +201,6 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "sampler.max_new_tokens",
             f"must be below rollout.max_length={found[1]}, which the prompt shares; raise rollout.max_length",
         )
-    if found := given("batch.prompts", "batch.group_size", "batch.micro_batches"):
-        sequences = found[0] * found[1]
-        if sequences % found[2]:
-            yield (
-                "batch.micro_batches",
-                f"must divide batch.prompts * batch.group_size = {sequences}; "
-                f"the nearest below is {_divisor_below(sequences, found[2])}",
-            )
     found = given("batch.group_size", "grpo.baseline")
     if found and found[0] == 1 and found[1] in ("mean", "leave_one_out"):
         yield (
@@ -255,24 +247,12 @@ def _mesh_problems(
             "change the sizes, or set one to -1 for the rest",
         )
         return
-    sizes = {axis: devices // fixed if size == -1 else size for axis, size in axes.items()}
-    shards = sizes["data"] * sizes["fsdp"]
-    counts = [values.get(f"batch.{name}", 0) for name in ("prompts", "group_size", "micro_batches")]
-    if all(counts) and (counts[0] * counts[1]) % (counts[2] * shards):
-        yield (
-            "batch.prompts",
-            f"batch.prompts * batch.group_size = {counts[0] * counts[1]} must divide by batch.micro_batches "
-            f"({counts[2]}) times mesh.data times mesh.fsdp ({shards}); change one of them",
-        )
-    if counts[0] % processes:
+    prompts = values.get("batch.prompts", processes)
+    if prompts % processes:
         yield (
             "batch.prompts",
             f"must divide by the {processes} processes, each of which samples its share",
         )
-
-
-def _divisor_below(number: int, bound: int) -> int:
-    return next(size for size in range(min(bound, number), 0, -1) if number % size == 0)
 
 
 # ---- config.json

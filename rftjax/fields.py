@@ -41,6 +41,7 @@ def base_config() -> ConfigDict:
                 "path": "",  # directory, .gguf file or hub name; required
                 "dtype": "float32",  # of the computation; master weights are float32
                 "init": "pretrained",  # or "random", from a config.json alone
+                "remat": False,  # compute activations again in the backward pass, to save memory
             },
             "tasks": {
                 "train": "",  # file, dataset or "module:name" of rows; required
@@ -52,7 +53,12 @@ def base_config() -> ConfigDict:
                 "limit": 0,  # rows read; 0: all
                 "allow_overlap": False,
             },
-            "batch": {"prompts": 8, "group_size": 8, "micro_batches": 1},
+            "batch": {
+                "prompts": 8,
+                "group_size": 8,  # samples a prompt
+                "pack_tokens": 512,  # tokens of a packed row, or of the longest sequence
+                "pack_rows": 1,  # packed rows of a micro-batch, a device
+            },
             "sampler": {
                 "max_new_tokens": 256,  # of one turn
                 "temperature": 1.0,

@@ -346,6 +346,16 @@ def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
     return workdir
 
 
+def histograms(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
+    """Returns rewards and advantages of the valid samples, and sampled tokens of all, as histograms show them."""
+    valid = [one for one in trajectories if is_valid(one)]
+    return {
+        "histogram/reward": np.asarray([reward_of(one) for one in valid]),
+        "histogram/advantage": np.asarray([one.advantage for one in valid]),
+        "histogram/completion_tokens": np.asarray([sampled_tokens(one) for one in trajectories]),
+    }
+
+
 def rollout_metrics(
     trajectories: Sequence[Trajectory], *, right_reward: float = 1.0
 ) -> dict[str, float]:

@@ -163,12 +163,13 @@ def make_update(
     *,
     lora_scale: float = 0.0,
     remat: bool = False,
+    shardings: Any = None,
     **sampling: Any,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
 
     The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
-    does not change the gradient. `loss_fields` are `grpo.policy_loss`'s, `sampling` is `logprobs`'s.
+    does not change the gradient. `shardings` (a TrainState of them) is where the new state lies. `loss_fields` are `grpo.policy_loss`'s, `sampling` is `logprobs`'s.
     """
 
     def micro_loss(
@@ -180,7 +181,8 @@ def make_update(
             config, params, adapters, pack, remat=remat, **sampling
         )
         like_BT = batch.sampled_BT
-        here_BT = to_rows(pack.places_RM != NOWHERE, pack.places_RM, like_BT) & like_BT
+        scored_RM = (pack.places_RM != NOWHERE).astype(jnp.int32)
+        here_BT = (to_rows(scored_RM, pack.places_RM, like_BT) > 0) & like_BT
         logprobs_BT = to_rows(logprobs_RM, pack.places_RM, like_BT)
         denominator, tokens = normalizers(
             batch, loss_fields["aggregate"], loss_fields["max_tokens"]
@@ -206,7 +208,7 @@ def make_update(
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(
         state: TrainState, batch: Batch, old_BT: Any = None, reference_BT: Any = None
     ) -> tuple[TrainState, Metrics]:

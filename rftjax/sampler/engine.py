@@ -21,6 +21,8 @@ from rftjax.types import Params
 
 ROW_BATCH = 8  # rows a copying call moves; constant, so that it compiles once
 STOPS = 16  # room for stop ids; constant, so that their number is not a shape
+Key = tuple[int, int]  # of a conversation: draw and sample
+
 GRANULE = 128  # cache lengths are multiples of this
 
 
@@ -38,7 +40,7 @@ class Sampling:
 class SampledTurn:
     """One finished turn: token ids (a stop token included), log-probabilities, and whether a stop token ended it."""
 
-    key: object
+    key: Key
     tokens: list[int]
     logprobs: list[float]
     stopped: bool
@@ -46,7 +48,7 @@ class SampledTurn:
 
 @dataclasses.dataclass
 class _Conversation:
-    key: object
+    key: Key
     sampling: Sampling
     tokens: list[int]
     group: tuple[int, ...]  # the prompt
@@ -103,7 +105,7 @@ class Engine:
         self._cache: device.Cache | None = None
         self._store: device.Cache | None = None
         self._parked = parked
-        self._open: dict[object, _Conversation] = {}
+        self._open: dict[Key, _Conversation] = {}
         self._queue: list[_Conversation] = []
         self._reset_rows()
 
@@ -127,7 +129,7 @@ class Engine:
         self._cache = self._store = None
         self._reset_rows()
 
-    def open(self, key: object, tokens: list[int], budget: int, sampling: Sampling) -> None:
+    def open(self, key: Key, tokens: list[int], budget: int, sampling: Sampling) -> None:
         """Starts a conversation: its first turn samples up to `budget` tokens after the prompt's.
 
         Conversations with the same prompt share its computation.
@@ -137,7 +139,7 @@ class Engine:
         self._open[key] = conversation
         self._queue.append(conversation)
 
-    def extend(self, key: object, tokens: list[int], budget: int) -> None:
+    def extend(self, key: Key, tokens: list[int], budget: int) -> None:
         """Appends what the environment said and starts the next turn."""
         conversation = self._open[key]
         assert conversation.budget == 0, "the turn before is still being sampled"
@@ -155,7 +157,7 @@ class Engine:
                 " fit (both must be at least 1); raise rollout.max_length or shorten the prompt"
             )
 
-    def close(self, key: object) -> None:
+    def close(self, key: Key) -> None:
         """Ends a conversation and frees its row."""
         conversation = self._open.pop(key)
         if conversation.slot >= 0:

@@ -1,0 +1,284 @@
+"""Builds the parts of a run from its config, and keeps what a restart needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rftjax import chat, config as configs, grpo, metrics, optim, policy, sharding, tasks, update
+from rftjax.checkpoint import Checkpoints
+from rftjax.environments import Environments
+from rftjax.rollout import Limits, Rollout
+from rftjax.sampler import device
+from rftjax.sampler.engine import Engine
+from rftjax.scoring import Scorer
+from rftjax.types import Task, TrainState, Trajectory
+
+log = logging.getLogger(__name__)
+
+LENGTH_CHECKS = 5000  # prompts whose length is checked before anything costs time
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns the config with its preset's fields filled in; raises ValueError listing everything wrong with it."""
+    config = config.copy_and_resolve_references()
+    names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
+    fields = grpo.resolve_preset(
+        config.grpo.preset, {name: config.grpo[name] for name in names if name in config.grpo}
+    )
+    if fields["max_tokens"] == 0:
+        fields["max_tokens"] = config.sampler.max_new_tokens * config.rollout.max_turns
+    with config.unlocked():
+        config.grpo.update(fields)
+    configs.check(config, devices=jax.device_count(), processes=jax.process_count())
+    return config
+
+
+def open_config(workdir: Path, given: ConfigDict, flags: dict[str, Any]) -> ConfigDict:
+    """Returns the config to run: the workdir's own where it has one, else the given one, which is then stored."""
+    metrics.check_workdir(workdir)
+    path = workdir / "config.json"
+    if path.exists():
+        stored = configs.from_json(path.read_text(), str(path))
+        merged = configs.merge_resume(stored, given, flags)
+        config = resolve(merged)
+    else:
+        config = resolve(given)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(configs.to_json(config))
+    os.replace(temporary, path)
+    return config
+
+
+def load_tasks(config: ConfigDict) -> tuple[list[Task], list[Task]]:
+    """Returns training and held-out tasks, disjoint in text unless `tasks.allow_overlap`."""
+    section = config.tasks
+    train = tasks.load(section.train, map=section.map, split=section.split, limit=section.limit)
+    heldout: list[Task] = []
+    if section.heldout or section.heldout_split:
+        heldout = tasks.load(
+            section.heldout or section.train,
+            map=section.map,
+            split=section.heldout_split or section.split,
+            field="tasks.heldout",
+        )
+        tasks.check_overlap(train, heldout, allow=section.allow_overlap)
+    elif section.heldout_count:
+        train, heldout = tasks.split(train, section.heldout_count, config.seed)
+    if config.eval.max_tasks:
+        heldout = heldout[: config.eval.max_tasks]
+    return train, heldout
+
+
+def check_lengths(config: ConfigDict, tokenizer: Any, named: dict[str, list[Task]]) -> None:
+    """Raises ValueError listing the prompts that leave no room for an answer, out of up to 5,000 a set."""
+    long = []
+    for field, rows in named.items():
+        for task in rows[:: max(1, len(rows) // LENGTH_CHECKS)]:
+            if task.prompt is not None:
+                count = len(chat.encode_plain(tokenizer, task.prompt))
+            else:
+                count = len(chat.render(tokenizer, task.messages, generation_prompt=True))
+            if count >= config.rollout.max_length:
+                long.append(f"{field}: task {task.id!r} has a prompt of {count} tokens")
+    if long:
+        raise ValueError(
+            f"rollout.max_length={config.rollout.max_length}: {len(long)} prompts leave no room for an answer;"
+            " raise it (up to the model's context) or drop the rows:\n  " + "\n  ".join(long[:20])
+        )
+
+
+@dataclasses.dataclass
+class Job:
+    """The parts of a run. Worker processes are started before anything else."""
+
+    config: ConfigDict
+    workdir: Path
+    scorer: Scorer
+    environments: Environments
+    train_tasks: list[Task]
+    heldout_tasks: list[Task]
+    policy: policy.Policy
+    mesh: jax.sharding.Mesh
+    rollout: Rollout
+    replicated: list[str]
+
+    @classmethod
+    def build(cls, config: ConfigDict, workdir: Path) -> Job:
+        """Loads everything but the training state; raises ValueError for what the user can mend."""
+        train_tasks, heldout_tasks = load_tasks(config)
+        scorer = Scorer(config.evaluator, seed=config.seed, **config.scoring)
+        environments = Environments(config.environment, **config.environments)
+        mesh = sharding.make_mesh(**config.mesh)
+        replicated: list[str] = []
+        model = policy.load(config.model.path, dtype=config.model.dtype, mesh=mesh,
+                            init=config.model.init, seed=config.seed)  # fmt: skip
+        for name in sharding.replicated_axes(mesh, model.params):
+            log.warning("%s", name)
+            replicated.append(name)
+        if config.rollout.max_length > model.config.max_positions:
+            raise ValueError(
+                f"rollout.max_length={config.rollout.max_length}: the model's context has"
+                f" {model.config.max_positions} tokens; lower it"
+            )
+        named = {"tasks.train": train_tasks, "tasks.heldout": heldout_tasks}
+        check_lengths(config, model.tokenizer, named)
+        reason = "" if train_tasks[0].prompt is not None else chat.instability(model.tokenizer)
+        if reason and config.rollout.max_turns > 1:
+            log.warning("%s; such conversations go on in a new sequence a turn", reason)
+        section = config.sampler
+        pool = section.pool or section.slots * (2 if config.environment else 1)
+        engine = Engine(
+            model.config,
+            slots=section.slots,
+            parked=pool - section.slots,
+            max_length=config.rollout.max_length,
+            stops=model.stop_tokens(section.stop),
+            seed=config.seed,
+            limit=model.vocabulary,
+            dispatch_steps=section.dispatch_steps,
+            prefill_rows=section.prefill_rows,
+            prefill_chunk=section.prefill_chunk,
+        )
+        rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
+        return cls(config, workdir, scorer, environments, train_tasks, heldout_tasks, model, mesh,
+                   rollout, replicated)  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.scorer.close()
+        self.environments.close()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def limits(self, *, heldout: bool = False) -> Limits:
+        """Returns the sampling settings of training or of held-out evaluation."""
+        source = self.config.eval if heldout else self.config.sampler
+        return Limits(
+            self.config.sampler.max_new_tokens,
+            self.config.rollout.max_turns,
+            source.temperature,
+            source.top_p,
+            source.top_k,
+        )
+
+    def initial_state(self, optimizer: Any) -> TrainState:
+        """Returns step 0 of full fine-tuning, optimizer state laid out like the parameters."""
+        opt_state = sharding.shard_tree(self.mesh, optimizer.init(self.policy.params))
+        return TrainState(jnp.zeros((), jnp.int32), self.policy.params, {}, opt_state)
+
+    def optimizer(self) -> Any:
+        """Returns the Optax chain of the config."""
+        return optim.make_optimizer(steps=self.config.steps, **self.config.optim)
+
+    def make_update(self, optimizer: Any, state: TrainState) -> Any:
+        """Returns the jitted update of the config; it leaves the state where it lies."""
+        section = self.config.sampler
+        fields = {name: self.config.grpo[name] for name in grpo.LOSS_DEFAULTS}
+        return update.make_update(
+            self.policy.config,
+            optimizer,
+            fields,
+            remat=self.config.model.remat,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            limit=self.policy.vocabulary,
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+        )
+
+    @property
+    def batch_shape(self) -> dict[str, Any]:
+        """What `batching.make_batch` takes beside the trajectories."""
+        section = self.config.batch
+        return {
+            "rows": section.prompts * section.group_size,
+            "max_length": self.config.rollout.max_length,
+            "pack_tokens": section.pack_tokens,
+            "pack_rows": section.pack_rows * sharding.row_multiple(self.mesh),
+            "mask_truncated": self.config.grpo.mask_truncated,
+        }
+
+    def set_weights(self, state: TrainState) -> None:
+        """Hands the state's weights to the sampler."""
+        params, adapters = update.weights(state)
+        self.rollout.engine.set_params(_sampler_params(self.policy.config, params, adapters))
+        self.rollout.policy_version = int(state.step)
+
+    def recorder(self, resume_step: int) -> metrics.Recorder:
+        """Returns the recorder of the run's workdir."""
+        return metrics.Recorder(
+            self.workdir,
+            steps=self.config.steps,
+            resume_step=resume_step,
+            primary=jax.process_index() == 0,
+            **self.config.logging,
+        )
+
+    def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
+        """Returns the checkpoints of the run's workdir."""
+        return Checkpoints(
+            self.workdir / "checkpoints", read_only=read_only, **self.config.checkpoint
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sampler_params(config: Any, params: Any, adapters: Any) -> Any:
+    return device.sampler_params(config, params, adapters)
+
+
+def set_advantages(trajectories: list[Trajectory], fields: ConfigDict) -> None:
+    """Sets the advantage of every valid trajectory; groups are draws, invalid samples belong to none."""
+    valid = [one for one in trajectories if one.score is not None and one.score.valid]
+    if not valid:
+        return
+    values = grpo.advantages(
+        [one.score.reward for one in valid if one.score is not None],
+        [one.draw for one in valid],
+        **{name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS},
+    )
+    for trajectory, value in zip(valid, values, strict=True):
+        trajectory.advantage = float(value)
+
+
+class Interruption:
+    """Notes SIGTERM and SIGINT, so that the step under way can end and be saved; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received:
+            self._restore()
+            signal.raise_signal(number)
+        self.received = True
+        log.warning("%s: the step under way ends first", signal.Signals(number).name)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+

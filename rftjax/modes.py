@@ -1,0 +1,155 @@
+"""What `--mode` chooses: a run with its export and summary, an evaluation, or a check before anything costs time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rftjax import hf, job, train, update
+from rftjax.checkpoint import Checkpoints
+from rftjax.evaluation import evaluate
+from rftjax.job import Job
+from rftjax.metrics import rollout_metrics
+from rftjax.tasks import TaskStream
+
+CHECK_PROMPTS = 4  # prompts that `check` samples from the base model
+
+
+def run(
+    mode: str, given: ConfigDict, overrides: dict[str, Any], workdir: Path, stop_after: int
+) -> None:
+    """Runs a mode; raises what `train.train` raises and ValueError for bad input."""
+    if mode == "check":
+        check(job.resolve(given), workdir)
+        return
+    config = job.open_config(workdir, given, overrides)
+    if mode == "eval":
+        evaluate_latest(config, workdir)
+        return
+    state, done = train.train(config, workdir, stop_after)
+    if done and config.export:
+        export_state(workdir, config, *update.weights(state), out=workdir / "export")
+    if jax.process_index() == 0:
+        print(summary(workdir))
+
+
+def export_state(
+    workdir: Path, config: ConfigDict, params: Any, adapters: Any, *, out: Path, dtype: str = "float32"
+) -> Path:
+    """Writes a Hugging Face directory of the given weights, with the base model's tokenizer."""
+    from rftjax import policy, tokenizer
+
+    fields = hf.read_fields(config.model.path)
+    model = policy.Policy(config.model.path, hf.read_config(fields), params, fields)
+    return hf.save(
+        out, model.config, params, fields, tokenizer=tokenizer.load(config.model.path), dtype=dtype
+    )
+
+
+def summary(workdir: Path) -> str:
+    """Returns the held-out reward before and after, and where the results lie."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    evaluated = [line for line in lines if line.get("eval/reward") is not None]
+    text = []
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        for name, line in (("before", first), ("after ", last)):
+            text.append(
+                f"held-out reward {name}  {line['eval/reward']:.3f} ± {line['eval/reward_stderr']:.3f}"
+                f"  (step {line['step']}, {line['eval/tasks']:.0f} tasks)"
+            )
+        text.append(f"gain                    {last['eval/reward'] - first['eval/reward']:+.3f}")
+    if (workdir / "export").exists():
+        text.append(f"export                  {workdir / 'export'}")
+    text.append(f"watch it                tensorboard --logdir {workdir / 'tensorboard'}")
+    return "\n".join(text)
+
+
+def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
+    """Evaluates the workdir's last checkpoint, or the base model where there is none, on the held-out tasks."""
+    with Job.build(config, workdir) as parts:
+        if not parts.heldout_tasks:
+            raise ValueError("tasks.heldout: no held-out tasks to evaluate; name some, or set tasks.heldout_count")
+        state = parts.initial_state(parts.optimizer())
+        step = 0
+        if (workdir / "checkpoints").is_dir():
+            checkpoints: Checkpoints = parts.checkpoints(read_only=True)
+            step = checkpoints.latest_step() or 0
+            if step:
+                state, _ = checkpoints.restore(step, state)
+            checkpoints.close()
+        parts.set_weights(state)
+        limits = parts.limits(heldout=True)
+        metrics, _ = evaluate(
+            parts.heldout_tasks, config.eval.samples, limits, parts.rollout, parts.scorer
+        )
+    print(json.dumps({"step": step, **metrics}))
+
+
+def check(config: ConfigDict, workdir: Path) -> None:
+    """Shows that a job will run: rows, evaluator on real samples, variance of the reward within groups, memory."""
+    with Job.build(config, workdir) as parts:
+        print(f"tasks       {len(parts.train_tasks)} to train on, {len(parts.heldout_tasks)} held out")
+        shape = ", ".join(f"{name}={size}" for name, size in parts.mesh.shape.items())
+        print(f"mesh        {shape} on {jax.device_count()} {jax.devices()[0].platform} devices")
+        for name in parts.replicated:
+            print(f"            {name}")
+        for name, size in memory(parts).items():
+            print(f"memory      {size / 2**30:7.2f} GiB  {name}")
+        params = parts.policy.params
+        parts.set_weights(update.TrainState(np.int32(0), params, {}, ()))
+        stream = TaskStream(parts.train_tasks, seed=config.seed)
+        draws = stream.next(min(CHECK_PROMPTS, config.batch.prompts, len(parts.train_tasks)))
+        trajectories = parts.rollout(
+            draws, config.batch.group_size, parts.limits(), on_finish=parts.scorer.submit
+        )
+        scores = parts.scorer.gather(trajectories)
+        job.set_advantages(trajectories, config.grpo)
+        metrics = rollout_metrics(trajectories)
+        best = max(trajectories, key=lambda one: one.score.reward if one.score else -math.inf)
+        print(f"sample      task {best.task.id}: {best.completion[:200]!r} -> {best.score}")
+        for name in (
+            "reward/mean",
+            "reward/std",
+            "groups/zero_variance_share",
+            "evaluator/error_share",
+            "rollout/truncated_share",
+            "rollout/completion_tokens_mean",
+            "rollout/turns_mean",
+        ):
+            print(f"{name:32s} {float(metrics.get(name, math.nan)):.3f}")
+        parts.scorer.check(scores)
+        if metrics.get("groups/zero_variance_share", 0.0) == 1.0:
+            raise ValueError(
+                f"the reward is the same within each of {len(draws)} groups of {config.batch.group_size}: there is"
+                " nothing to learn from; make tasks easier or harder, raise batch.group_size or give partial rewards"
+            )
+    print("check       passed")
+
+
+def memory(parts: Job) -> dict[str, float]:
+    """Returns estimates in bytes: what the training state, the gradient, the sampler and the update's largest arrays take."""
+    config, model = parts.config, parts.policy.config
+    count = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
+    item = np.dtype(model.dtype).itemsize
+    rows = config.sampler.slots * (2 if config.environment else 1)
+    cache = 2 * model.layers * model.kv_heads * model.channels * item
+    tokens = config.batch.pack_tokens * config.batch.pack_rows
+    width = 8 * model.width + 3 * model.ffn + 2 * model.heads * config.batch.pack_tokens
+    kept = 1 if config.model.remat else model.layers
+    return {
+        "parameters and optimizer (float32)": 12.0 * count,
+        "gradient (float32)": 4.0 * count,
+        "sampler's weights": float(item * count),
+        f"cache of {rows} rows of {config.rollout.max_length} tokens at most": float(
+            rows * config.rollout.max_length * cache
+        ),
+        f"activations of {tokens} tokens a device": float(tokens * width * kept * item),
+        "logits of one chunk": 4.0 * update.HEAD_CHUNK * config.batch.pack_rows * model.vocab,
+    }

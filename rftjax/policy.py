@@ -1,0 +1,194 @@
+"""Model, parameters and tokenizer as one thing, for jobs, notebooks and tests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rftjax import chat, hf, sharding, tokenizer, types, update
+from rftjax.models import decoder
+from rftjax.models.decoder import Config
+from rftjax.sampler import device
+from rftjax.sampler.engine import Engine, Sampling
+from rftjax.types import Message, Pack, Params, Task, Trajectory
+
+
+class Policy:
+    """A language model with its parameters (float32, nested dict) and, once asked for, its tokenizer."""
+
+    def __init__(self, path: str, config: Config, params: Params, fields: dict[str, Any]) -> None:
+        self.path, self.config, self.params, self.fields = path, config, params, fields
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model's path; raises ValueError where it has none."""
+        return tokenizer.load(self.path)
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """Number of ids that the tokenizer knows; the model's rows beyond them are padding and never sampled."""
+        return min(len(self.tokenizer), self.config.vocab)
+
+    def stop_tokens(self, extra: Sequence[str | int] = ()) -> tuple[int, ...]:
+        """Returns the ids that end a turn: the model's own and `extra` ones, given as ids or as texts of one token."""
+        stops = list(tokenizer.stop_tokens(self.path, self.tokenizer))
+        for stop in extra:
+            ids = [stop] if isinstance(stop, int) else chat.encode_plain(self.tokenizer, stop)
+            if isinstance(stop, str) and len(ids) != 1:
+                ids = self.tokenizer.encode(stop, add_special_tokens=False)
+            if len(ids) != 1 or not 0 <= ids[0] < self.vocabulary:
+                raise ValueError(
+                    f"sampler.stop: {stop!r} is {len(ids)} tokens {ids}; a stop is exactly one of the"
+                    f" {self.vocabulary} tokens"
+                )
+            stops.append(ids[0])
+        if not stops:
+            raise ValueError(
+                f"model.path={self.path}: neither the generation config nor the tokenizer names a stop token;"
+                " name one in sampler.stop"
+            )
+        return tuple(dict.fromkeys(int(stop) for stop in stops))
+
+    def logits(self, tokens: Any) -> jax.Array:
+        """Returns float32 logits (B, T, V) of (B, T) token ids, without padding."""
+        tokens_BT = jnp.asarray(tokens, jnp.int32)
+        return _logits(self.config, self.params, tokens_BT)
+
+    def logprobs(self, tokens: Any, temperature: float = 1.0) -> jax.Array:
+        """Returns (B, T) log-probabilities: `[:, t]` scores token t given those before it, `[:, 0]` is 0."""
+        tokens_BT = jnp.asarray(tokens, jnp.int32)
+        return _logprobs(self.config, self.params, tokens_BT, temperature)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[Message]] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 256,
+        samples: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str | int] | None = None,
+        slots: int = 0,
+    ) -> list[Trajectory]:
+        """Returns `samples` one-turn trajectories a prompt, in order.
+
+        A prompt is a list of messages or of token ids; ids need no tokenizer when `stop` is given (a sequence of ids,
+        possibly empty). Prompt i's sample j depends on nothing but (seed, i, j), the weights and the settings.
+        """
+        tasks, tokens = [], []
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty")
+            text = not isinstance(prompt[0], (int, np.integer))
+            messages: list[Message] = [dict(m) for m in prompt] if text else []  # type: ignore
+            ids = (
+                chat.render(self.tokenizer, messages, generation_prompt=True)
+                if text
+                else [int(token) for token in prompt]  # type: ignore
+            )
+            tasks.append(Task(str(index), messages))
+            tokens.append(ids)
+        plain = stop is not None and all(isinstance(one, int) for one in stop)
+        stops = tuple(stop) if plain and stop is not None else self.stop_tokens(stop or ())
+        limit = 0 if plain else self.vocabulary
+        engine = Engine(
+            self.config,
+            slots=slots or min(64, len(tokens) * samples),
+            max_length=max(map(len, tokens), default=1) + max_new_tokens,
+            stops=[int(one) for one in stops],
+            seed=seed,
+            limit=limit,
+        )
+        engine.set_params(device.sampler_params(self.config, self.params))
+        for index, ids in enumerate(tokens):
+            for sample in range(samples):
+                sampling = Sampling((0, index, sample), temperature, top_p, top_k)
+                engine.open((index, sample), ids, max_new_tokens, sampling)
+        results: dict[tuple[int, int], Trajectory] = {}
+        while engine.busy:
+            for turn in engine.step():
+                engine.close(turn.key)
+                index, sample = turn.key
+                sequence = types.Sequence()
+                sequence.extend(tokens[index])
+                sequence.extend(turn.tokens, turn.logprobs, 0)
+                messages = list(tasks[index].messages)
+                if messages:
+                    content = chat.decode(self.tokenizer, turn.tokens, stop_tokens=stops)
+                    messages.append({"role": "assistant", "content": content})
+                results[turn.key] = Trajectory(
+                    tasks[index],
+                    index,
+                    sample,
+                    messages,
+                    [sequence],
+                    [0.0],
+                    "stop" if turn.stopped else "length",
+                )
+        return [results[key] for key in sorted(results)]
+
+    def export(self, out: str | Path, *, dtype: str = "float32") -> Path:
+        """Writes a Hugging Face directory: weights, config, generation config, tokenizer and chat template."""
+        return hf.save(
+            out, self.config, self.params, self.fields, tokenizer=self.tokenizer, dtype=dtype
+        )
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+) -> Policy:
+    """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in."""
+    place = sharding.placer(mesh) if mesh is not None else None
+    config, params, fields = hf.load(path, dtype=dtype, init=init, seed=seed, place=place)
+    return Policy(path, config, params, fields)
+
+
+def _rows(tokens_BT: jax.Array) -> Pack:
+    """Returns unpacked rows, each scored at every position but its first."""
+    B, T = tokens_BT.shape
+    ones_BT = jnp.ones((B, T), jnp.int32)
+    steps_BT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
+    places_BT = steps_BT + T * jnp.arange(B)[:, None]
+    return Pack(
+        tokens_BT,
+        steps_BT,
+        ones_BT,
+        ones_BT,
+        steps_BT[:, :-1],
+        tokens_BT[:, 1:],
+        places_BT[:, 1:],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: Config, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    pack = _rows(tokens_BT)
+    x_BTD = decoder.hidden(
+        config, params, tokens_BT, pack.positions_RX, pack.groups_RX, pack.segments_RX
+    )
+    flat_MV = decoder.logits(config, params, x_BTD.reshape(-1, config.width))
+    return flat_MV.reshape(*tokens_BT.shape, config.vocab)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _logprobs(
+    config: Config, params: Params, tokens_BT: jax.Array, temperature: float
+) -> jax.Array:
+    if tokens_BT.shape[1] < 2:
+        return jnp.zeros(tokens_BT.shape)
+    scored, _ = update.logprobs(config, params, None, _rows(tokens_BT), temperature=temperature)
+    return jnp.pad(scored, ((0, 0), (1, 0)))

@@ -1,0 +1,80 @@
+"""The page to read first: sample, evaluate, batch, update, record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from rftjax import sharding
+from rftjax.batching import make_batch
+from rftjax.evaluation import evaluate
+from rftjax.job import Interruption, Job, set_advantages
+from rftjax.metrics import histograms, rollout_metrics
+from rftjax.scoring import EvaluatorError
+from rftjax.tasks import TaskStream
+from rftjax.types import TrainState
+
+
+def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[TrainState, bool]:
+    """Trains to `config.steps`, or to the end of step `stop_after`, from the workdir's last checkpoint on.
+
+    Returns the last state and whether the run is complete. Raises EvaluatorError, after a checkpoint, where too many samples cannot be scored.
+    """
+    with Job.build(config, workdir) as job, Interruption() as interruption:
+        stream = TaskStream(job.train_tasks, seed=config.seed)
+        optimizer = job.optimizer()
+        state = job.initial_state(optimizer)
+        update = job.make_update(optimizer, state)
+        checkpoints = job.checkpoints()
+        start = checkpoints.latest_step() or 0
+        host = {"stream": stream.state()}
+        if start:
+            state, host = checkpoints.restore(start, state)
+            stream.restore(host["stream"])
+        recorder = job.recorder(start)
+        group_size, last = config.batch.group_size, min(config.steps, stop_after or config.steps)
+
+        def heldout(step: int) -> dict[str, float]:
+            with recorder.time("eval", in_step=False):
+                job.set_weights(state)
+                metrics, trajectories = evaluate(
+                    job.heldout_tasks, config.eval.samples, job.limits(heldout=True), job.rollout, job.scorer
+                )
+            recorder.write(step, metrics, trajectories=trajectories, stream="heldout")
+            return metrics
+
+        step, results = start, {}
+        try:
+            if start == 0 and job.heldout_tasks and config.eval.every:
+                heldout(0)
+                recorder.flush(0)
+            while step < last and not interruption.received:
+                with recorder.time("sample"):
+                    job.set_weights(state)
+                    draws = stream.next(config.batch.prompts)
+                    trajectories = job.rollout(draws, group_size, job.limits(), on_finish=job.scorer.submit)
+                with recorder.time("evaluate"):
+                    job.scorer.check(job.scorer.gather(trajectories))
+                    set_advantages(trajectories, config.grpo)
+                with recorder.time("update"):
+                    job.rollout.engine.release()
+                    batch = make_batch(trajectories, **job.batch_shape)
+                    state, metrics = update(state, sharding.put_batch(job.mesh, batch))
+                    metrics = jax.device_get(metrics)
+                step, host = step + 1, {"stream": stream.state()}
+                recorder.write(step, metrics | rollout_metrics(trajectories), histograms(trajectories), trajectories)
+                evaluates = step == config.steps or (config.eval.every and step % config.eval.every == 0)
+                results = heldout(step) if job.heldout_tasks and config.eval.every and evaluates else {}
+                recorder.flush(step)
+                if checkpoints.due(step):
+                    checkpoints.save(step, state, host, results)
+            checkpoints.save(step, state, host, results)
+        except EvaluatorError:
+            checkpoints.save(step, state, host)
+            raise
+        finally:
+            checkpoints.close()
+            recorder.close()
+    return state, step == config.steps
