@@ -45,6 +45,10 @@ def evaluate(task, trajectory):
         for _ in range(1024):
             os.write(1, bytes(2**20))
         return 0.5
+    if what == "count":
+        with open(task.data["path"], "a") as file:
+            file.write("x")
+        return 1.0
     if what == "random":
         return random.random()
     if what == "data":
@@ -164,6 +168,16 @@ def test_scores_come_in_the_order_asked_for_whatever_was_submitted_first(scorer:
         scorer.submit(one)
         scorer.submit(one)
     assert [score.reward for score in scorer.gather(trajectories)] == [0.5, 1.0, 0.75, 0.25]
+
+
+def test_a_trajectory_submitted_twice_is_evaluated_once(scorer: Scorer, tmp_path: Path):
+    one = trajectory("count")
+    one.task.data["path"] = str(tmp_path / "runs")
+    scorer.submit(one)
+    scorer.submit(one)
+    assert scorer.gather([one, one]) == [Score(1.0)] * 2
+    assert score_of(scorer, "half") == Score(0.5)
+    assert (tmp_path / "runs").read_text() == "x"
 
 
 def test_equal_draws_of_two_streams_are_scored_apart(scorer: Scorer):
