@@ -1,10 +1,11 @@
-"""Procedural tasks for the quickstart: a sentence's facts as a JSON record with two given keys.
+"""Procedural tasks for the quickstart: two facts of a sentence as a JSON record with the given keys.
 
-Held-out sentences speak of people, places and employers that no training sentence has.
+Held-out sentences speak of people, jobs and cities that no training sentence has.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,41 +17,43 @@ VALUES = {
     " Geneva Munich Turin Lyon Porto Bergen Krakow Zurich Milan Seville Hamburg Naples Austin Quito",
     "job": "nurse teacher baker pilot farmer lawyer painter driver plumber singer editor tailor dentist barber"
     " gardener cook writer welder surgeon librarian",
-    "company": "Acme Zenith Nordica Bluefin Solaris Quantum Meridian Vertex Aurora Polaris Fabrica Lumen Orbit Helix"
-    " Cobalt Summit",
 }  # fmt: skip
 
 TEMPLATES = (
-    "{name} is a {age} year old {job} from {city} who works for {company}.",
-    "{name}, {age}, works as a {job} at {company} in {city}.",
-    "At {company} in {city}, {name} ({age}) has a job as a {job}.",
-    "{company} hired {name}, a {job} aged {age} who lives in {city}.",
-    "In {city} lives {name}, {age} years old, {job} at {company}.",
+    "{name}, {age}, a {job}, lives in {city}.",
+    "{name} is a {age} year old {job} from {city}.",
+    "In {city} lives {name}, a {job} aged {age}.",
+    "The {job} {name} from {city} is {age} years old.",
 )
 
-PROMPT = 'Write the facts as one JSON object with the keys "{first}" and "{second}" and nothing else. {sentence}'
+EXAMPLE: dict[str, Any] = {"name": "Ada", "age": 41, "job": "clerk", "city": "Kyiv"}
 
 
 def rows(split: str = "train") -> Iterator[dict[str, Any]]:
     """Yields the rows of a split: 2,000 to train on, 200 held out."""
     rng = random.Random(f"facts/{split}")
-    # Every fifth value is the held-out sentences' own.
+    # Every fifth value belongs to the held-out sentences.
     chosen = {
-        key: [value for index, value in enumerate(text.split()) if (index % 5 == 4) == (split == "heldout")]
+        key: [v for i, v in enumerate(text.split()) if (i % 5 == 4) == (split == "heldout")]
         for key, text in VALUES.items()
     }
     seen: set[str] = set()
-    count = {"train": 2000, "heldout": 200}[split]
-    while len(seen) < count:
+    while len(seen) < {"train": 2000, "heldout": 200}[split]:
         facts: dict[str, Any] = {key: rng.choice(values) for key, values in chosen.items()}
         facts["age"] = rng.randint(19, 79)
         first, second = rng.sample(sorted(facts), 2)
         sentence = rng.choice(TEMPLATES).format(**facts)
-        text = PROMPT.format(first=first, second=second, sentence=sentence)
-        if text in seen:
+        question = f"{{{first}, {second}}}: {sentence}"
+        if question in seen:
             continue
-        seen.add(text)
+        seen.add(question)
+        shown = json.dumps({second: EXAMPLE[second], first: EXAMPLE[first]})
         yield {
-            "messages": [{"role": "user", "content": text}],
+            "messages": [
+                {"role": "system", "content": "Answer with JSON."},
+                {"role": "user", "content": f"{{{second}, {first}}}: {TEMPLATES[0].format(**EXAMPLE)}"},
+                {"role": "assistant", "content": shown},
+                {"role": "user", "content": question},
+            ],
             "record": {first: facts[first], second: facts[second]},
         }

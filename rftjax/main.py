@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     from rftjax import modes
 
-    overrides = config_flags.get_override_values(CONFIG.value)
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
         modes.run(MODE.value, CONFIG.value, overrides, Path(WORKDIR.value).absolute(), STOP_AFTER.value)
     except (ValueError, OSError, EvaluatorError, CorruptCheckpoint, FloatingPointError) as error:

@@ -137,7 +137,13 @@ class Rollout:
     def _prompt(self, trajectory: Trajectory) -> list[int]:
         if trajectory.task.prompt is not None:
             return chat.encode_plain(self.tokenizer, trajectory.task.prompt)
-        return chat.render(self.tokenizer, trajectory.messages, generation_prompt=True)
+        return self._render(trajectory)
+
+    def _render(self, trajectory: Trajectory) -> list[int]:
+        tools = self.environments.tools or None
+        return chat.render(
+            self.tokenizer, trajectory.messages, generation_prompt=True, tools=tools
+        )
 
     def _open(self, episode: _Episode, prompt: list[int], limits: Limits, stream: int) -> str:
         """Starts a token sequence with a prompt."""
@@ -169,15 +175,16 @@ class Rollout:
         else:
             try:
                 tokens = chat.continuation(
-                    self.tokenizer, history, messages, last_token=episode.last_token
+                    self.tokenizer,
+                    history,
+                    messages,
+                    last_token=episode.last_token,
+                    tools=self.environments.tools or None,
                 )
             except chat.ChatTemplateError:
                 self.engine.close(episode.key)
                 episode.open = False
-                prompt = chat.render(
-                    self.tokenizer, episode.trajectory.messages, generation_prompt=True
-                )
-                return self._open(episode, prompt, limits, stream)
+                return self._open(episode, self._render(episode.trajectory), limits, stream)
         room = self.engine.max_length - len(sequence.tokens) - len(tokens)
         if room < 1 or not tokens:
             return "length"

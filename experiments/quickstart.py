@@ -1,0 +1,31 @@
+"""The quickstart: SmolLM2-135M-Instruct learns to answer with exactly the JSON record that was asked for.
+
+`:debug` is the same job in a few seconds: few tasks, few steps.
+"""
+
+from ml_collections import ConfigDict
+
+from rftjax.config import base_config, embedded_model
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the spec; `arg` is empty or "debug"."""
+    if arg not in ("", "debug"):
+        raise ValueError(f"argument {arg!r}: must be empty or debug")
+    config = base_config()
+    config.steps = 20
+    config.evaluator = "rftjax.evaluators.json_record:evaluate"
+    config.model.path = embedded_model()
+    config.tasks.train = config.tasks.heldout = "experiments/facts.py:rows"
+    config.tasks.heldout_split = "heldout"
+    config.batch.prompts, config.batch.group_size = 8, 8
+    config.sampler.max_new_tokens = 24
+    config.rollout.max_length = 160
+    config.optim.lr = 2e-5
+    config.optim.warmup_steps = 2
+    config.eval.every, config.checkpoint.every = 10, 10
+    if arg == "debug":
+        config.steps, config.optim.warmup_steps = 2, 0
+        config.batch.prompts, config.batch.group_size = 2, 4
+        config.sampler.slots, config.eval.max_tasks = 8, 8
+    return config
