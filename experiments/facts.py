@@ -51,7 +51,10 @@ def rows(split: str = "train") -> Iterator[dict[str, Any]]:
         yield {
             "messages": [
                 {"role": "system", "content": "Answer with JSON."},
-                {"role": "user", "content": f"{{{second}, {first}}}: {TEMPLATES[0].format(**EXAMPLE)}"},
+                {
+                    "role": "user",
+                    "content": f"{{{second}, {first}}}: {TEMPLATES[0].format(**EXAMPLE)}",
+                },
                 {"role": "assistant", "content": shown},
                 {"role": "user", "content": question},
             ],

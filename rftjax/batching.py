@@ -73,9 +73,7 @@ def make_batch(
     budget = max(pack_tokens, -(-longest // 128) * 128)
     bundles = list(_bundles(used, budget, share_prefix))
     pack, count = _lay_out(bundles, budget, pack_rows, sampled_BT)
-    return Batch(
-        pack, np.int32(count), sampled_BT, sampler_logprobs_BT, advantages_B, weights_B
-    )
+    return Batch(pack, np.int32(count), sampled_BT, sampler_logprobs_BT, advantages_B, weights_B)
 
 
 def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) -> None:
@@ -132,11 +130,8 @@ def _fill(bundles: Sequence[_Bundle], budget: int) -> list[list[_Bundle]]:
     filled: list[list[_Bundle]] = []
     room: list[int] = []
     for bundle in sorted(bundles, key=lambda bundle: -bundle.tokens):
-        for row, left in enumerate(room):
-            if bundle.tokens <= left:
-                break
-        else:
-            row = len(room)
+        row = next((i for i, left in enumerate(room) if bundle.tokens <= left), len(room))
+        if row == len(room):
             filled.append([])
             room.append(budget)
         filled[row].append(bundle)

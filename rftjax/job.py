@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rftjax import chat, config as configs, grpo, metrics, optim, policy, sharding, tasks, update
+from rftjax import chat, grpo, metrics, optim, policy, sharding, tasks, update
+from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
 from rftjax.environments import Environments
 from rftjax.rollout import Limits, Rollout
@@ -246,10 +247,11 @@ def set_advantages(trajectories: list[Trajectory], fields: ConfigDict) -> None:
     valid = [one for one in trajectories if one.score is not None and one.score.valid]
     if not valid:
         return
+    chosen: dict[str, Any] = {name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS}
     values = grpo.advantages(
         [one.score.reward for one in valid if one.score is not None],
         [one.draw for one in valid],
-        **{name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS},
+        **chosen,
     )
     for trajectory, value in zip(valid, values, strict=True):
         trajectory.advantage = float(value)
@@ -281,4 +283,3 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-

@@ -13,25 +13,35 @@ from rftjax.flags import parse_flags
 from rftjax.scoring import EvaluatorError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; one with a checkpoint goes on from there.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Directory of the run; one with a checkpoint goes on from there."
+)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "check"], "What to do.")
-STOP_AFTER = flags.DEFINE_integer("stop_after", 0, "End cleanly after this step (0: at the config's last).")
+STOP_AFTER = flags.DEFINE_integer(
+    "stop_after", 0, "End cleanly after this step (0: at the config's last)."
+)
 
 
 def main(argv: list[str]) -> None:
     """Runs the mode; errors that the user can mend are printed without a traceback."""
     if argv[1:]:
-        sys.exit(f"error: unknown arguments {argv[1:]}; settings are given as --config.section.field=value")
+        sys.exit(
+            f"error: unknown arguments {argv[1:]}; settings are given as --config.section.field=value"
+        )
     if not WORKDIR.value:
         sys.exit("error: --workdir: must be given, a directory for the run's files")
     if STOP_AFTER.value < 0:
-        sys.exit(f"error: --stop_after={STOP_AFTER.value}: must be a step, or 0 for the config's last")
+        sys.exit(
+            f"error: --stop_after={STOP_AFTER.value}: must be a step, or 0 for the config's last"
+        )
     logging.set_verbosity(logging.WARNING)
     from rftjax import modes
 
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        modes.run(MODE.value, CONFIG.value, overrides, Path(WORKDIR.value).absolute(), STOP_AFTER.value)
+        modes.run(
+            MODE.value, CONFIG.value, overrides, Path(WORKDIR.value).absolute(), STOP_AFTER.value
+        )
     except (ValueError, OSError, EvaluatorError, CorruptCheckpoint, FloatingPointError) as error:
         logging.debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")

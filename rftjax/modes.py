@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rftjax import hf, job, train, update
+from rftjax import hf, job, policy, train, update
 from rftjax.checkpoint import Checkpoints
 from rftjax.evaluation import evaluate
 from rftjax.job import Job
@@ -40,16 +40,18 @@ def run(
 
 
 def export_state(
-    workdir: Path, config: ConfigDict, params: Any, adapters: Any, *, out: Path, dtype: str = "float32"
+    workdir: Path,
+    config: ConfigDict,
+    params: Any,
+    adapters: Any,
+    *,
+    out: Path,
+    dtype: str = "float32",
 ) -> Path:
     """Writes a Hugging Face directory of the given weights, with the base model's tokenizer."""
-    from rftjax import policy, tokenizer
-
     fields = hf.read_fields(config.model.path)
     model = policy.Policy(config.model.path, hf.read_config(fields), params, fields)
-    return hf.save(
-        out, model.config, params, fields, tokenizer=tokenizer.load(config.model.path), dtype=dtype
-    )
+    return model.export(out, dtype=dtype)
 
 
 def summary(workdir: Path) -> str:
@@ -75,7 +77,9 @@ def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
     """Evaluates the workdir's last checkpoint, or the base model where there is none, on the held-out tasks."""
     with Job.build(config, workdir) as parts:
         if not parts.heldout_tasks:
-            raise ValueError("tasks.heldout: no held-out tasks to evaluate; name some, or set tasks.heldout_count")
+            raise ValueError(
+                "tasks.heldout: no held-out tasks to evaluate; name some, or set tasks.heldout_count"
+            )
         state = parts.initial_state(parts.optimizer())
         step = 0
         if (workdir / "checkpoints").is_dir():
@@ -95,7 +99,9 @@ def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
 def check(config: ConfigDict, workdir: Path) -> None:
     """Shows that a job will run: rows, evaluator on real samples, variance of the reward within groups, memory."""
     with Job.build(config, workdir) as parts:
-        print(f"tasks       {len(parts.train_tasks)} to train on, {len(parts.heldout_tasks)} held out")
+        print(
+            f"tasks       {len(parts.train_tasks)} to train on, {len(parts.heldout_tasks)} held out"
+        )
         shape = ", ".join(f"{name}={size}" for name, size in parts.mesh.shape.items())
         print(f"mesh        {shape} on {jax.device_count()} {jax.devices()[0].platform} devices")
         for name in parts.replicated:
@@ -134,7 +140,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
 
 
 def memory(parts: Job) -> dict[str, float]:
-    """Returns estimates in bytes: what the training state, the gradient, the sampler and the update's largest arrays take."""
+    """Returns estimates in bytes of the training state, the gradient, the sampler and the update's largest arrays."""
     config, model = parts.config, parts.policy.config
     count = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
     item = np.dtype(model.dtype).itemsize

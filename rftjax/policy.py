@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from rftjax import chat, hf, sharding, tokenizer, types, update
@@ -86,25 +85,18 @@ class Policy:
         """
         tasks, tokens = [], []
         for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty")
-            text = not isinstance(prompt[0], (int, np.integer))
-            messages: list[Message] = [dict(m) for m in prompt] if text else []  # type: ignore
-            ids = (
-                chat.render(self.tokenizer, messages, generation_prompt=True)
-                if text
-                else [int(token) for token in prompt]  # type: ignore
-            )
+            messages, ids = self._read_prompt(prompt, index)
             tasks.append(Task(str(index), messages))
             tokens.append(ids)
-        plain = stop is not None and all(isinstance(one, int) for one in stop)
-        stops = tuple(stop) if plain and stop is not None else self.stop_tokens(stop or ())
+        given = [] if stop is None else [int(one) for one in stop if not isinstance(one, str)]
+        plain = stop is not None and len(given) == len(stop)
+        stops = tuple(given) if plain else self.stop_tokens(stop or ())
         limit = 0 if plain else self.vocabulary
         engine = Engine(
             self.config,
             slots=slots or min(64, len(tokens) * samples),
             max_length=max(map(len, tokens), default=1) + max_new_tokens,
-            stops=[int(one) for one in stops],
+            stops=stops,
             seed=seed,
             limit=limit,
         )
@@ -136,10 +128,25 @@ class Policy:
                 )
         return [results[key] for key in sorted(results)]
 
+    def _read_prompt(self, prompt: Any, index: int) -> tuple[list[Message], list[int]]:
+        """Returns the messages (none where ids were given) and the ids of one prompt."""
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} is empty")
+        if isinstance(prompt[0], dict):
+            messages = [dict(message) for message in prompt]
+            return messages, chat.render(self.tokenizer, messages, generation_prompt=True)
+        return [], [int(token) for token in prompt]
+
     def export(self, out: str | Path, *, dtype: str = "float32") -> Path:
-        """Writes a Hugging Face directory: weights, config, generation config, tokenizer and chat template."""
+        """Writes a Hugging Face directory: weights, configs and the tokenizer where there is one."""
         return hf.save(
-            out, self.config, self.params, self.fields, tokenizer=self.tokenizer, dtype=dtype
+            out,
+            self.config,
+            self.params,
+            self.fields,
+            tokenizer=self.tokenizer if tokenizer.exists(self.path) else None,
+            generation=hf.read_generation(self.path),
+            dtype=dtype,
         )
 
 

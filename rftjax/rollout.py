@@ -141,9 +141,7 @@ class Rollout:
 
     def _render(self, trajectory: Trajectory) -> list[int]:
         tools = self.environments.tools or None
-        return chat.render(
-            self.tokenizer, trajectory.messages, generation_prompt=True, tools=tools
-        )
+        return chat.render(self.tokenizer, trajectory.messages, generation_prompt=True, tools=tools)
 
     def _open(self, episode: _Episode, prompt: list[int], limits: Limits, stream: int) -> str:
         """Starts a token sequence with a prompt."""

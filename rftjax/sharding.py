@@ -33,7 +33,13 @@ LOGICAL: dict[tuple[str, ...], tuple[str, ...]] = {
     ("down", "bias"): ("width",),
 }
 
-RULES = {"vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "width": "fsdp"}
+RULES = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "width": "fsdp",
+}
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

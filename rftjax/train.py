@@ -20,7 +20,8 @@ from rftjax.types import TrainState
 def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[TrainState, bool]:
     """Trains to `config.steps`, or to the end of step `stop_after`, from the workdir's last checkpoint on.
 
-    Returns the last state and whether the run is complete. Raises EvaluatorError, after a checkpoint, where too many samples cannot be scored.
+    Returns the last state and whether the run is complete. Raises EvaluatorError, after a checkpoint, where too many
+    samples cannot be scored.
     """
     with Job.build(config, workdir) as job, Interruption() as interruption:
         stream = TaskStream(job.train_tasks, seed=config.seed)
@@ -40,7 +41,11 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             with recorder.time("eval", in_step=False):
                 job.set_weights(state)
                 metrics, trajectories = evaluate(
-                    job.heldout_tasks, config.eval.samples, job.limits(heldout=True), job.rollout, job.scorer
+                    job.heldout_tasks,
+                    config.eval.samples,
+                    job.limits(heldout=True),
+                    job.rollout,
+                    job.scorer,
                 )
             recorder.write(step, metrics, trajectories=trajectories, stream="heldout")
             return metrics
@@ -54,7 +59,9 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 with recorder.time("sample"):
                     job.set_weights(state)
                     draws = stream.next(config.batch.prompts)
-                    trajectories = job.rollout(draws, group_size, job.limits(), on_finish=job.scorer.submit)
+                    trajectories = job.rollout(
+                        draws, group_size, job.limits(), on_finish=job.scorer.submit
+                    )
                 with recorder.time("evaluate"):
                     job.scorer.check(job.scorer.gather(trajectories))
                     set_advantages(trajectories, config.grpo)
@@ -64,9 +71,18 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                     state, metrics = update(state, sharding.put_batch(job.mesh, batch))
                     metrics = jax.device_get(metrics)
                 step, host = step + 1, {"stream": stream.state()}
-                recorder.write(step, metrics | rollout_metrics(trajectories), histograms(trajectories), trajectories)
-                evaluates = step == config.steps or (config.eval.every and step % config.eval.every == 0)
-                results = heldout(step) if job.heldout_tasks and config.eval.every and evaluates else {}
+                recorder.write(
+                    step,
+                    metrics | rollout_metrics(trajectories),
+                    histograms(trajectories),
+                    trajectories,
+                )
+                evaluates = step == config.steps or (
+                    config.eval.every and step % config.eval.every == 0
+                )
+                results = (
+                    heldout(step) if job.heldout_tasks and config.eval.every and evaluates else {}
+                )
                 recorder.flush(step)
                 if checkpoints.due(step):
                     checkpoints.save(step, state, host, results)

@@ -3,7 +3,7 @@
 Shape suffixes, used on every array name in array code:
 P prompts a step, G samples a prompt, B sequences, T tokens, S cache positions, V vocabulary, D width,
 F feed-forward, H query heads, K key/value heads, C channels a head, L layers, E experts, N micro-batches,
-R packed rows, X tokens of a packed row, M scored (sampled) positions.
+R packed rows, X tokens of a packed row, M scored (sampled) positions, W tokens of a block of the vocabulary.
 
 This module imports neither JAX nor NumPy: worker processes that run user code load it.
 """

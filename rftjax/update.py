@@ -17,7 +17,8 @@ from rftjax.models.distribution import GONE, Settings, adjust
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
 HEAD_CHUNK = 256  # scored positions whose logits exist at once, a packed row
-HEAD_BYTES = 1 << 30  # logits that may be kept for the backward pass; beyond, they are computed again
+# Bytes of logits that may be kept for the backward pass; beyond, they are computed again.
+HEAD_BYTES = 1 << 30
 
 Metrics = dict[str, jax.Array]
 
@@ -84,9 +85,7 @@ def logprobs(
             temperature * ones_M, top_p * ones_M, jnp.full(targets_M.shape, top_k, jnp.int32)
         )
         filtered = top_p < 1 or top_k > 0
-        adjusted_MV = adjust(
-            logits_MV, settings, filtered=filtered, limit=limit, keep_B=targets_M
-        )
+        adjusted_MV = adjust(logits_MV, settings, filtered=filtered, limit=limit, keep_B=targets_M)
         total_M = jax.nn.logsumexp(adjusted_MV, axis=-1)
         chosen_M = jnp.take_along_axis(adjusted_MV, targets_M[:, None], axis=-1)[:, 0]
         probabilities_MV = jnp.exp(adjusted_MV - total_M[:, None])
@@ -116,8 +115,10 @@ def logprobs(
 def to_rows(values_RM: jax.Array, places_RM: jax.Array, like_BT: jax.Array) -> jax.Array:
     """Returns values_BT: each scored value in its sequence's row, 0 elsewhere."""
     flat = jnp.zeros(like_BT.size, values_RM.dtype)
-    return flat.at[places_RM.reshape(-1)].add(values_RM.reshape(-1), mode="drop").reshape(
-        like_BT.shape
+    return (
+        flat.at[places_RM.reshape(-1)]
+        .add(values_RM.reshape(-1), mode="drop")
+        .reshape(like_BT.shape)
     )
 
 
@@ -163,13 +164,16 @@ def make_update(
     *,
     lora_scale: float = 0.0,
     remat: bool = False,
+    unroll: bool = False,
     shardings: Any = None,
     **sampling: Any,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
 
     The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
-    does not change the gradient. `shardings` (a TrainState of them) is where the new state lies. `loss_fields` are `grpo.policy_loss`'s, `sampling` is `logprobs`'s.
+    does not change the gradient. `shardings` (a TrainState of them) is where the new state lies; `unroll`
+    runs the layers one by one instead of in a scan. `loss_fields` are
+    `grpo.policy_loss`'s, `sampling` is `logprobs`'s.
     """
 
     def micro_loss(
@@ -212,23 +216,27 @@ def make_update(
     def update(
         state: TrainState, batch: Batch, old_BT: Any = None, reference_BT: Any = None
     ) -> tuple[TrainState, Metrics]:
+        trainable, frozen = state.trainable, state.frozen
+        if unroll:
+            trainable = decoder.unstack(trainable, config.layers)
+            frozen = decoder.unstack(frozen, config.layers) if frozen else frozen
+
         def one(index: jax.Array, carry: tuple) -> tuple:
             (loss, metrics), grads = gradient(
-                state.trainable, state.frozen, batch, index, old_BT, reference_BT
+                trainable, frozen, batch, index, old_BT, reference_BT
             )
             total, sums, kept = carry
             kept = {name: kept[name].at[index].set(value) for name, value in metrics.items()}
             return total + loss, jax.tree.map(jnp.add, sums, grads), kept
 
         N = batch.pack.tokens_RX.shape[0]
-        shapes = jax.eval_shape(
-            gradient, state.trainable, state.frozen, batch, 0, old_BT, reference_BT
-        )
+        shapes = jax.eval_shape(gradient, trainable, frozen, batch, 0, old_BT, reference_BT)
         empty = {name: jnp.zeros(N, value.dtype) for name, value in shapes[0][1].items()}
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
         loss, grads, metrics_N = jax.lax.fori_loop(
             0, batch.micro_batches, one, (jnp.zeros(()), zeros, empty)
         )
+        grads = decoder.stack(grads) if unroll else grads
         gap = jnp.max(metrics_N["sampler/logprob_diff_max"])
         metrics = grpo.merge_metrics(metrics_N) | {"sampler/logprob_diff_max": gap}
         metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}

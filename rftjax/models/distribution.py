@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ BLOCK = 128  # tokens whose probabilities are summed before the running sum
 class Settings(NamedTuple):
     """How to sample, one entry a row: temperature (0: greedy), top_p (1: off) and top_k (0: off)."""
 
-    temperature_B: jax.Array
-    top_p_B: jax.Array
-    top_k_B: jax.Array
+    temperature_B: Any
+    top_p_B: Any
+    top_k_B: Any
 
 
 def adjust(

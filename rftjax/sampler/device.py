@@ -7,7 +7,7 @@ What a row computes depends on nothing but its own tokens: call shapes are const
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ class Rows(NamedTuple):
     """The decoding rows: next input token, its position, tokens that may still be sampled (0: idle), noise key parts
     (stream, draw, sample) and settings."""
 
-    token_B: jax.Array
-    position_B: jax.Array
-    budget_B: jax.Array
-    noise_B3: jax.Array
+    token_B: Any
+    position_B: Any
+    budget_B: Any
+    noise_B3: Any
     settings: Settings
 
 
@@ -38,7 +38,8 @@ def sampler_params(config: Config, params: Params, adapters: Params | None = Non
     dtype = jnp.dtype(config.dtype)
     stacked = merge(params["layers"], adapters["layers"]) if adapters else params["layers"]
     layers = [
-        jax.tree.map(lambda leaf: leaf[i].astype(dtype), stacked) for i in range(config.layers)
+        jax.tree.map(lambda leaf, index=index: leaf[index].astype(dtype), stacked)
+        for index in range(config.layers)
     ]
     rest = {name: tree for name, tree in params.items() if name != "layers"}
     return jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": layers}
@@ -96,9 +97,7 @@ def _attend(
     B, T, H, C = q_BTHC.shape
     K = keys_BKSC.shape[1]
     q_BKGTC = (q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum(
-        "BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(values_BKSC.dtype)
     attended = jnp.einsum("BKGTS,BKSC->BKGTC", weights, values_BKSC)
@@ -117,7 +116,7 @@ def _layers(
 
     `rows_B` names the tokens' cache rows (None: row i for i, without a gather).
     """
-    block = Block(config)
+    block: Any = Block(config)
     turn = rotation(config, positions_BT)
     x_BTD = embed(config, params, tokens_BT)
     length = cache[0][0].shape[2]
@@ -178,7 +177,9 @@ def decode(
     """
     B = rows.token_B.shape[0]
     far = cache[0][0].shape[2]
-    start = (cache, rows, jnp.full((B, steps), -1, jnp.int32), jnp.zeros((B, steps)), 0)
+    nothing_BT = jnp.full((B, steps), -1, jnp.int32)
+    start = (cache, rows, nothing_BT, jnp.zeros((B, steps)), jnp.zeros((), jnp.int32))
+    final_norm: Any = Norm(config)
 
     def going(carry) -> jax.Array:
         _, rows, _, _, step = carry
@@ -189,7 +190,7 @@ def decode(
         active_B = rows.budget_B > 0
         positions_B1 = jnp.where(active_B, rows.position_B, far)[:, None]
         x_B1D, cache = _layers(config, params, cache, rows.token_B[:, None], positions_B1, None)
-        x_BD = Norm(config).apply({"params": params["final_norm"]}, x_B1D[:, 0])
+        x_BD = final_norm.apply({"params": params["final_norm"]}, x_B1D[:, 0])
         adjusted_BV = adjust(
             logits(config, params, x_BD), rows.settings, filtered=filtered, limit=limit
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -230,6 +229,7 @@ class Engine:
         for conversation in self._open.values():
             if conversation.slot >= 0 and conversation.budget == 0:
                 self._reserve_store()
+                assert self._store is not None
                 row = self._free_parked.pop()
                 self._store = self._move(self._store, self._cache, [(row, conversation.slot)])
                 self._free.append(conversation.slot)
@@ -286,6 +286,7 @@ class Engine:
                 self.config, self._params, self._cache, rows_B, tokens_BT, start_B, count_B
             )
         if self._pending_copies:
+            assert self._cache is not None
             self._cache = self._move(self._cache, None, self._pending_copies)
             self._pending_copies = []
 
