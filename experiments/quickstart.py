@@ -21,6 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch.prompts, config.batch.group_size = 8, 8
     config.sampler.max_new_tokens = 24
     config.rollout.max_length = 160
+    config.batch.pack_tokens, config.batch.pack_rows = 256, 2
     config.optim.lr = 2e-5
     config.optim.warmup_steps = 2
     config.eval.every, config.checkpoint.every = 10, 10

@@ -180,7 +180,9 @@ class Job:
     def initial_state(self, optimizer: Any) -> TrainState:
         """Returns step 0 of full fine-tuning, optimizer state laid out like the parameters."""
         opt_state = sharding.shard_tree(self.mesh, optimizer.init(self.policy.params))
-        return TrainState(jnp.zeros((), jnp.int32), self.policy.params, {}, opt_state)
+        # All of it lies where an update leaves it: else the second update would compile again.
+        step = sharding.shard_tree(self.mesh, jnp.zeros((), jnp.int32))
+        return TrainState(step, self.policy.params, {}, opt_state)
 
     def optimizer(self) -> Any:
         """Returns the Optax chain of the config."""
@@ -195,6 +197,7 @@ class Job:
             optimizer,
             fields,
             remat=self.config.model.remat,
+            unroll=jax.default_backend() == "cpu",
             temperature=section.temperature,
             top_p=section.top_p,
             top_k=section.top_k,
