@@ -78,20 +78,20 @@ def logprobs(
     def score(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sources_RM, targets_RM = inputs
         x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
-        logits_MV = decoder.logits(config, params, x_RMD.reshape(-1, config.width))
-        targets_M = targets_RM.reshape(-1)
-        ones_M = jnp.ones(targets_M.shape)
+        logits_BV = decoder.logits(config, params, x_RMD.reshape(-1, config.width))
+        targets_B = targets_RM.reshape(-1)
+        ones_B = jnp.ones(targets_B.shape)
         settings = Settings(
-            temperature * ones_M, top_p * ones_M, jnp.full(targets_M.shape, top_k, jnp.int32)
+            temperature * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
         )
         filtered = top_p < 1 or top_k > 0
-        adjusted_MV = adjust(logits_MV, settings, filtered=filtered, limit=limit, keep_B=targets_M)
-        total_M = jax.nn.logsumexp(adjusted_MV, axis=-1)
-        chosen_M = jnp.take_along_axis(adjusted_MV, targets_M[:, None], axis=-1)[:, 0]
-        probabilities_MV = jnp.exp(adjusted_MV - total_M[:, None])
-        finite_MV = jnp.where(adjusted_MV > GONE, adjusted_MV, 0.0)
-        entropy_M = total_M - jnp.sum(probabilities_MV * finite_MV, axis=-1)
-        return (chosen_M - total_M).reshape(R, -1), entropy_M.reshape(R, -1)
+        adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit, keep_B=targets_B)
+        total_B = jax.nn.logsumexp(adjusted_BV, axis=-1)
+        chosen_B = jnp.take_along_axis(adjusted_BV, targets_B[:, None], axis=-1)[:, 0]
+        probabilities_BV = jnp.exp(adjusted_BV - total_B[:, None])
+        finite_BV = jnp.where(adjusted_BV > GONE, adjusted_BV, 0.0)
+        entropy_B = total_B - jnp.sum(probabilities_BV * finite_BV, axis=-1)
+        return (chosen_B - total_B).reshape(R, -1), entropy_B.reshape(R, -1)
 
     def one_chunk(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple]:
         sources_RM, targets_RM, used_RM = inputs
@@ -239,7 +239,7 @@ def make_update(
         grads = decoder.stack(grads) if unroll else grads
         gap = jnp.max(metrics_N["sampler/logprob_diff_max"])
         metrics = grpo.merge_metrics(metrics_N) | {"sampler/logprob_diff_max": gap}
-        metrics |= {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, changes)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics

@@ -1,7 +1,8 @@
 """Compares array names with shapes while the tests run: in `logits_BTV` there are three axes.
 
 Every function of rftjax is looked at when it returns. Local names (and fields of named tuples) with a shape suffix
-must have as many axes as letters, axes of the size that a digit says, and one size for one letter in one function.
+must have as many axes as letters, axes of the size that a digit says, and one size for one letter in one function;
+all fields of a named tuple together may have one axis more in front, as stacked micro-batches do.
 Needs Python 3.12 (`sys.monitoring`); on 3.11 nothing is checked.
 """
 
@@ -31,8 +32,8 @@ def faults(names: dict[str, Any]) -> list[str]:
     """Returns what is wrong between the names and the shapes of their arrays."""
     found: list[str] = []
     sizes: dict[str, tuple[int, str]] = {}
-    for name, value in _arrays(names):
-        letters, shape = suffix(name), tuple(value.shape)
+    for name, shape in _arrays(names):
+        letters = suffix(name)
         if len(letters) != len(shape):
             found.append(f"{name} has shape {shape}")
             continue
@@ -46,12 +47,15 @@ def faults(names: dict[str, Any]) -> list[str]:
     return found
 
 
-def _arrays(names: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _arrays(names: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields names and shapes; of a named tuple whose arrays are all stacked, without the leading axis."""
     for name, value in names.items():
         if suffix(name) and isinstance(getattr(value, "shape", None), tuple):
-            yield name, value
+            yield name, tuple(value.shape)
         elif isinstance(value, tuple) and hasattr(value, "_fields"):
-            yield from _arrays(value._asdict())
+            fields = list(_arrays(value._asdict()))
+            stacked = all(len(shape) == len(suffix(field)) + 1 for field, shape in fields)
+            yield from ((field, shape[stacked:]) for field, shape in fields)
 
 
 class Watch:
