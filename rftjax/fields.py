@@ -15,14 +15,15 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
-def embedded_model() -> str:
-    """Returns where `scripts/fetch_model.py` puts the quickstart's GGUF file.
-
-    The folder is $RFTJAX_CACHE, else rftjax under $XDG_CACHE_HOME or ~/.cache.
-    """
+def cache_folder() -> str:
+    """Returns $RFTJAX_CACHE, else rftjax under $XDG_CACHE_HOME or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.get("RFTJAX_CACHE") or os.path.join(cache, "rftjax")
-    return os.path.abspath(os.path.join(folder, "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return os.path.abspath(os.environ.get("RFTJAX_CACHE") or os.path.join(cache, "rftjax"))
+
+
+def embedded_model() -> str:
+    """Returns where `scripts/fetch_model.py` puts the quickstart's GGUF file."""
+    return os.path.join(cache_folder(), "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def base_config() -> ConfigDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rftjax.checkpoint import CorruptCheckpoint
+from rftjax.fields import cache_folder
 from rftjax.flags import parse_flags
 from rftjax.scoring import EvaluatorError
 
@@ -35,8 +37,13 @@ def main(argv: list[str]) -> None:
             f"error: --stop_after={STOP_AFTER.value}: must be a step, or 0 for the config's last"
         )
     logging.set_verbosity(logging.WARNING)
+    import jax
+
     from rftjax import modes
 
+    # A second start finds its compiled programs here; JAX_COMPILATION_CACHE_DIR names another place.
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
         modes.run(

@@ -6,6 +6,7 @@ set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup.sh test quickstart
+.venv/bin/python scripts/fetch_model.py
 
 began=$SECONDS
 stage() {

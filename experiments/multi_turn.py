@@ -1,0 +1,32 @@
+"""A multi-turn job: SmolLM2-135M-Instruct learns to look up what it needs before it answers.
+
+`:debug` is the same job in a few seconds.
+"""
+
+from ml_collections import ConfigDict
+
+from rftjax.config import base_config, embedded_model
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the spec; `arg` is empty or "debug"."""
+    if arg not in ("", "debug"):
+        raise ValueError(f"argument {arg!r}: must be empty or debug")
+    config = base_config()
+    config.steps = 30
+    config.evaluator = "rftjax.evaluators.exact_match:evaluate"
+    config.environment = "experiments/directory.py:reply"
+    config.model.path = embedded_model()
+    config.tasks.train = config.tasks.heldout = "experiments/directory.py:rows"
+    config.tasks.heldout_split = "heldout"
+    config.batch.prompts, config.batch.group_size = 8, 8
+    config.batch.pack_tokens, config.batch.pack_rows = 256, 2
+    config.sampler.max_new_tokens = 12
+    config.rollout.max_turns, config.rollout.max_length = 4, 256
+    config.optim.lr, config.optim.warmup_steps = 2e-5, 2
+    config.eval.every, config.checkpoint.every = 10, 10
+    if arg == "debug":
+        config.steps, config.optim.warmup_steps = 2, 0
+        config.batch.prompts, config.batch.group_size = 2, 4
+        config.sampler.slots, config.eval.max_tasks = 8, 8
+    return config
