@@ -187,8 +187,8 @@ def _logits(config: Config, params: Params, tokens_BT: jax.Array) -> jax.Array:
     x_BTD = decoder.hidden(
         config, params, tokens_BT, pack.positions_RX, pack.groups_RX, pack.segments_RX
     )
-    flat_MV = decoder.logits(config, params, x_BTD.reshape(-1, config.width))
-    return flat_MV.reshape(*tokens_BT.shape, config.vocab)
+    flat = decoder.logits(config, params, x_BTD.reshape(-1, config.width))
+    return flat.reshape(*tokens_BT.shape, config.vocab)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

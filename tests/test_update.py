@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from rftjax import grpo, policy, sharding, update
 from rftjax.batching import make_batch
 from rftjax.models import decoder
-from rftjax.models.decoder import FULL, Config, Rope
+from rftjax.models.decoder import Config, Rope
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, Sampling
 from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
@@ -18,7 +18,7 @@ CONFIG = Config(
     family="llama",
     vocab=64,
     width=16,
-    layers=2,
+    layers=1,  # one is enough here, and compiles in half the time
     heads=4,
     kv_heads=2,
     channels=4,
@@ -27,7 +27,7 @@ CONFIG = Config(
     norm_eps=1e-6,
     rope=Rope(),
     tied=True,
-    windows=(24, FULL),
+    windows=(24,),
     init_std=0.3,
 )
 LOSS = grpo.resolve_preset("dapo")
@@ -138,3 +138,108 @@ def test_the_number_of_micro_batches_does_not_change_the_gradient(params, uneven
     assert batch.pack.tokens_RX.shape[:2] == (count, 8 // count)
     found, _ = gradient(params, batch)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 4, 1), (2, 2, 2), (1, 1, 8)])
+def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, shape):
+    devices = np.asarray(jax.devices()[: int(np.prod(shape))])
+    mesh = Mesh(devices.reshape(shape), sharding.AXES)
+    # One row a device: the last of eight holds nothing but padding.
+    batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
+    found, _ = gradient(params, batch, mesh=mesh)
+    assert_close(found, expected)
+
+
+def test_shared_prefixes_and_packed_neighbours_do_not_change_the_gradient(params):
+    made = trajectories(3, 4, 30, 60)
+    packed = batch_of(made, share_prefix=True, pack_tokens=512)
+    single = batch_of(made, share_prefix=False, pack_rows=2)
+    assert packed.pack.segments_RX.max() == 4 and packed.pack.groups_RX.max() > 1
+    one, one_metrics = gradient(params, packed)
+    two, two_metrics = gradient(params, single)
+    assert_close(one, two)
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(value, two_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_log_probabilities_do_not_depend_on_padding_or_companions(params):
+    made = trajectories(3, 4, 30, 60)
+    score = update.make_scorer(CONFIG)
+
+    def scored(chosen, **settings):
+        batch = batch_of(chosen, **settings)
+        return np.asarray(score(params, None, batch))[: len(chosen)], batch.sampled_BT
+
+    together_BT, sampled_BT = scored(made, share_prefix=True, pack_tokens=256)
+    for index in (0, 5, 11):
+        (alone_BT, _) = scored(made[index : index + 1])
+        np.testing.assert_allclose(alone_BT[0], together_BT[index], atol=1e-5)
+        tokens = made[index].sequences[0].tokens
+        plain_BT = policy._logprobs(CONFIG, params, jnp.asarray([tokens]), 1.0)
+        wanted_T = np.where(sampled_BT[index, : len(tokens)], plain_BT[0], 0.0)
+        np.testing.assert_allclose(alone_BT[0, : len(tokens)], wanted_T, atol=1e-5)
+        assert not alone_BT[0, len(tokens) :].any()
+
+
+SAMPLING = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 0.7, "top_p": 0.8, "top_k": 12, "limit": 50},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLING, ids=str)
+def test_the_trainer_scores_tokens_as_the_sampler_drew_them(params, settings):
+    limit = settings.get("limit", 0)
+    chosen = {name: value for name, value in settings.items() if name != "limit"}
+    engine = Engine(CONFIG, slots=8, max_length=48, limit=limit, prefill_chunk=16)
+    engine.set_params(device.sampler_params(CONFIG, params))
+    prompts = {sample: [3, 9, 4, 1 + sample % 2] for sample in range(8)}
+    for sample, prompt in prompts.items():
+        engine.open((0, sample), prompt, 40, Sampling((0, 0, sample), **chosen))
+    made = []
+    while engine.busy:
+        for turn in engine.step():
+            sequence = Sequence()
+            sequence.extend(prompts[turn.key[1]])
+            sequence.extend(turn.tokens, turn.logprobs, 0)
+            made.append(Trajectory(Task("0", []), *turn.key, sequences=[sequence]))
+    batch = batch_of(made, share_prefix=True)
+    scored_BT = update.make_scorer(CONFIG, **settings)(params, None, batch)
+    gap_BT = np.abs(scored_BT - batch.sampler_logprobs_BT)[batch.sampled_BT]
+    assert gap_BT.mean() < 1e-5 and gap_BT.max() < 1e-4
+    unfiltered_BT = update.make_scorer(CONFIG)(params, None, batch)
+    assert np.abs(unfiltered_BT - batch.sampler_logprobs_BT).max() > 0.1
+
+
+def test_adapters_score_as_the_sampler_merges_them(params):
+    keys = jax.random.split(jax.random.key(1), 4)
+    D, F, rank = CONFIG.width, CONFIG.ffn, 3
+
+    def adapter(one, two, inputs, outputs):
+        a = jax.random.normal(one, (CONFIG.layers, inputs, rank)) * 0.3
+        return {"a": a, "b": jax.random.normal(two, (CONFIG.layers, rank, outputs)) * 0.3}
+
+    layers = {
+        "attention": {"query": adapter(keys[0], keys[1], D, CONFIG.heads * CONFIG.channels)},
+        "mlp": {"down": adapter(keys[2], keys[3], F, D)},
+    }
+    state = TrainState(0, {"layers": layers}, params, ())
+    base, adapters = update.weights(state, 0.5)
+    merged = params | {"layers": device.merge(params["layers"], adapters["layers"])}
+    tokens_BT = jax.random.randint(jax.random.key(2), (2, 20), 0, CONFIG.vocab)
+    pack = policy._rows(tokens_BT)
+    with_adapters_RM, _ = update.logprobs(CONFIG, base, adapters, pack)
+    merged_RM, _ = update.logprobs(CONFIG, merged, None, pack)
+    plain_RM, _ = update.logprobs(CONFIG, base, None, pack)
+    np.testing.assert_allclose(with_adapters_RM, merged_RM, atol=1e-5)
+    assert np.abs(plain_RM - merged_RM).max() > 0.01
+
+
+def test_equal_rewards_change_nothing(params):
+    made = trajectories(2, 2, 30, 60)
+    for trajectory in made:
+        trajectory.advantage = 0.0
+    found, metrics = gradient(params, batch_of(made))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found))
+    assert metrics["grad_norm"] == 0.0

@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+
+from rftjax.batching import make_batch
+from rftjax.types import NOWHERE, Score, Sequence, Task, Trajectory
+
+EOS = 0  # the id that arrays are padded with, on purpose
+
+
+def trajectory(draw, sample, prompt, *turns, advantage=1.0, finish_reason="stop"):
+    """`turns` alternate between sampled ids and the environment's."""
+    sequence = Sequence()
+    sequence.extend(list(prompt))
+    for index, tokens in enumerate(turns):
+        sequence.extend(list(tokens), None if index % 2 else [-1.0] * len(tokens), 0)
+    return Trajectory(
+        Task(f"task {draw}", []),
+        draw,
+        sample,
+        sequences=[sequence],
+        finish_reason=finish_reason,
+        score=Score(0.0),
+        advantage=advantage,
+    )
+
+
+def scored_tokens(batch):
+    """What each loss row scores, as (column, target, token before it), read back from the packed arrays."""
+    found = {}
+    pack = batch.pack
+    T = batch.sampled_BT.shape[1]
+    for n, r, m in np.argwhere(pack.places_RM != NOWHERE):
+        place, source = int(pack.places_RM[n, r, m]), int(pack.sources_RM[n, r, m])
+        position = int(pack.positions_RX[n, r, source])
+        assert position + 1 == place % T
+        before = int(pack.tokens_RX[n, r, source])
+        entry = (place % T, int(pack.targets_RM[n, r, m]), before)
+        found.setdefault(place // T, []).append(entry)
+    return {row: sorted(entries) for row, entries in found.items()}
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_every_sampled_token_is_scored_once_from_the_token_before_it(share_prefix):
+    rng = np.random.default_rng(0)
+    made = []
+    for draw in range(5):
+        prompt = rng.integers(1, 60, rng.integers(3, 9))
+        for sample in range(3):
+            turns = [rng.integers(1, 60, rng.integers(2, 12)) for _ in range(3)]
+            made.append(trajectory(draw, sample, prompt.tolist(), *(t.tolist() for t in turns)))
+    batch = make_batch(
+        made, rows=15, max_length=64, pack_tokens=128, pack_rows=2, share_prefix=share_prefix
+    )
+    found = scored_tokens(batch)
+    for row, one in enumerate(made):
+        tokens, sampled = one.sequences[0].tokens, one.sequences[0].sampled
+        wanted = [(t, tokens[t], tokens[t - 1]) for t in range(len(tokens)) if sampled[t]]
+        assert found[row] == wanted
+    sizes = (batch.pack.groups_RX > 0).sum()
+    assert sizes == sum(
+        len(one.sequences[0].tokens)
+        - (one.sequences[0].sampled.index(True) if share_prefix and one.sample else 0)
+        for one in made
+    )
+
+
+def test_one_end_token_is_trained_on_where_it_is_also_the_padding():
+    made = [
+        trajectory(0, 0, [5, EOS, 6], [7, 8, EOS]),
+        trajectory(0, 1, [5, EOS, 6], [9, EOS], [EOS, 4], [3, EOS]),
+        trajectory(1, 0, [5], [7, 7, 7]),  # cut
+    ]
+    batch = make_batch(made, rows=4, max_length=16, pack_tokens=128)
+    ends = [
+        sum(target == EOS for _, target, _ in entries) for entries in scored_tokens(batch).values()
+    ]
+    assert ends == [1, 2, 0]  # one a turn
+    assert batch.sampled_BT.sum(axis=1).tolist() == [3, 4, 3, 0]
+    for row, one in enumerate(made):
+        assert not batch.sampled_BT[row, len(one.sequences[0].tokens) :].any()
+
+
+def test_a_sequence_without_log_probabilities_is_refused():
+    sequence = Sequence()
+    with pytest.raises(ValueError, match="2 sampled tokens came with 1 log-probabilities"):
+        sequence.extend([1, 2], [-1.0])
+    for spoil in (lambda s: s.logprobs.pop(), lambda s: s.logprobs.__setitem__(-1, float("nan"))):
+        broken = trajectory(3, 1, [5, 6], [7, 8])
+        spoil(broken.sequences[0])
+        with pytest.raises(ValueError, match="draw 3, sample 1.*log-probability"):
+            make_batch([broken], rows=1, max_length=8)
+
+
+def test_a_sequence_beyond_the_limit_is_refused():
+    with pytest.raises(ValueError, match="rollout.max_length=4: .* has 6 tokens"):
+        make_batch([trajectory(0, 0, [5, 6], [7, 8, 9, 9])], rows=1, max_length=4)
+
+
+def test_invalid_samples_are_left_out_and_cut_ones_teach_nothing_when_masked():
+    made = [trajectory(0, i, [5, 6], [7, 8], advantage=float(i)) for i in range(4)]
+    made[1].score = Score(0.0, valid=False)
+    made[2].finish_reason = "length"
+    batch = make_batch(made, rows=4, max_length=8)
+    assert batch.advantages_B.tolist() == [0.0, 2.0, 3.0, 0.0]
+    assert batch.sampled_BT.sum(axis=1).tolist() == [2, 2, 2, 0]
+    masked = make_batch(made, rows=4, max_length=8, mask_truncated=True)
+    assert masked.sampled_BT.sum(axis=1).tolist() == [2, 0, 2, 0]
+    assert set(scored_tokens(masked)) == {0, 2}
+
+
+def test_groups_are_draws_and_never_texts():
+    made = [trajectory(draw, 0, [5, 6, 7], [8, 9]) for draw in range(2)]
+    batch = make_batch(made, rows=2, max_length=8)
+    assert batch.pack.groups_RX.max() == 2  # the same prompt twice: two packs, no shared prefix
+
+
+def test_sequences_of_one_trajectory_share_its_advantage_and_weight():
+    made = trajectory(0, 0, [5, 6], [7, 8], advantage=0.5)
+    made.sequences.append(trajectory(0, 0, [5, 9, 9], [4]).sequences[0])
+    batch = make_batch([made], rows=2, max_length=8)
+    assert batch.advantages_B.tolist() == [0.5, 0.5]
+    assert scored_tokens(batch) == {0: [(2, 7, 6), (3, 8, 7)], 1: [(3, 4, 9)]}
+
+
+def test_shapes_change_by_powers_of_two_only():
+    shapes = set()
+    for count in range(1, 9):
+        made = [trajectory(i, 0, [5], [6] * 99) for i in range(count)]
+        batch = make_batch(made, rows=8, max_length=128, pack_tokens=128)
+        assert batch.micro_batches == count and batch.sampled_BT.shape == (8, 128)
+        shapes.add(batch.pack.tokens_RX.shape)
+    assert shapes == {(n, 1, 128) for n in (1, 2, 4, 8)}
+
+
+def test_no_valid_sample_at_all_gives_a_batch_of_padding():
+    batch = make_batch([], rows=4, max_length=8)
+    assert batch.sampled_BT.shape == (4, 8) and not batch.sampled_BT.any()
+    assert not scored_tokens(batch)

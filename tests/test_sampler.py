@@ -1,0 +1,353 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rftjax import policy
+from rftjax.models import decoder
+from rftjax.models.decoder import FULL, Config, Rope
+from rftjax.models.distribution import draw, uniforms
+from rftjax.sampler import device
+from rftjax.sampler.engine import Engine, Sampling, cache_length
+
+CONFIG = Config(
+    family="llama",
+    vocab=64,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    channels=4,
+    ffn=32,
+    max_positions=512,
+    norm_eps=1e-6,
+    rope=Rope(),
+    tied=False,
+    qkv_bias=True,
+    windows=(10, FULL),
+    init_std=0.4,
+)
+STOP = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return decoder.init(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def weights(params):
+    return device.sampler_params(CONFIG, params)
+
+
+def new_engine(weights, **settings):
+    settings = {"slots": 4, "max_length": 120, "prefill_rows": 2, "prefill_chunk": 8} | settings
+    engine = Engine(CONFIG, **settings)
+    engine.set_params(weights)
+    return engine
+
+
+def finish(engine):
+    """Runs until nothing is left to sample; returns the turns by key, each closed."""
+    turns = {}
+    while engine.busy:
+        for turn in engine.step():
+            turns[turn.key] = turn
+            engine.close(turn.key)
+    return turns
+
+
+def open_all(engine, prompts, budget=10, *, order=None, **sampling):
+    """Opens conversation i of draw i // 2 with prompt i, in the given order."""
+    for index in order if order is not None else range(len(prompts)):
+        key = divmod(index, 2)
+        engine.open(key, prompts[index], budget, Sampling((0, *key), **sampling))
+
+
+def random_prompts(count, *, low=2, high=30, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 64, rng.integers(low, high)).tolist() for _ in range(count)]
+
+
+def gaps(params, tokens, sampled, logprobs, temperature=1.0):
+    """Differences of the sampler's log-probabilities from one forward pass over the whole sequence."""
+    tokens_BT = np.zeros((1, 128), np.int32)
+    tokens_BT[0, : len(tokens)] = tokens
+    plain_BT = policy._logprobs(CONFIG, params, jnp.asarray(tokens_BT), temperature)
+    plain_T = np.asarray(plain_BT)[0, : len(tokens)]
+    return np.abs(plain_T - np.asarray(logprobs))[np.asarray(sampled)]
+
+
+def converse(engine, prompts, turns, *, budget=12, delay=1):
+    """Several turns a conversation; the other side answers what follows from the conversation, some steps late."""
+    sequences, taken, late = {}, {}, []
+    for index, prompt in enumerate(prompts):
+        engine.open((index, 0), prompt, budget, Sampling((0, index, 0), 0.9))
+        sequences[index] = ([*prompt], [False] * len(prompt), [0.0] * len(prompt))
+        taken[index] = 0
+
+    def take(index, new, logprobs=None):
+        for part, values in zip(
+            sequences[index],
+            (new, [logprobs is not None] * len(new), logprobs or [0.0] * len(new)),
+            strict=True,
+        ):
+            part.extend(values)
+
+    while engine.busy or late:
+        ended = engine.step()
+        late = [(wait - 1, index) for wait, index in late]
+        for turn in ended:
+            index = turn.key[0]
+            take(index, turn.tokens, turn.logprobs)
+            taken[index] += 1
+            if taken[index] == turns:
+                engine.close(turn.key)
+            else:
+                late.append((delay, index))
+        for _, index in [entry for entry in late if entry[0] <= 0]:
+            rng = np.random.default_rng([index, taken[index]])
+            answer = rng.integers(2, 64, rng.integers(1, 14)).tolist()
+            take(index, answer)
+            engine.extend((index, 0), answer, budget)
+        late = [entry for entry in late if entry[0] > 0]
+    return sequences
+
+
+def test_cached_decode_agrees_with_one_forward_pass_over_several_turns(params, weights):
+    engine = new_engine(weights, slots=3, parked=3, stops=[STOP])
+    found = converse(engine, random_prompts(6), turns=3)
+    assert engine.counters.copied_rows > 0  # some waited in parked rows
+    gap = np.concatenate([gaps(params, *sequence, 0.9) for sequence in found.values()])
+    assert len(gap) > 60
+    assert gap.mean() < 1e-5 and gap.max() < 1e-4
+
+
+def test_each_token_is_prefilled_once_over_several_turns(weights):
+    engine = new_engine(weights, slots=6, stops=[STOP])
+    found = converse(engine, random_prompts(6), turns=3)
+    # A turn's last sampled token enters with the answer, and an answer's last with the next sampled one.
+    new = sum(flags.count(False) for _, flags, _ in found.values())
+    assert engine.counters.prefilled_tokens == new - 6
+    assert engine.counters.sampled_tokens == sum(flags.count(True) for _, flags, _ in found.values())
+
+
+def test_a_groups_prompt_is_computed_once(params, weights):
+    prompt = random_prompts(1, low=25)[0]
+    for slots in (8, 3):
+        engine = new_engine(weights, slots=slots)
+        for sample in range(8):
+            engine.open((0, sample), prompt, 6, Sampling((0, 0, sample)))
+        turns = finish(engine)
+        assert engine.counters.prefilled_tokens == len(prompt) - 1
+        for turn in turns.values():
+            tokens = [*prompt, *turn.tokens]
+            sampled = [False] * len(prompt) + [True] * len(turn.tokens)
+            logprobs = [0.0] * len(prompt) + turn.logprobs
+            assert gaps(params, tokens, sampled, logprobs).max() < 1e-4
+        assert len({tuple(turn.tokens) for turn in turns.values()}) == 8
+
+
+def test_the_order_of_opening_and_the_slot_change_no_bit(weights):
+    prompts = random_prompts(10)
+    wanted = {}
+    for order in (range(10), reversed(range(10)), [3, 9, 0, 1, 7, 2, 8, 6, 4, 5]):
+        engine = new_engine(weights, stops=[STOP])
+        open_all(engine, prompts, order=order)
+        found = finish(engine)
+        wanted = wanted or found
+        assert found == wanted
+    engine = new_engine(weights, stops=[STOP])
+    found = {}
+    for index in (7, 2, 9, 0, 4, 1, 3, 8, 6, 5):  # one after the other, in an engine long in use
+        key = divmod(index, 2)
+        engine.open(key, prompts[index], 10, Sampling((0, *key)))
+        found |= finish(engine)
+    assert found == wanted
+
+
+def test_parking_changes_no_bit(weights):
+    prompts = random_prompts(6)
+    wanted = None
+    for parked, delay in ((6, 1), (3, 2), (0, 0)):
+        engine = new_engine(weights, slots=3, parked=parked, stops=[STOP])
+        found = converse(engine, prompts, turns=3, delay=delay)
+        assert (engine.counters.copied_rows > 0) == (parked > 0)
+        wanted = wanted or found
+        assert found == wanted
+    alone = {}
+    engine = new_engine(weights, slots=3, stops=[STOP])
+    for index, prompt in enumerate(prompts):
+        engine.open((index, 0), prompt, 12, Sampling((0, index, 0), 0.9))
+        alone[index] = finish(engine)[(index, 0)].tokens
+    for index, (tokens, _, _) in wanted.items():
+        start = len(prompts[index])
+        assert tokens[start : start + len(alone[index])] == alone[index]
+
+
+def test_noise_differs_by_seed_stream_draw_and_sample(weights):
+    def sampled(noise, seed=0):
+        engine = new_engine(weights, seed=seed)
+        engine.open((0, 0), [5, 6, 7], 12, Sampling(noise))
+        return tuple(finish(engine)[(0, 0)].tokens)
+
+    noises = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert len({*map(sampled, noises), sampled((0, 0, 0), seed=1)}) == 5
+    assert sampled((0, 0, 0)) == sampled((0, 0, 0))
+
+
+def test_every_weight_reaches_the_sampler_and_none_is_remembered(params):
+    engine = Engine(CONFIG, slots=4, max_length=120, prefill_rows=2, prefill_chunk=8)
+    prompts = random_prompts(4)
+
+    def sampled(tree):
+        engine.set_params(device.sampler_params(CONFIG, tree))
+        open_all(engine, prompts)
+        return {key: (turn.tokens, turn.logprobs) for key, turn in finish(engine).items()}
+
+    before = sampled(params)
+    leaves, structure = jax.tree.flatten(params)
+    for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        noise = jax.random.normal(jax.random.key(index), leaf.shape)
+        changed = [*leaves[:index], leaf + 0.3 * noise, *leaves[index + 1 :]]
+        assert sampled(jax.tree.unflatten(structure, changed)) != before, path
+    assert sampled(params) == before
+
+
+def test_weights_do_not_change_under_an_open_conversation(weights):
+    engine = new_engine(weights)
+    engine.open((0, 0), [5, 6], 4, Sampling((0, 0, 0)))
+    with pytest.raises(ValueError, match="weights cannot change while conversations are open"):
+        engine.set_params(weights)
+
+
+def test_a_turn_ends_with_its_stop_token_or_its_budget(weights):
+    stops = list(range(1, 9))
+    engine = new_engine(weights, stops=stops)
+    open_all(engine, random_prompts(10), budget=7)
+    turns = finish(engine)
+    for turn in turns.values():
+        assert not set(turn.tokens[:-1]) & set(stops)
+        assert turn.stopped == (turn.tokens[-1] in stops)
+        assert turn.stopped or len(turn.tokens) == 7
+        assert len(turn.logprobs) == len(turn.tokens) and max(turn.logprobs) < 0
+    assert {turn.stopped for turn in turns.values()} == {True, False}
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(params):
+    kernel_DV = params["head"]["kernel"].at[:, 50:].multiply(100.0)
+    tree = device.sampler_params(CONFIG, params | {"head": {"kernel": kernel_DV}})
+    for settings in ({}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9}):
+        engine = new_engine(tree, limit=50)
+        open_all(engine, random_prompts(6), **settings)
+        assert max(max(turn.tokens) for turn in finish(engine).values()) < 50
+    engine = new_engine(tree)
+    open_all(engine, random_prompts(6))
+    assert max(max(turn.tokens) for turn in finish(engine).values()) >= 50
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_logits_that_are_not_numbers_are_an_error(params, temperature):
+    broken = params | {"final_norm": {"scale": params["final_norm"]["scale"].at[0].set(jnp.nan)}}
+    engine = new_engine(device.sampler_params(CONFIG, broken))
+    open_all(engine, random_prompts(2), temperature=temperature)
+    with pytest.raises(FloatingPointError, match="not finite after .* tokens of conversation"):
+        finish(engine)
+
+
+def test_greedy_takes_the_likeliest_token_and_so_does_a_filter_of_one(params, weights):
+    prompts = random_prompts(4)
+    found = []
+    for settings in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}):
+        engine = new_engine(weights)
+        open_all(engine, prompts, **settings)
+        turns = finish(engine)
+        assert all(max(map(abs, turn.logprobs)) < 1e-6 for turn in turns.values())
+        found.append({key: turn.tokens for key, turn in turns.items()})
+    assert found[0] == found[1] == found[2]
+    tokens = prompts[0]
+    for token in found[0][(0, 0)]:
+        logits_BTV = policy._logits(CONFIG, params, jnp.asarray([tokens + [0] * (60 - len(tokens))]))
+        assert int(jnp.argmax(logits_BTV[0, len(tokens) - 1])) == token
+        tokens = [*tokens, token]
+
+
+def test_a_dispatch_ends_early_only_while_others_wait(weights):
+    def steps_of_first_dispatch(conversations):
+        engine = new_engine(weights, slots=8, dispatch_steps=16)
+        for index in range(conversations):
+            budget = 2 if index == 0 else 20
+            engine.open((index, 0), [5, 6, 7], budget, Sampling((0, index, 0)))
+        turns = engine.step()
+        assert [turn.key for turn in turns] == [(0, 0)]
+        return engine.counters.decode_steps
+
+    assert steps_of_first_dispatch(8) == 16
+    assert steps_of_first_dispatch(9) == 2
+
+
+def test_a_conversation_outgrows_its_first_cache(params, weights):
+    engine = new_engine(weights, max_length=200)
+    prompt = random_prompts(1, low=100, high=101)[0]
+    engine.open((0, 0), prompt, 20, Sampling((0, 0, 0)))
+    tokens, logprobs = list(prompt), [0.0] * 100
+    for answer in (30, 5):
+        (turn,) = _until(engine)
+        tokens += turn.tokens + [7] * answer
+        logprobs += turn.logprobs + [0.0] * answer
+        engine.extend((0, 0), [7] * answer, 20)
+    tokens_BT = jnp.asarray([tokens])
+    plain_T = np.asarray(policy._logprobs(CONFIG, params, tokens_BT, 1.0))[0]
+    chosen = np.asarray(logprobs) != 0
+    assert chosen.sum() == 40 and np.abs(plain_T - np.asarray(logprobs))[chosen].max() < 1e-4
+
+
+def _until(engine):
+    turns = []
+    while not turns:
+        turns = engine.step()
+    return turns
+
+
+def test_a_turn_that_does_not_fit_is_refused(weights):
+    engine = new_engine(weights)
+    with pytest.raises(ValueError, match="rollout.max_length=120: a turn of up to 100 tokens after 21"):
+        engine.open((0, 0), [5] * 21, 100, Sampling((0, 0, 0)))
+    with pytest.raises(ValueError, match="sampler.stop: 17 stop tokens, at most 16"):
+        new_engine(weights, stops=range(17))
+
+
+def test_cache_lengths_are_few_and_not_far_too_long():
+    lengths = [cache_length(tokens) for tokens in range(1, 5000)]
+    assert all(tokens <= length for tokens, length in enumerate(lengths, start=1))
+    assert all(length <= tokens * 2 for tokens, length in enumerate(lengths, start=1) if tokens > 128)
+    assert len(set(lengths)) < 14
+
+
+def test_a_draw_inverts_the_running_sum():
+    probabilities = np.zeros(300)
+    probabilities[[3, 130, 131, 290]] = [0.25, 0.25, 0.4, 0.1]
+    with np.errstate(divide="ignore"):
+        logits_V = np.maximum(np.log(probabilities), -1e30)
+    uniform_B = np.asarray([0.0, 0.2, 0.26, 0.49, 0.51, 0.89, 0.91, 1 - 2**-24], np.float32)
+    logits_BV = jnp.asarray(np.tile(logits_V, (8, 1)), jnp.float32)
+    ids_B, logprobs_B = draw(logits_BV, jnp.asarray(uniform_B), jnp.ones(8))
+    assert ids_B.tolist() == [3, 3, 130, 130, 131, 131, 290, 290]
+    np.testing.assert_allclose(logprobs_B, np.log(probabilities[np.asarray(ids_B)]), atol=1e-6)
+
+
+def test_draws_have_the_distributions_frequencies():
+    logits_V = jnp.asarray([0.0, 1.0, -1.0, 2.0])
+    noise_B3 = jnp.asarray([(0, d, s) for d in range(100) for s in range(40)], jnp.int32)
+    uniform_B = uniforms(7, noise_B3, jnp.full(4000, 5))
+    assert len(np.unique(uniform_B)) > 3990 and 0 <= uniform_B.min() and uniform_B.max() < 1
+    ids_B, _ = draw(jnp.tile(logits_V[None], (4000, 1)), uniform_B, jnp.ones(4000))
+    shares = np.bincount(ids_B, minlength=4) / 4000
+    np.testing.assert_allclose(shares, jax.nn.softmax(logits_V), atol=0.025)

@@ -1,0 +1,90 @@
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+import rftjax
+from rftjax import sharding
+from rftjax.batching import make_batch
+
+
+def mesh_of(data, fsdp, tensor):
+    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
+    return Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
+
+
+def test_one_axis_takes_the_devices_that_the_others_leave():
+    assert dict(sharding.make_mesh(tensor=2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(sharding.make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, "their product must be the number of devices, 8"),
+        ({"tensor": 3}, "their product must be the number of devices, 8"),
+        ({"data": -1, "fsdp": -1}, "mesh.data=-1: .* one of them may be -1"),
+        ({"tensor": 0}, "mesh.tensor=0: sizes are positive"),
+    ],
+)
+def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+def test_parameters_lie_on_the_mesh_by_the_rules(tiny_dir):
+    mesh = mesh_of(2, 2, 2)
+    params = rftjax.load(str(tiny_dir), mesh=mesh).params
+    query = params["layers"]["attention"]["query"]
+    assert query["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)
+    assert query["bias"].sharding.spec == PartitionSpec(None, "tensor", None)
+    assert params["embed"]["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert params["layers"]["mlp"]["down"]["kernel"].sharding.spec == PartitionSpec(
+        None, "tensor", "fsdp"
+    )
+    assert sharding.replicated_axes(mesh, params) == []
+
+
+def test_optimizer_state_lies_where_its_parameters_lie(tiny_dir):
+    mesh = mesh_of(1, 2, 2)
+    params = rftjax.load(str(tiny_dir), mesh=mesh).params
+    state = sharding.shard_tree(mesh, optax.adam(1e-3).init(params))
+    for moments in (state[0].mu, state[0].nu):
+        jax.tree.map(lambda one, two: one.sharding == two.sharding or pytest.fail(), moments, params)
+
+
+def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
+    mesh = mesh_of(1, 1, 4)  # 4 query heads, 2 key and value heads
+    params = rftjax.load(str(tiny_dir), mesh=mesh).params
+    attention = params["layers"]["attention"]
+    assert attention["query"]["kernel"].sharding.spec == PartitionSpec(None, None, "tensor", None)
+    assert attention["key"]["kernel"].sharding.is_fully_replicated
+    found = sharding.replicated_axes(mesh, params)
+    assert len(found) == 4  # kernel and bias of key and value
+    assert "layers/attention/key/kernel: 2 kv_heads do not divide over mesh.tensor=4; replicated" in (
+        found
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4)])
+def test_the_mesh_changes_neither_logits_nor_samples(tiny_dir, shape):
+    tokens = np.arange(24).reshape(2, 12)
+    plain = rftjax.load(str(tiny_dir))
+    placed = rftjax.load(str(tiny_dir), mesh=mesh_of(*shape))
+    np.testing.assert_allclose(placed.logits(tokens), plain.logits(tokens), atol=1e-5)
+    settings = {"max_new_tokens": 6, "samples": 2, "stop": [1]}
+    one, two = (
+        policy.sample(tokens.tolist(), **settings) for policy in (plain, placed)
+    )
+    assert [t.sequences[0].tokens for t in one] == [t.sequences[0].tokens for t in two]
+
+
+def test_packed_rows_are_divided_and_the_loss_arrays_are_not():
+    mesh = mesh_of(2, 2, 2)
+    batch = make_batch([], rows=4, max_length=8, pack_rows=sharding.row_multiple(mesh))
+    placed = sharding.put_batch(mesh, batch)
+    assert {leaf.sharding.spec for leaf in placed.pack} == {
+        PartitionSpec(None, ("data", "fsdp"))
+    }
+    assert placed.sampled_BT.sharding.is_fully_replicated
