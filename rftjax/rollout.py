@@ -88,11 +88,12 @@ class Rollout:
             for episode in [episode for episode in waiting.values() if episode.future.done()]:
                 del waiting[episode.key]
                 settle(episode, self._answered(episode, limits, stream))
-            if sampling:
-                for turn in self.engine.step():
-                    episode = sampling.pop(turn.key)
-                    settle(episode, self._sampled(episode, turn))
-            elif waiting:
+            dispatches = self.engine.counters.dispatches
+            for turn in self.engine.step() if sampling else []:
+                episode = sampling.pop(turn.key)
+                settle(episode, self._sampled(episode, turn))
+            if waiting and self.engine.counters.dispatches == dispatches:
+                # Nothing to sample, or every row is held by a conversation that waits.
                 futures = [episode.future for episode in waiting.values()]
                 concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
         return sorted(finished, key=lambda trajectory: (trajectory.draw, trajectory.sample))

@@ -1,0 +1,333 @@
+import json
+import textwrap
+
+import jax
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from rftjax import tokenizer as tokenizers_of_models
+from rftjax.environments import Environments
+from rftjax.models import decoder
+from rftjax.models.decoder import Config, Rope
+from rftjax.rollout import Limits, Rollout
+from rftjax.sampler import device
+from rftjax.sampler.engine import Engine
+from rftjax.types import Task
+
+SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
+LETTERS = ["a", "b", "c", "ab", "bc", "abc"]
+END = 1
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Only the last answer stays as it was.
+FORGETFUL = (
+    "{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' and not loop.last %}c{% else %}{{ m.content }}{% endif %}<end>"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CONFIG = Config(
+    family="llama",
+    vocab=len(SPECIAL) + len(LETTERS),
+    width=16,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    channels=8,
+    ffn=16,
+    max_positions=256,
+    norm_eps=1e-6,
+    rope=Rope(),
+    tied=True,
+    init_std=0.2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    params = decoder.init(CONFIG, jax.random.key(0))
+    return device.sampler_params(CONFIG, params)
+
+
+def ambiguous_tokenizer(directory, template=TEMPLATE):
+    """A byte-pair tokenizer that writes "ab" as one token, while the model may sample "a" and "b"."""
+    directory.mkdir(exist_ok=True)
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *LETTERS])}
+    model = models.BPE(vocab=vocab, merges=[("a", "b"), ("b", "c"), ("ab", "c")])
+    built = Tokenizer(model)
+    built.decoder = decoders.Fuse()
+    built.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    built.save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<end>", "pad_token": "<pad>", "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text("{}")
+    return tokenizers_of_models.load(directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return ambiguous_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+class Listener(Engine):
+    """An engine that keeps the turns it gave out."""
+
+    def step(self):
+        turns = super().step()
+        self.heard = getattr(self, "heard", []) + turns
+        return turns
+
+    def turns_of(self, trajectory):
+        return [t for t in self.heard if t.key == (trajectory.draw, trajectory.sample)]
+
+
+@pytest.fixture
+def rollout(tmp_path, weights, tokenizer):
+    """Builds a rollout with the environment that the given source defines."""
+    opened = []
+
+    def build(source="", name="reply", *, tokenizer=tokenizer, slots=6, max_length=120):
+        if source:
+            (tmp_path / "environment.py").write_text(textwrap.dedent(source))
+        environments = Environments(
+            f"{tmp_path / 'environment.py'}:{name}" if source else "", workers=1, timeout_s=20.0
+        )
+        opened.append(environments)
+        engine = Listener(
+            CONFIG, slots=slots, parked=slots, max_length=max_length, stops=[END], prefill_chunk=16
+        )
+        engine.set_params(weights)
+        return Rollout(engine, tokenizer, environments, seed=5)
+
+    yield build
+    for environments in opened:
+        environments.close()
+
+
+def tasks(count):
+    return [
+        (draw, Task(f"task {draw}", [{"role": "user", "content": "abc"[: 1 + draw % 3] * 3}]))
+        for draw in range(count)
+    ]
+
+
+CHATTY = """
+def reply(task, messages):
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if answers == 3:
+        return None
+    return [{"role": "user", "content": "ab" * answers}]
+"""
+LIMITS = Limits(max_new_tokens=24, max_turns=8)
+
+
+def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rollout, tokenizer):
+    run = rollout(CHATTY)
+    run.policy_version = 7
+    trajectories = run(tasks(3), 3, LIMITS)
+    assert [(t.draw, t.sample) for t in trajectories] == [(d, s) for d in range(3) for s in range(3)]
+    drifted = finished = 0
+    for trajectory in trajectories:
+        prompt = trajectory.task.messages[0]["content"]
+        tokens = tokenizer.encode(f"<user>{prompt}<end><assistant>", add_special_tokens=False)
+        sampled, logprobs = [False] * len(tokens), [0.0] * len(tokens)
+        turns = run.engine.turns_of(trajectory)
+        for index, turn in enumerate(turns):
+            tokens += turn.tokens
+            sampled += [True] * len(turn.tokens)
+            logprobs += turn.logprobs
+            if turn.stopped and index < 2:
+                answer = tokenizer.encode(
+                    "<user>" + "ab" * (index + 1) + "<end><assistant>", add_special_tokens=False
+                )
+                tokens += answer
+                sampled += [False] * len(answer)
+                logprobs += [0.0] * len(answer)
+        (sequence,) = trajectory.sequences
+        assert sequence.tokens == tokens
+        assert sequence.sampled == sampled
+        assert sequence.logprobs == logprobs
+        assert sequence.policy_version == [7 if flag else -1 for flag in sampled]
+        assert trajectory.turns == len(turns) <= 3
+        assert trajectory.finish_reason == ("stop" if turns[-1].stopped else "length")
+        finished += trajectory.finish_reason == "stop"
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        drifted += tokenizer.encode(text, add_special_tokens=False) != tokens
+    assert drifted and finished  # the tokenizer is ambiguous, and some conversations had all turns
+    # Each given token is computed once, a group's prompt (but for its last token) once for all.
+    given = sum(t.sequences[0].sampled.count(False) for t in trajectories)
+    prompts = [t.sequences[0].sampled.index(True) for t in trajectories if t.sample == 0]
+    assert run.engine.counters.prefilled_tokens == given - 2 * sum(prompts) - len(prompts)
+
+
+def test_messages_hold_the_text_without_the_stop_token(rollout):
+    trajectories = rollout(CHATTY)(tasks(2), 3, LIMITS)
+    for trajectory in trajectories:
+        roles = [message["role"] for message in trajectory.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert not any("<end>" in message["content"] for message in trajectory.messages)
+
+
+def test_without_an_environment_a_conversation_has_one_turn(rollout):
+    trajectories = rollout()(tasks(2), 3, LIMITS)
+    assert {t.turns for t in trajectories} == {1}
+    assert {t.finish_reason for t in trajectories} <= {"stop", "length"}
+
+
+def test_the_turn_limit_ends_a_conversation(rollout):
+    trajectories = rollout(CHATTY)(tasks(3), 3, Limits(24, max_turns=2))
+    assert max(t.turns for t in trajectories) == 2
+    for trajectory in trajectories:
+        if trajectory.finish_reason == "turns":
+            assert trajectory.turns == 2 and trajectory.messages[-1]["role"] == "user"
+            assert trajectory.sequences[0].sampled[-1]
+    assert any(t.finish_reason == "turns" for t in trajectories)
+
+
+def test_the_length_limit_ends_a_conversation(rollout):
+    trajectories = rollout(CHATTY, max_length=20)(tasks(3), 3, LIMITS)
+    assert all(len(t.sequences[0].tokens) <= 20 for t in trajectories)
+    assert any(t.finish_reason == "length" for t in trajectories)
+
+
+def test_a_prompt_without_room_ends_at_once(rollout):
+    long = Task("long", [{"role": "user", "content": "c" * 40}])
+    short = tasks(1)[0][1]
+    trajectories = rollout(max_length=30)([(0, long), (1, short)], 2, LIMITS)
+    assert [t.finish_reason for t in trajectories[:2]] == ["length", "length"]
+    assert not any(any(t.sequences[0].sampled) for t in trajectories[:2])
+    assert all(any(t.sequences[0].sampled) for t in trajectories[2:])
+
+
+SLOW = """
+import asyncio, os
+
+async def reply(task, messages):
+    if task.data.get("flag"):
+        for _ in range(1500):
+            if os.path.exists(task.data["flag"]):
+                return None
+            await asyncio.sleep(0.01)
+        raise RuntimeError("the others never finished")
+    return CHAT(task, messages)
+""" + CHATTY.replace("def reply", "def CHAT")
+
+
+@pytest.mark.parametrize("slots", [6, 1])
+def test_a_slow_environment_does_not_hold_up_the_others(rollout, tmp_path, slots):
+    run = rollout(SLOW, slots=slots)
+    flag = tmp_path / "others are done"
+    drawn = tasks(4)
+    drawn[0][1].data["flag"] = str(flag)
+    order = []
+
+    def on_finish(trajectory):
+        order.append(trajectory.draw)
+        if len(order) == 3:
+            flag.touch()
+
+    # The slow one answers only once all the others have finished.
+    trajectories = run(drawn, 1, Limits(60, max_turns=8), on_finish=on_finish)
+    assert order[-1] == 0
+    assert trajectories[0].finish_reason == "stop", trajectories[0].error
+
+
+def test_an_environments_fault_ends_its_own_conversation_only(rollout):
+    run = rollout(
+        """
+        def reply(task, messages):
+            if task.id == "task 1":
+                raise KeyError("lost")
+            return None
+        """
+    )
+    trajectories = run(tasks(3), 2, Limits(60))
+    failed = [t for t in trajectories if t.finish_reason == "error"]
+    assert failed and {t.draw for t in failed} == {1}
+    assert all("KeyError" in t.error and "lost" in t.error for t in failed)
+    assert {t.draw for t in trajectories if t.finish_reason == "stop"} == {0, 2}
+
+
+EPISODES = """
+from rftjax.types import Turn
+
+class Environment:
+    def __init__(self, task, seed):
+        self.seed, self.turns = seed, 0
+
+    def reset(self):
+        return [{"role": "user", "content": "bc"}]
+
+    def step(self, message):
+        self.turns += 1
+        answer = [{"role": "user", "content": "c"}]
+        return Turn(answer, done=self.turns == 2, reward=0.5 * self.turns, info={"seed": self.seed})
+"""
+
+
+def test_a_stateful_environment_opens_answers_and_rewards(rollout, tokenizer):
+    run = rollout(EPISODES, "Environment")
+    trajectories = run(tasks(3), 2, LIMITS)
+    assert any(t.finish_reason == "stop" for t in trajectories)
+    for trajectory in trajectories:
+        assert trajectory.messages[1] == {"role": "user", "content": "bc"}
+        prompt = trajectory.task.messages[0]["content"]
+        start = tokenizer.encode(f"<user>{prompt}<end><user>bc<end><assistant>")
+        assert trajectory.sequences[0].tokens[: len(start)] == start
+        if trajectory.finish_reason == "stop":
+            assert trajectory.turn_rewards == [0.5, 1.0]
+            assert trajectory.messages[-1]["role"] == "user"  # the last answer is kept
+
+
+def test_a_template_that_rewrites_history_gives_a_sequence_a_turn(rollout, tmp_path):
+    forgetful = ambiguous_tokenizer(tmp_path / "forgetful", FORGETFUL)
+    run = rollout(CHATTY, tokenizer=forgetful)
+    trajectories = run(tasks(3), 3, LIMITS)
+    assert max(t.turns for t in trajectories) > 1
+    for trajectory in trajectories:
+        turns = run.engine.turns_of(trajectory)
+        assert len(trajectory.sequences) == len(turns)
+        for index, (sequence, turn) in enumerate(zip(trajectory.sequences, turns, strict=True)):
+            count = len(turn.tokens)
+            history = trajectory.messages[: 2 * index + 1]
+            text = forgetful.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+            assert sequence.tokens == forgetful.encode(text, add_special_tokens=False) + turn.tokens
+            assert sequence.sampled == [False] * (len(sequence.tokens) - count) + [True] * count
+
+
+def test_plain_prompts_go_on_as_plain_text(rollout, tokenizer):
+    run = rollout(CHATTY.replace('"ab" * answers', '"c"'))
+    task = Task("plain", [{"role": "user", "content": "abc"}], prompt="abc")
+    trajectories = run([(0, task)], 4, LIMITS)
+    for trajectory in trajectories:
+        assert trajectory.sequences[0].tokens[0] == tokenizer.encode("abc")[0]
+    assert max(t.turns for t in trajectories) > 1
+
+
+def test_samples_depend_on_the_draw_and_not_on_the_order(rollout):
+    def ids(trajectories):
+        return {(t.draw, t.sample): t.sequences[0].tokens for t in trajectories}
+
+    run = rollout(CHATTY, slots=3)
+    drawn = tasks(5)
+    wanted = ids(run(drawn, 2, LIMITS))
+    assert ids(run(list(reversed(drawn)), 2, LIMITS)) == wanted
+    assert ids(run([drawn[3]], 2, LIMITS)).items() <= wanted.items()
+    again = [(draw + 5, task) for draw, task in drawn]
+    assert not {map(tuple, ids(run(again, 2, LIMITS)).values())} & {map(tuple, wanted.values())}
+    assert ids(run(drawn, 2, LIMITS, stream=1)) != wanted
+
+
+def test_every_trajectory_is_handed_over_as_it_finishes(rollout):
+    handed = []
+    trajectories = rollout(CHATTY)(tasks(4), 2, LIMITS, on_finish=handed.append)
+    assert sorted(map(id, handed)) == sorted(map(id, trajectories))
+    assert all(t.finish_reason for t in handed)
