@@ -133,7 +133,9 @@ def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rol
     run = rollout(CHATTY)
     run.policy_version = 7
     trajectories = run(tasks(3), 3, LIMITS)
-    assert [(t.draw, t.sample) for t in trajectories] == [(d, s) for d in range(3) for s in range(3)]
+    assert [(t.draw, t.sample) for t in trajectories] == [
+        (d, s) for d in range(3) for s in range(3)
+    ]
     drifted = finished = 0
     for trajectory in trajectories:
         prompt = trajectory.task.messages[0]["content"]
@@ -298,7 +300,9 @@ def test_a_template_that_rewrites_history_gives_a_sequence_a_turn(rollout, tmp_p
         for index, (sequence, turn) in enumerate(zip(trajectory.sequences, turns, strict=True)):
             count = len(turn.tokens)
             history = trajectory.messages[: 2 * index + 1]
-            text = forgetful.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
+            text = forgetful.apply_chat_template(
+                history, tokenize=False, add_generation_prompt=True
+            )
             assert sequence.tokens == forgetful.encode(text, add_special_tokens=False) + turn.tokens
             assert sequence.sampled == [False] * (len(sequence.tokens) - count) + [True] * count
 

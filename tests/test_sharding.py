@@ -51,7 +51,9 @@ def test_optimizer_state_lies_where_its_parameters_lie(tiny_dir):
     params = rftjax.load(str(tiny_dir), mesh=mesh).params
     state = sharding.shard_tree(mesh, optax.adam(1e-3).init(params))
     for moments in (state[0].mu, state[0].nu):
-        jax.tree.map(lambda one, two: one.sharding == two.sharding or pytest.fail(), moments, params)
+        jax.tree.map(
+            lambda one, two: one.sharding == two.sharding or pytest.fail(), moments, params
+        )
 
 
 def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
@@ -62,8 +64,9 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     assert attention["key"]["kernel"].sharding.is_fully_replicated
     found = sharding.replicated_axes(mesh, params)
     assert len(found) == 4  # kernel and bias of key and value
-    assert "layers/attention/key/kernel: 2 kv_heads do not divide over mesh.tensor=4; replicated" in (
-        found
+    assert (
+        "layers/attention/key/kernel: 2 kv_heads do not divide over mesh.tensor=4; replicated"
+        in (found)
     )
 
 
@@ -74,9 +77,7 @@ def test_the_mesh_changes_neither_logits_nor_samples(tiny_dir, shape):
     placed = rftjax.load(str(tiny_dir), mesh=mesh_of(*shape))
     np.testing.assert_allclose(placed.logits(tokens), plain.logits(tokens), atol=1e-5)
     settings = {"max_new_tokens": 6, "samples": 2, "stop": [1]}
-    one, two = (
-        policy.sample(tokens.tolist(), **settings) for policy in (plain, placed)
-    )
+    one, two = (policy.sample(tokens.tolist(), **settings) for policy in (plain, placed))
     assert [t.sequences[0].tokens for t in one] == [t.sequences[0].tokens for t in two]
 
 
@@ -84,7 +85,5 @@ def test_packed_rows_are_divided_and_the_loss_arrays_are_not():
     mesh = mesh_of(2, 2, 2)
     batch = make_batch([], rows=4, max_length=8, pack_rows=sharding.row_multiple(mesh))
     placed = sharding.put_batch(mesh, batch)
-    assert {leaf.sharding.spec for leaf in placed.pack} == {
-        PartitionSpec(None, ("data", "fsdp"))
-    }
+    assert {leaf.sharding.spec for leaf in placed.pack} == {PartitionSpec(None, ("data", "fsdp"))}
     assert placed.sampled_BT.sharding.is_fully_replicated

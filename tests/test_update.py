@@ -108,7 +108,9 @@ def gradient(params, batch, *, loss=LOSS, mesh=None):
     apply = update.make_update(CONFIG, optimizer, loss, shardings=where)
     after, metrics = apply(state, sharding.put_batch(mesh, batch))
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(), after, where)
-    changes = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), params, after.trainable)
+    changes = jax.tree.map(
+        lambda old, new: np.asarray(old) - np.asarray(new), params, after.trainable
+    )
     return changes, jax.device_get(metrics)
 
 

@@ -1,0 +1,126 @@
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rftjax
+from rftjax.policy import Policy
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    """The tiny model with louder weights, so that its distribution is far from uniform."""
+    found = rftjax.load(str(tiny_dir))
+    found.params["embed"]["embedding"] = found.params["embed"]["embedding"] * 5.0
+    return found
+
+
+@pytest.fixture(scope="module")
+def weights_only(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_dir / name, folder / name)
+    return folder
+
+
+TOKENS = np.random.default_rng(0).integers(3, 64, (3, 10))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_of_the_logits_before_each_token(model, temperature):
+    logits_BTV = model.logits(TOKENS)
+    assert logits_BTV.shape == (3, 10, 64) and logits_BTV.dtype == jnp.float32
+    wanted_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
+    wanted_BT = np.take_along_axis(np.asarray(wanted_BTV)[:, :-1], TOKENS[:, 1:, None], axis=2)[
+        ..., 0
+    ]
+    found_BT = np.asarray(model.logprobs(TOKENS, temperature=temperature))
+    assert not found_BT[:, 0].any()
+    np.testing.assert_allclose(found_BT[:, 1:], wanted_BT, atol=1e-5)
+
+
+def test_one_token_alone_has_nothing_to_score(model):
+    assert model.logprobs([[5]]).tolist() == [[0.0]]
+
+
+def test_logits_do_not_depend_on_what_follows_or_on_companions(model):
+    whole_BTV = model.logits(TOKENS)
+    np.testing.assert_allclose(model.logits(TOKENS[:, :6]), whole_BTV[:, :6], atol=1e-5)
+    np.testing.assert_allclose(model.logits(TOKENS[1:2]), whole_BTV[1:2], atol=1e-5)
+
+
+def test_samples_carry_the_log_probabilities_of_the_policy(model):
+    found = model.sample(
+        TOKENS.tolist(), max_new_tokens=20, samples=2, temperature=0.7, stop=[1, 2]
+    )
+    assert [(one.draw, one.sample) for one in found] == [(i, j) for i in range(3) for j in range(2)]
+    for one in found:
+        (sequence,) = one.sequences
+        assert sequence.tokens[:10] == TOKENS[one.draw].tolist()
+        assert one.finish_reason == ("stop" if sequence.tokens[-1] in (1, 2) else "length")
+        scored_BT = np.asarray(model.logprobs([sequence.tokens], temperature=0.7))
+        gap_T = np.abs(scored_BT[0] - sequence.logprobs)[sequence.sampled]
+        assert len(gap_T) == len(sequence.tokens) - 10
+        assert gap_T.mean() < 1e-5 and gap_T.max() < 1e-4
+
+
+def test_a_sample_depends_on_its_seed_and_place_only(model):
+    def ids(**settings):
+        found = model.sample(TOKENS.tolist(), max_new_tokens=8, stop=[], slots=4, **settings)
+        return [one.sequences[0].tokens for one in found]
+
+    assert ids(samples=2) == ids(samples=2)
+    assert ids(samples=2)[::2] == ids()
+    assert ids(seed=1) != ids()
+
+
+def test_new_parameters_are_used_at_once(model):
+    before = model.sample([[5, 6]], max_new_tokens=8, stop=[])[0].sequences[0].logprobs
+    changed = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
+    after = Policy(model.path, model.config, changed, model.fields).sample(
+        [[5, 6]], max_new_tokens=8, stop=[]
+    )
+    assert after[0].sequences[0].logprobs != before
+
+
+def test_a_stop_is_one_known_token(model):
+    assert model.stop_tokens() == (1,)
+    assert model.stop_tokens(("w5", 9, 1)) == (1, 8, 9)
+    for wrong in ("w5 w6", 64, -1):
+        with pytest.raises(
+            ValueError, match="sampler.stop: .* a stop is exactly one of the 64 tokens"
+        ):
+            model.stop_tokens([wrong])
+
+
+def test_an_empty_prompt_is_refused(model):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        model.sample([[5], []], stop=[])
+
+
+def test_a_model_without_tokenizer_works_with_ids(weights_only, tmp_path, model):
+    bare = rftjax.load(str(weights_only))
+    found = bare.sample([[5, 6, 7]], max_new_tokens=4, stop=[])
+    assert len(found[0].sequences[0].tokens) == 7
+    with pytest.raises(ValueError, match="tokenizer"):
+        bare.sample([[{"role": "user", "content": "w1"}]], stop=[])
+    exported = rftjax.load(str(bare.export(tmp_path / "out")))
+    for one, two in zip(*map(jax.tree.leaves, (exported.params, bare.params)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_an_export_is_the_same_policy(model, tmp_path):
+    exported = rftjax.load(str(model.export(tmp_path / "out")))
+    np.testing.assert_array_equal(exported.logits(TOKENS), model.logits(TOKENS))
+    assert exported.stop_tokens() == (1,)
+    assert exported.tokenizer.encode("w1 w9") == model.tokenizer.encode("w1 w9")
+    assert (tmp_path / "out" / "generation_config.json").read_text().count('"eos_token_id": 1')

@@ -1,0 +1,309 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import rftjax
+from rftjax import config as configs
+from rftjax import modes
+from rftjax.checkpoint import Checkpoints
+from rftjax.scoring import EvaluatorError
+
+STEPS = 4
+# Draws 8 to 11 are the third step's.
+EVALUATOR = """
+import os, time
+from rftjax.types import Score
+
+def evaluate(task, trajectory):
+    hold = os.environ.get("RFTJAX_TEST_HOLD", "")
+    while trajectory.draw >= 8 and os.path.exists(hold):
+        open(hold + ".reached", "w").close()
+        time.sleep(0.01)
+    words = trajectory.completion.split()
+    return Score(float(len(set(words))) / 8, parts={"words": float(len(words))})
+
+def failing(task, trajectory):
+    if trajectory.draw >= 4:
+        raise RuntimeError("the judge is gone")
+    return evaluate(task, trajectory)
+
+def constant(task, trajectory):
+    return 0.5
+"""
+SPEC = """
+import json, sys
+from rftjax import config
+
+def get_config():
+    return config.from_json(open({path!r}).read())
+"""
+METRICS = {
+    "reward/mean",
+    "reward/std",
+    "loss",
+    "grad_norm",
+    "entropy",
+    "sampler/logprob_diff_mean",
+    "sampler/logprob_diff_max",
+    "clip/share",
+    "groups/zero_variance_share",
+    "rollout/truncated_share",
+    "rollout/completion_tokens_mean",
+    "rollout/turns_mean",
+    "evaluator/error_share",
+    "time/step_s",
+    "time/sample_s",
+    "time/evaluate_s",
+    "time/update_s",
+    "throughput/sampled_tokens_per_s",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    for name, first, count in (("train", 0, 10), ("heldout", 20, 3)):
+        rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(first, first + count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluator.py").write_text(EVALUATOR)
+    config = configs.base_config()
+    config.steps = STEPS
+    config.model.path = str(tiny_dir)
+    config.tasks.train = str(folder / "train.jsonl")
+    config.tasks.heldout = str(folder / "heldout.jsonl")
+    config.evaluator = f"{folder / 'evaluator.py'}:evaluate"
+    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 128
+    config.sampler.max_new_tokens, config.sampler.slots = 8, 8
+    config.rollout.max_length = 24
+    config.scoring.workers = 1
+    config.optim.lr = 1e-2
+    config.eval.every, config.checkpoint.every = 2, 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The workdir of a run from the first step to the last, through files, checkpoints and export."""
+    workdir = tmp_path_factory.mktemp("whole")
+    modes.run("train", config, {}, workdir, 0)
+    return workdir
+
+
+def lines_of(workdir):
+    path = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def last_state(workdir, step=STEPS):
+    """Parameters and optimizer state of the last checkpoint, as stored."""
+    folder = workdir / "checkpoints"
+    assert max(int(path.name) for path in folder.iterdir()) == step
+    with ocp.PyTreeCheckpointer() as reader:
+        return [reader.restore(folder / str(step) / name) for name in ("trainable", "optimizer")]
+
+
+def assert_equal(one, two):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
+    ):
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+
+
+def without_times(lines):
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if not name.startswith(("time/", "throughput/"))
+        }
+        for line in lines
+    ]
+
+
+def assert_same_run(workdir, whole):
+    assert without_times(lines_of(workdir)) == without_times(lines_of(whole))
+    for path in sorted((whole / "rollouts").iterdir()):
+        assert (workdir / "rollouts" / path.name).read_text() == path.read_text()
+    assert_equal(last_state(workdir), last_state(whole))
+
+
+def test_a_run_writes_every_file_and_metric(whole, config):
+    names = {path.name for path in whole.iterdir()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "rollouts",
+        "checkpoints",
+        "export",
+    } <= names
+    lines = lines_of(whole)
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    for line in lines[1:]:
+        assert set(line) >= METRICS, METRICS - set(line)
+        assert line["sampler/logprob_diff_max"] < 1e-4
+        assert line["reward/part/words"] > 0
+    assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
+    assert any((whole / "tensorboard").iterdir())
+    stored = json.loads((whole / "config.json").read_text())
+    assert stored["grpo"]["aggregate"] == "sequence_mean" and stored["steps"] == STEPS
+
+
+def test_rollouts_hold_what_was_sampled_and_trained_on(whole):
+    draws = []
+    for step in range(1, STEPS + 1):
+        path = whole / "rollouts" / f"step_{step:06d}.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len(records) == 16
+        draws += sorted({record["draw"] for record in records})
+        for record in records:
+            assert record["step"] == step
+            (sequence,) = record["sequences"]
+            assert len(sequence["tokens"]) == len(sequence["sampled"]) == len(sequence["logprobs"])
+            versions = set(zip(sequence["sampled"], sequence["policy_version"], strict=True))
+            assert versions == {(False, -1), (True, step - 1)}
+        for draw in {record["draw"] for record in records}:
+            group = [record for record in records if record["draw"] == draw]
+            assert len({record["task_id"] for record in group}) == 1
+            assert abs(sum(record["advantage"] for record in group)) < 1e-5
+    assert draws == list(range(4 * STEPS))
+
+
+def test_the_export_is_the_trained_model(whole, tiny_dir):
+    exported, base = rftjax.load(str(whole / "export")), rftjax.load(str(tiny_dir))
+    assert_equal(exported.params, last_state(whole)[0])
+    for one, two in zip(*map(jax.tree.leaves, (exported.params, base.params)), strict=True):
+        assert np.any(np.asarray(one) != np.asarray(two))
+    assert exported.stop_tokens() == base.stop_tokens() == (1,)
+    assert exported.tokenizer.encode("w1 w2") == base.tokenizer.encode("w1 w2")
+
+
+def test_two_halves_are_the_whole_bit_for_bit(config, whole, tmp_path, capsys):
+    modes.run("train", config, {}, tmp_path, 2)
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2]
+    assert not (tmp_path / "export").exists()
+    modes.run("train", config, {}, tmp_path, 0)
+    assert_same_run(tmp_path, whole)
+    assert "held-out reward after" in capsys.readouterr().out
+
+
+def test_eval_mode_scores_the_last_checkpoint(config, whole, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    modes.run("eval", config, {}, whole, 0)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["step"] == STEPS
+    assert found["eval/reward"] == lines_of(whole)[-1]["eval/reward"]
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_check_mode_samples_scores_and_writes_nothing(config, tmp_path, capsys):
+    modes.run("check", config, {}, tmp_path, 0)
+    out = capsys.readouterr().out
+    assert "10 to train on, 3 held out" in out and "check       passed" in out
+    assert "reward/mean" in out and "GiB" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_mode_refuses_a_reward_without_variance(config, tmp_path):
+    changed = config.copy_and_resolve_references()
+    changed.evaluator = config.evaluator.replace(":evaluate", ":constant")
+    with pytest.raises(
+        ValueError, match="the same within each of 4 groups of 4: .* partial rewards"
+    ):
+        modes.run("check", changed, {}, tmp_path, 0)
+
+
+def test_a_failing_evaluator_stops_the_run_after_a_checkpoint(config, tmp_path):
+    changed = config.copy_and_resolve_references()
+    changed.evaluator = config.evaluator.replace(":evaluate", ":failing")
+    changed.eval.every = 0
+    with pytest.raises(
+        EvaluatorError, match=r"(?s)16 of 16 samples .* could not be scored.*judge is gone"
+    ):
+        modes.run("train", changed, {}, tmp_path, 0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert checkpoints.latest_step() == 1
+    checkpoints.close()
+
+
+def start(spec, workdir, hold, *arguments):
+    environment = os.environ | {
+        "RFTJAX_TEST_HOLD": str(hold),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
+    command = [sys.executable, "-m", "rftjax.main", f"--config={spec}", f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=environment,
+        cwd=Path(rftjax.__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(process, path):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    path.unlink()
+
+
+def test_a_run_that_is_killed_and_interrupted_ends_as_if_nothing_had_happened(
+    config, whole, tmp_path
+):
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    spec, workdir, hold = tmp_path / "spec.py", tmp_path / "run", tmp_path / "hold"
+    reached = tmp_path / "hold.reached"
+    spec.write_text(SPEC.format(path=str(tmp_path / "config.json")))
+    hold.touch()  # the third step's scores wait for this file to go
+
+    process = start(spec, workdir, hold, "--config.steps=4")
+    wait_for(process, reached)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert lines_of(workdir)[-1]["step"] == 2
+    reached.unlink(missing_ok=True)
+
+    process = start(spec, workdir, hold)
+    wait_for(process, reached)
+    process.send_signal(signal.SIGTERM)
+    hold.unlink()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert lines_of(workdir)[-1]["step"] == 3  # the step under way ended and was saved
+    assert not (workdir / "export").exists()
+
+    process = start(spec, workdir, hold)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "held-out reward after" in out
+    assert_same_run(workdir, whole)
+
+
+def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tmp_path):
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    spec = tmp_path / "spec.py"
+    spec.write_text(SPEC.format(path=str(tmp_path / "config.json")))
+    process = start(spec, whole, tmp_path / "no", "--config.optim.lr=0.5")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error:" in out and "optim.lr" in out and "Traceback" not in out
