@@ -1,7 +1,7 @@
 """Tasks and environment of the multi-turn spec: questions that only a staff directory can answer.
 
-The model asks `find NAME`, reads the entry, looks up the manager it names, and answers with one word. Without the
-turns there is nothing to answer from. Held-out tasks speak of people and cities that no training task has.
+The model has to ask `find NAME`, read the entry that comes back and answer with one word of it. Without the turns there
+is nothing to answer from. Held-out tasks speak of people, jobs and cities that no training task has.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from typing import Any
 from experiments.facts import VALUES
 from rftjax.types import Message, Task
 
-FIELDS = ("city", "job")
-QUESTION = "What is the {field} of {name}'s manager?"
-ENTRY = "{name}: {job}, {city}, manager {manager}"
+QUESTION = "Find the {field} of {name}."
+ENTRY = "{name}: {job}, {city}"
+EXAMPLES = (
+    ("Ada", "city", {"job": "clerk", "city": "Kyiv"}),
+    ("Bob", "job", {"job": "judge", "city": "Bern"}),
+)
 
 
 def rows(split: str = "train") -> Iterator[dict[str, Any]]:
-    """Yields the rows of a split: 2,000 to train on, 200 held out; `directory` is the environment's alone."""
+    """Yields the rows of a split: 2,000 to train on, 200 held out; `directory` is for the environment alone."""
     rng = random.Random(f"directory/{split}")
+    # Every fifth value belongs to the held-out tasks.
     chosen = {
         key: [v for i, v in enumerate(text.split()) if (i % 5 == 4) == (split == "heldout")]
         for key, text in VALUES.items()
     }
+    shown: list[Message] = []
+    for name, field, entry in EXAMPLES:
+        shown += [
+            {"role": "user", "content": QUESTION.format(field=field, name=name)},
+            {"role": "assistant", "content": f"find {name}"},
+            {"role": "user", "content": ENTRY.format(name=name, **entry)},
+            {"role": "assistant", "content": entry[field]},
+        ]
     for number in range({"train": 2000, "heldout": 200}[split]):
-        name, manager, boss = rng.sample(chosen["name"], 3)
-        entries = {
-            person: {"job": rng.choice(chosen["job"]), "city": rng.choice(chosen["city"]), "manager": above}
-            for person, above in ((name, manager), (manager, boss))
-        }
-        field = rng.choice(FIELDS)
+        name, field = rng.choice(chosen["name"]), rng.choice(("city", "job"))
+        entry = {"job": rng.choice(chosen["job"]), "city": rng.choice(chosen["city"])}
+        question = {"role": "user", "content": QUESTION.format(field=field, name=name)}
         yield {
             "id": f"{split}-{number}",
-            "messages": [
-                {"role": "system", "content": "Ask with find NAME, then answer with one word."},
-                {"role": "user", "content": QUESTION.format(field="job", name="Ada")},
-                {"role": "assistant", "content": "find Ada"},
-                {"role": "user", "content": ENTRY.format(name="Ada", job="clerk", city="Kyiv", manager="Bob")},
-                {"role": "assistant", "content": "find Bob"},
-                {"role": "user", "content": ENTRY.format(name="Bob", job="judge", city="Bern", manager="Eve")},
-                {"role": "assistant", "content": "judge"},
-                {"role": "user", "content": QUESTION.format(field=field, name=name)},
-            ],
-            "directory": entries,
-            "answer": entries[manager][field],
+            "messages": [*shown, question],
+            "directory": {name: entry},
+            "answer": entry[field],
         }
 
 

@@ -13,16 +13,16 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "debug"):
         raise ValueError(f"argument {arg!r}: must be empty or debug")
     config = base_config()
-    config.steps = 30
+    config.steps = 20
     config.evaluator = "rftjax.evaluators.exact_match:evaluate"
     config.environment = "experiments/directory.py:reply"
     config.model.path = embedded_model()
     config.tasks.train = config.tasks.heldout = "experiments/directory.py:rows"
     config.tasks.heldout_split = "heldout"
     config.batch.prompts, config.batch.group_size = 8, 8
-    config.batch.pack_tokens, config.batch.pack_rows = 256, 2
-    config.sampler.max_new_tokens = 12
-    config.rollout.max_turns, config.rollout.max_length = 4, 256
+    config.batch.pack_tokens, config.batch.pack_rows = 384, 2
+    config.sampler.max_new_tokens = 10
+    config.rollout.max_turns, config.rollout.max_length = 3, 224
     config.optim.lr, config.optim.warmup_steps = 2e-5, 2
     config.eval.every, config.checkpoint.every = 10, 10
     if arg == "debug":
