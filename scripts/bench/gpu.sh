@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, with one command: ./scripts/bench/gpu.sh [RESULTS.jsonl]
+#
+# Random weights in the shapes of Qwen2.5; each benchmark's JSON line is appended to RESULTS.jsonl (gpu.jsonl).
+#   PYTHON     interpreter with rftjax and an accelerator's JAX (.venv/bin/python)
+#   BANDWIDTH  bytes a second that the memory reaches (4.3e12, an H200; H100 SXM: 3.0e12; 0: measured by a copy)
+#   PEAK       dense bfloat16 operations a second (790e12, H100 and H200; 0: measured by a product)
+#   MODELS, SLOTS, TRAINED, LENGTH  what is sampled, rows at once, what is trained, tokens of prompt and completion
+# Proof on any machine that it runs:
+#   MODELS=--model=tests/data/tiny TRAINED=--model=tests/data/tiny SLOTS=8 LENGTH=16 BANDWIDTH=0 PEAK=0 ./scripts/bench/gpu.sh
+set -euo pipefail
+
+results="${1:-gpu.jsonl}"
+touch "$results"
+results="$(cd "$(dirname "$results")" && pwd)/$(basename "$results")"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python="${PYTHON:-.venv/bin/python}"
+# The 7B model trains in float32 masters with Adam's two moments: 112 GB before activations, so it is sampled only.
+models="${MODELS:---shape=qwen2.5-0.5b --shape=qwen2.5-1.5b --shape=qwen2.5-7b}"
+trained="${TRAINED:---shape=qwen2.5-0.5b --shape=qwen2.5-1.5b}"
+length="${LENGTH:-256}"
+sizes=(--dtype=bfloat16 "--prompt_tokens=$length" "--new_tokens=$length")
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}"
+
+bench() {
+  echo "== $*"
+  "$python" "scripts/bench/$1.py" "${@:2}" "${sizes[@]}" | tee /dev/stderr | tail -n 1 >>"$results"
+}
+
+for model in $models; do
+  for slots in ${SLOTS:-64 256}; do
+    bench sample "$model" "--slots=$slots" --forms=fixed --repeats=2 "--bandwidth=${BANDWIDTH:-4.3e12}"
+  done
+done
+for model in $trained; do
+  bench update "$model" "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}"
+  bench step "$model"
+done
+echo "results: $results"

@@ -1,0 +1,163 @@
+"""The benchmarks run at the smallest size; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rftjax import hf
+from rftjax.models import decoder
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "scripts" / "bench"
+MODEL = f"--model={ROOT / 'tests' / 'data' / 'tiny'}"
+SMALL = ("--prompts=2", "--group=2", "--prompt_tokens=6", "--new_tokens=5")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a benchmark in this process as its command line does; returns what its last line says."""
+    monkeypatch.syspath_prepend(BENCH)
+
+    def run(name: str, *flags: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        runpy.run_path(str(BENCH / f"{name}.py"), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    monkeypatch.syspath_prepend(BENCH)
+    import arithmetic
+    import workload
+
+    return arithmetic, workload
+
+
+def test_a_whole_step_is_measured_and_compiles_in_its_first_step_only(bench):
+    said = bench("step", MODEL, *SMALL, "--slots=4", "--steps=3")
+    assert {"s_per_step", "sample_s", "update_s", "peak_bytes", "versions", "device"} <= set(said)
+    assert len(said["steps_s"]) == 3
+    assert said["programs"] > 0 and said["programs_after_first_step"] == 0
+    assert 0 <= said["logprob_diff_max"] < 1e-4
+    assert said["versions"]["jax"] == jax.__version__
+    assert said["settings"]["new_tokens"] == 5
+
+
+def test_the_forms_of_sampling_count_steps_and_tokens(bench):
+    flags = ("--slots=4", "--requests=8", "--shortest=2", "--longest=8", "--median_tokens=4")
+    turns = ("--turn_tokens=3", "--environment_tokens=7", "--wait_dispatches=2")
+    said = bench("sample", MODEL, *SMALL, *flags, *turns, "--copy_mebibytes=1", "--prompts=4")
+    fixed, mixed, turned = said["fixed"], said["mixed"], said["turns"]
+    assert fixed["bandwidth_share"] == pytest.approx(
+        fixed["floor_s_per_decode_step"] / fixed["s_per_decode_step"], rel=1e-4
+    )
+    assert mixed["lower_bound_steps"] == max(-(-mixed["tokens"] // 4), mixed["longest"])
+    assert mixed["lower_bound_steps"] <= mixed["steps_longest_first"] <= mixed["decode_steps"]
+    assert mixed["decode_steps"] <= mixed["steps_without_refilling"]
+    assert turned["new_tokens"] == 4 * 5 + 4 * 2 * 3 * 7
+    assert turned["prefilled_over_new"] == 1.0 and turned["copied_rows"] > 0
+    assert turned["sampled_tokens"] == 4 * 2 * 4 * 3
+
+
+def test_packed_and_unpacked_updates_do_the_same_work(bench):
+    said = bench("update", MODEL, *SMALL, "--steps=2", "--peak_size=64")
+    packed, unpacked = said["packed"], said["unpacked"]
+    assert packed["tokens_in_use"] == 2 * (6 + 2 * 5) and unpacked["tokens_in_use"] == 4 * 11
+    assert packed["operations"] < unpacked["operations"]
+    assert packed["grad_norm"] == pytest.approx(unpacked["grad_norm"], rel=1e-2)
+    assert said["peak_operations_per_s"] > 0 and said["peak_bytes"] > 0
+
+
+def test_two_starts_share_nothing_but_the_cache():
+    flags = [MODEL, *SMALL, "--slots=4"]
+    command = [sys.executable, str(BENCH / "startup.py"), *flags]
+    alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=alone)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout.splitlines()[-1])
+    first, second = said["starts"]
+    assert first["programs"] == second["programs"] > 0
+    assert said["cache_files"] >= said["starts"][0]["programs"]
+    assert said["second_s"] == pytest.approx(second["first_step_s"], abs=1e-3)
+
+
+def talker(log: Path, name: str, value: float) -> str:
+    """A command line that notes its name and prints a JSON line after another one."""
+    code = f"open({str(log)!r}, 'a').write({name!r}); print('hello'); print('{{\"s\": {value}}}')"
+    return shlex.join([sys.executable, "-I", "-S", "-c", code])
+
+
+def test_programs_are_compared_in_turn(bench, tmp_path: Path):
+    log = tmp_path / "log"
+    ours, peer = talker(log, "A", 2.0), talker(log, "B", 5.0)
+    said = bench("compare", f"--ours={ours}", f"--peer={peer}", "--rounds=2", "--key=s")
+    assert log.read_text() == "ABAB"
+    assert said["ratio"] == 2.5 and said["ratios"] == [2.5, 2.5]
+    assert said["peer_peak_bytes"] > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("peer", "fault"),
+    [("false", "peer ended with 1"), ("echo no number", "the last line printed must be")],
+)
+def test_a_comparison_with_a_broken_peer_has_no_result(bench, tmp_path: Path, peer, fault):
+    ours = talker(tmp_path / "log", "A", 2.0)
+    with pytest.raises(SystemExit, match=fault):
+        bench("compare", f"--ours={ours}", f"--peer={peer}", "--key=s")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-7b", 7_615_616_512),
+    ],
+)
+def test_the_shapes_have_their_models_number_of_parameters(parts, name: str, count: int):
+    arithmetic, workload = parts
+    assert arithmetic.parameters(hf.read_config(workload.SHAPES[name])) == count
+
+
+def test_counted_operations_are_those_of_the_forward_pass(parts):
+    arithmetic, workload = parts
+    fields = workload.SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1000}
+    config = hf.read_config(fields)
+    rows, tokens = 2, 96
+
+    def forward(params: Any, tokens_BT: jax.Array) -> jax.Array:
+        ones_BT = jnp.ones_like(tokens_BT)
+        steps_BT = jnp.broadcast_to(jnp.arange(tokens)[None], tokens_BT.shape)
+        layers = decoder.unstack(params, config.layers)
+        x_BTD = decoder.hidden(config, layers, tokens_BT, steps_BT, ones_BT, ones_BT)
+        return decoder.logits(config, params, x_BTD.reshape(-1, config.width))
+
+    params = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    shape = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+    found = jax.jit(forward).lower(params, shape).cost_analysis()["flops"]
+    # The plain attention computes masked pairs too.
+    counted = arithmetic.forward_operations(
+        config, tokens=rows * tokens, scored=rows * tokens, pairs=rows * tokens**2
+    )
+    assert found == pytest.approx(counted, rel=0.03)
+
+
+def test_pairs_are_those_that_tokens_see(parts):
+    arithmetic, _ = parts
+    # A prompt of 2 and two completions of 1: tokens see 1 + 2 of the prompt, then 3 each.
+    assert arithmetic.group_pairs(2, 1, 2, shared=True) == 1 + 2 + 3 + 3
+    assert arithmetic.group_pairs(2, 1, 2, shared=False) == 2 * (1 + 2 + 3)
