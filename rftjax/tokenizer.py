@@ -46,6 +46,11 @@ def load(path: str | os.PathLike[str]) -> Any:
     directory = found if found.is_dir() else found.parent
     if (directory / "tokenizer.json").exists():
         return _from_directory(directory)
+    if not any((directory / name).exists() for name in FILES):
+        # The automatic class would make up an empty one from the config.
+        raise ValueError(
+            f"model.path={directory}: has no tokenizer ({', '.join(FILES)}); add its files"
+        )
     try:
         return _transformers().AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # each tokenizer class fails in its own way

@@ -209,7 +209,7 @@ def test_every_weight_reaches_the_sampler_and_none_is_remembered(params):
     engine = Engine(CONFIG, slots=4, max_length=120, prefill_rows=2, prefill_chunk=8)
     prompts = random_prompts(4)
 
-    def sampled(tree):
+    def sampled(tree, engine=engine):
         engine.set_params(device.sampler_params(CONFIG, tree))
         open_all(engine, prompts)
         return {key: (turn.tokens, turn.logprobs) for key, turn in finish(engine).items()}
@@ -221,6 +221,9 @@ def test_every_weight_reaches_the_sampler_and_none_is_remembered(params):
         changed = [*leaves[:index], leaf + 0.3 * noise, *leaves[index + 1 :]]
         assert sampled(jax.tree.unflatten(structure, changed)) != before, path
     assert sampled(params) == before
+    louder = jax.tree.map(lambda leaf: leaf * 1.2, params)
+    fresh = Engine(CONFIG, slots=4, max_length=120, prefill_rows=2, prefill_chunk=8)
+    assert sampled(louder) == sampled(louder, fresh)  # nothing of the cache stays either
 
 
 def test_weights_do_not_change_under_an_open_conversation(weights):

@@ -232,7 +232,7 @@ def test_check_mode_refuses_a_reward_without_variance(config, tmp_path):
 def test_a_failing_evaluator_stops_the_run_after_a_checkpoint(config, tmp_path):
     changed = config.copy_and_resolve_references()
     changed.evaluator = config.evaluator.replace(":evaluate", ":failing")
-    changed.eval.every = 0
+    changed.eval.every = changed.checkpoint.every = 0
     with pytest.raises(
         EvaluatorError, match=r"(?s)16 of 16 samples .* could not be scored.*judge is gone"
     ):
