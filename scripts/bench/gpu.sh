@@ -15,7 +15,7 @@ touch "$results"
 results="$(cd "$(dirname "$results")" && pwd)/$(basename "$results")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python="${PYTHON:-.venv/bin/python}"
-# The 7B model trains in float32 masters with Adam's two moments: 112 GB before activations, so it is sampled only.
+# The 7B model trains in float32 masters with Adam's two moments and gradients: 122 GB before activations, so it is sampled only.
 models="${MODELS:---shape=qwen2.5-0.5b --shape=qwen2.5-1.5b --shape=qwen2.5-7b}"
 trained="${TRAINED:---shape=qwen2.5-0.5b --shape=qwen2.5-1.5b}"
 length="${LENGTH:-256}"
