@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "debug"):
         raise ValueError(f"argument {arg!r}: must be empty or debug")
     config = base_config()
-    config.steps = 16
+    config.steps = 12
     config.evaluator = "rftjax.evaluators.json_record:evaluate"
     config.model.path = embedded_model()
     config.tasks.train = config.tasks.heldout = "experiments/facts.py:rows"
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch.pack_tokens, config.batch.pack_rows = 256, 2
     config.optim.lr = 2e-5
     config.optim.warmup_steps = 2
-    config.eval.every, config.checkpoint.every = 8, 8
+    config.eval.every, config.checkpoint.every = 6, 6
     if arg == "debug":
         config.steps, config.optim.warmup_steps = 2, 0
         config.batch.prompts, config.batch.group_size = 2, 4

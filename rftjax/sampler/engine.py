@@ -113,7 +113,7 @@ class Engine:
         self._free_parked = list(range(self._parked))
         self._groups: dict[tuple[int, ...], int] = {}  # a row that holds the whole prompt
         self._holds: list[tuple[int, ...]] = [()] * self.slots
-        self._pending_copies: list[tuple[int, int]] = []
+        self._pending_copies: dict[int, int] = {}  # row: the one it starts as a copy of
 
     def set_params(self, params: Params) -> None:
         """Takes new weights (from `device.sampler_params`); nothing cached under the old ones is used again."""
@@ -185,7 +185,7 @@ class Engine:
     def _admit(self) -> None:
         """Gives slots to queued conversations, in the order of their noise keys."""
         self._queue.sort(key=lambda c: c.sampling.noise)
-        copies: list[tuple[int, int]] = []
+        copies: dict[int, int] = {}
         sources: set[int] = set()
         while self._queue:
             conversation = self._queue[0]
@@ -202,6 +202,7 @@ class Engine:
                 break
             self._queue.pop(0)
             self._free.remove(slot)
+            shared, near = self._nearest(conversation, slot, copies)
             held = self._holds[slot]
             if held != conversation.group and self._groups.get(held) == slot:
                 del self._groups[held]
@@ -217,10 +218,32 @@ class Engine:
                 # Everything but the last prompt token is shared; that one is the first decode step's input.
                 conversation.cached = len(conversation.tokens) - 1
                 if origin != slot:
-                    copies.append((slot, origin))
+                    copies[slot] = origin
                     sources.add(origin)
+            elif shared:
+                conversation.cached = shared
+                if near != slot:
+                    copies[slot] = near
+                    sources.add(near)
             self._groups.setdefault(conversation.group, slot)
         self._pending_copies = copies
+
+    def _nearest(
+        self, conversation: _Conversation, slot: int, copies: dict[int, int]
+    ) -> tuple[int, int]:
+        """Returns how many whole chunks of tokens of the prompt another row holds, and which row.
+
+        In whole chunks, so that each token is computed in the same call as it would be in a row of its own.
+        """
+        size, prompt = self.prefill_chunk, conversation.group
+        best = (0, 0, -1)
+        for row in (slot, *range(self.slots)):
+            held, shared = self._holds[row], 0
+            most = min(len(held), len(prompt)) - 1
+            while shared + size <= most and held[: shared + size] == prompt[: shared + size]:
+                shared += size
+            best = max(best, (shared, row not in copies, row), key=lambda found: found[:2])
+        return best[0], best[2]
 
     def _park_one(self) -> bool:
         """Moves one conversation that waits for its environment to a parked row; false where there is none."""
@@ -268,7 +291,21 @@ class Engine:
             self._store = device.grow(self._store, length=length)
 
     def _prefill(self, running: list[_Conversation]) -> None:
-        """Computes all tokens but the last of every running conversation, each conversation in chunks of its own."""
+        """Computes all tokens but the last of every running conversation, rows that others copy first."""
+        while True:
+            waiting = self._pending_copies
+            self._prefill_chunks([c for c in running if c.slot not in waiting])
+            if not waiting:
+                return
+            assert self._cache is not None
+            ready = [(to, origin) for to, origin in waiting.items() if origin not in waiting]
+            self._cache = self._move(self._cache, None, ready)
+            self._pending_copies = {
+                to: origin for to, origin in waiting.items() if origin in waiting
+            }
+
+    def _prefill_chunks(self, running: list[_Conversation]) -> None:
+        """Computes what these conversations lack, each in chunks of its own, whoever shares the calls."""
         size = self.prefill_chunk
         while pending := [c for c in running if len(c.tokens) - 1 > c.cached]:
             part = pending[: self.prefill_rows]
@@ -285,10 +322,6 @@ class Engine:
             self._cache = device.prefill(
                 self.config, self._params, self._cache, rows_B, tokens_BT, start_B, count_B
             )
-        if self._pending_copies:
-            assert self._cache is not None
-            self._cache = self._move(self._cache, None, self._pending_copies)
-            self._pending_copies = []
 
     def _decode(self, running: list[_Conversation]) -> list[SampledTurn]:
         """Runs one dispatch and takes its tokens."""
