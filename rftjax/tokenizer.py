@@ -49,7 +49,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     if not any((directory / name).exists() for name in FILES):
         # The automatic class would make up an empty one from the config.
         raise ValueError(
-            f"model.path={directory}: has no tokenizer ({', '.join(FILES)}); add its files"
+            f"model.path={directory}: has no tokenizer.json and none of {', '.join(FILES[1:])}; add them"
         )
     try:
         return _transformers().AutoTokenizer.from_pretrained(str(directory))

@@ -111,7 +111,7 @@ def test_a_model_without_tokenizer_works_with_ids(weights_only, tmp_path, model)
     bare = rftjax.load(str(weights_only))
     found = bare.sample([[5, 6, 7]], max_new_tokens=4, stop=[])
     assert len(found[0].sequences[0].tokens) == 7
-    with pytest.raises(ValueError, match="has no tokenizer"):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         bare.sample([[{"role": "user", "content": "w1"}]], stop=[])
     exported = rftjax.load(str(bare.export(tmp_path / "out")))
     for one, two in zip(*map(jax.tree.leaves, (exported.params, bare.params)), strict=True):

@@ -98,7 +98,7 @@ def rollout(tmp_path, weights, tokenizer):
         if source:
             (tmp_path / "environment.py").write_text(textwrap.dedent(source))
         environments = Environments(
-            f"{tmp_path / 'environment.py'}:{name}" if source else "", workers=1, timeout_s=20.0
+            f"{tmp_path / 'environment.py'}:{name}" if source else "", workers=1, timeout_s=60.0
         )
         opened.append(environments)
         engine = Listener(
@@ -214,7 +214,7 @@ import asyncio, os
 
 async def reply(task, messages):
     if task.data.get("flag"):
-        for _ in range(1500):
+        for _ in range(4000):
             if os.path.exists(task.data["flag"]):
                 return None
             await asyncio.sleep(0.01)

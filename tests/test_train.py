@@ -91,7 +91,7 @@ def config(tiny_dir, tmp_path_factory):
     config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 128
     config.sampler.max_new_tokens, config.sampler.slots = 8, 8
     config.rollout.max_length = 24
-    config.scoring.workers = 1
+    config.scoring.workers, config.scoring.timeout_s = 1, 120.0
     config.optim.lr = 1e-2
     config.eval.every, config.checkpoint.every = 2, 1
     return config
@@ -260,7 +260,7 @@ def start(spec, workdir, hold, *arguments):
 
 
 def wait_for(process, path):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.02)
@@ -287,13 +287,13 @@ def test_a_run_that_is_killed_and_interrupted_ends_as_if_nothing_had_happened(
     wait_for(process, reached)
     process.send_signal(signal.SIGTERM)
     hold.unlink()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert lines_of(workdir)[-1]["step"] == 3  # the step under way ended and was saved
     assert not (workdir / "export").exists()
 
     process = start(spec, workdir, hold)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert "held-out reward after" in out
     assert_same_run(workdir, whole)
@@ -304,6 +304,6 @@ def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tm
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC.format(path=str(tmp_path / "config.json")))
     process = start(spec, whole, tmp_path / "no", "--config.optim.lr=0.5")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "error:" in out and "optim.lr" in out and "Traceback" not in out
