@@ -1,4 +1,4 @@
-"""The general spec: everything from flags, for people who bring a model, their tasks and an evaluator and write no spec.
+"""The general spec: all from flags, for people who bring a model, their tasks and an evaluator and write no spec.
 
     python -m rftjax.main --config=experiments/rft.py --workdir=DIR --config.model.path=MODEL \
         --config.tasks.train=train.jsonl --config.tasks.heldout=heldout.jsonl --config.evaluator=reward.py:evaluate

@@ -222,9 +222,7 @@ def make_update(
             frozen = decoder.unstack(frozen, config.layers) if frozen else frozen
 
         def one(index: jax.Array, carry: tuple) -> tuple:
-            (loss, metrics), grads = gradient(
-                trainable, frozen, batch, index, old_BT, reference_BT
-            )
+            (loss, metrics), grads = gradient(trainable, frozen, batch, index, old_BT, reference_BT)
             total, sums, kept = carry
             kept = {name: kept[name].at[index].set(value) for name, value in metrics.items()}
             return total + loss, jax.tree.map(jnp.add, sums, grads), kept

@@ -299,9 +299,7 @@ def unstack(tree: Params, layers: int) -> Params:
 
     On CPU, XLA rewrites a scan's stacked gradient as a whole in every layer: unstacked it takes half the time.
     """
-    one = [
-        jax.tree.map(lambda leaf, at=index: leaf[at], tree["layers"]) for index in range(layers)
-    ]
+    one = [jax.tree.map(lambda leaf, at=index: leaf[at], tree["layers"]) for index in range(layers)]
     return tree | {"layers": one}
 
 
