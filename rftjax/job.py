@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -81,8 +82,21 @@ def load_tasks(config: ConfigDict) -> tuple[list[Task], list[Task]]:
     return train, heldout
 
 
-def check_lengths(config: ConfigDict, tokenizer: Any, named: dict[str, list[Task]]) -> None:
-    """Raises ValueError listing the prompts that leave no room for an answer, out of up to 5,000 a set."""
+def check_lengths(config: ConfigDict, model: policy.Policy, named: dict[str, list[Task]]) -> None:
+    """Raises ValueError listing the prompts that leave no room for an answer, out of up to 5,000 a set.
+
+    Warns where the chat template rewrites history, which costs a new sequence a turn.
+    """
+    if config.rollout.max_length > model.config.max_positions:
+        raise ValueError(
+            f"rollout.max_length={config.rollout.max_length}: the model's context has"
+            f" {model.config.max_positions} tokens; lower it"
+        )
+    tokenizer = model.tokenizer
+    templated = any(task.prompt is None for rows in named.values() for task in rows)
+    reason = chat.instability(tokenizer) if templated and config.rollout.max_turns > 1 else ""
+    if reason:
+        log.warning("%s; such conversations go on in a new sequence a turn", reason)
     long = []
     for field, rows in named.items():
         for task in rows[:: max(1, len(rows) // LENGTH_CHECKS)]:
@@ -97,6 +111,24 @@ def check_lengths(config: ConfigDict, tokenizer: Any, named: dict[str, list[Task
             f"rollout.max_length={config.rollout.max_length}: {len(long)} prompts leave no room for an answer;"
             " raise it (up to the model's context) or drop the rows:\n  " + "\n  ".join(long[:20])
         )
+
+
+def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
+    """Returns the sampler of the config, with rows for conversations that wait where there is an environment."""
+    section = config.sampler
+    pool = section.pool or section.slots * (2 if config.environment else 1)
+    return Engine(
+        model.config,
+        slots=section.slots,
+        parked=pool - section.slots,
+        max_length=config.rollout.max_length,
+        stops=model.stop_tokens(section.stop),
+        seed=config.seed,
+        limit=model.vocabulary,
+        dispatch_steps=section.dispatch_steps,
+        prefill_rows=section.prefill_rows,
+        prefill_chunk=section.prefill_chunk,
+    )
 
 
 @dataclasses.dataclass
@@ -118,42 +150,39 @@ class Job:
     def build(cls, config: ConfigDict, workdir: Path) -> Job:
         """Loads everything but the training state; raises ValueError for what the user can mend."""
         train_tasks, heldout_tasks = load_tasks(config)
-        scorer = Scorer(config.evaluator, seed=config.seed, **config.scoring)
-        environments = Environments(config.environment, **config.environments)
-        mesh = sharding.make_mesh(**config.mesh)
-        replicated: list[str] = []
-        model = policy.load(config.model.path, dtype=config.model.dtype, mesh=mesh,
-                            init=config.model.init, seed=config.seed)  # fmt: skip
-        for name in sharding.replicated_axes(mesh, model.params):
-            log.warning("%s", name)
-            replicated.append(name)
-        if config.rollout.max_length > model.config.max_positions:
-            raise ValueError(
-                f"rollout.max_length={config.rollout.max_length}: the model's context has"
-                f" {model.config.max_positions} tokens; lower it"
+        with contextlib.ExitStack() as workers:
+            scorer = Scorer(config.evaluator, seed=config.seed, **config.scoring)
+            workers.callback(scorer.close)
+            environments = Environments(config.environment, **config.environments)
+            workers.callback(environments.close)
+            mesh = sharding.make_mesh(**config.mesh)
+            model = policy.load(
+                config.model.path,
+                dtype=config.model.dtype,
+                mesh=mesh,
+                init=config.model.init,
+                seed=config.seed,
             )
-        named = {"tasks.train": train_tasks, "tasks.heldout": heldout_tasks}
-        check_lengths(config, model.tokenizer, named)
-        reason = "" if train_tasks[0].prompt is not None else chat.instability(model.tokenizer)
-        if reason and config.rollout.max_turns > 1:
-            log.warning("%s; such conversations go on in a new sequence a turn", reason)
-        section = config.sampler
-        pool = section.pool or section.slots * (2 if config.environment else 1)
-        engine = Engine(
-            model.config,
-            slots=section.slots,
-            parked=pool - section.slots,
-            max_length=config.rollout.max_length,
-            stops=model.stop_tokens(section.stop),
-            seed=config.seed,
-            limit=model.vocabulary,
-            dispatch_steps=section.dispatch_steps,
-            prefill_rows=section.prefill_rows,
-            prefill_chunk=section.prefill_chunk,
-        )
+            replicated = sharding.replicated_axes(mesh, model.params)
+            for name in replicated:
+                log.warning("%s", name)
+            named = {"tasks.train": train_tasks, "tasks.heldout": heldout_tasks}
+            check_lengths(config, model, named)
+            engine = make_engine(config, model)
+            workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
-        return cls(config, workdir, scorer, environments, train_tasks, heldout_tasks, model, mesh,
-                   rollout, replicated)  # fmt: skip
+        return cls(
+            config,
+            workdir,
+            scorer,
+            environments,
+            train_tasks,
+            heldout_tasks,
+            model,
+            mesh,
+            rollout,
+            replicated,
+        )
 
     def close(self) -> None:
         """Ends the worker processes."""
