@@ -212,19 +212,13 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
     if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
         yield "optim.warmup_steps", f"must be below steps={found[1]}"
-    if found := given("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count", "eval.every"):
-        heldout, heldout_split, count, every = found
+    if found := given("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count"):
+        heldout, heldout_split, count = found
         if count and (heldout or heldout_split):
             yield (
                 "tasks.heldout_count",
                 "must be 0 where held-out tasks are given by themselves; "
                 "it takes them out of tasks.train (eval.max_tasks limits how many are evaluated)",
-            )
-        if every and not (count or heldout or heldout_split):
-            yield (
-                "eval.every",
-                "must be 0 where there are no held-out tasks; give tasks.heldout, "
-                "or take some out of tasks.train with tasks.heldout_count",
             )
 
 

@@ -82,16 +82,26 @@ def load_tasks(config: ConfigDict) -> tuple[list[Task], list[Task]]:
     return train, heldout
 
 
+def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
+    """Returns the config with `rollout.max_length` no longer than the model's context; says where it was."""
+    context = model.config.max_positions
+    if config.rollout.max_length <= context:
+        return config
+    log.warning(
+        "rollout.max_length=%d: the model's context has %d tokens, which is the limit then",
+        config.rollout.max_length,
+        context,
+    )
+    fitted = config.copy_and_resolve_references()
+    fitted.rollout.max_length = context
+    return fitted
+
+
 def check_lengths(config: ConfigDict, model: policy.Policy, named: dict[str, list[Task]]) -> None:
     """Raises ValueError listing the prompts that leave no room for an answer, out of up to 5,000 a set.
 
     Warns where the chat template rewrites history, which costs a new sequence a turn.
     """
-    if config.rollout.max_length > model.config.max_positions:
-        raise ValueError(
-            f"rollout.max_length={config.rollout.max_length}: the model's context has"
-            f" {model.config.max_positions} tokens; lower it"
-        )
     tokenizer = model.tokenizer
     templated = any(task.prompt is None for rows in named.values() for task in rows)
     reason = chat.instability(tokenizer) if templated and config.rollout.max_turns > 1 else ""
@@ -163,6 +173,7 @@ class Job:
                 init=config.model.init,
                 seed=config.seed,
             )
+            config = fit_context(config, model)
             replicated = sharding.replicated_axes(mesh, model.params)
             for name in replicated:
                 log.warning("%s", name)
