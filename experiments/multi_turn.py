@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg not in ("", "debug"):
         raise ValueError(f"argument {arg!r}: must be empty or debug")
     config = base_config()
-    config.steps = 12
+    config.steps = 8
     config.evaluator = "rftjax.evaluators.exact_match:evaluate"
     config.environment = "experiments/directory.py:reply"
     config.model.path = embedded_model()
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sampler.max_new_tokens = 10
     config.rollout.max_turns, config.rollout.max_length = 3, 224
     config.optim.lr, config.optim.warmup_steps = 2e-5, 2
-    config.eval.every, config.checkpoint.every = 6, 6
+    config.eval.every, config.checkpoint.every = 4, 4
     if arg == "debug":
         config.steps, config.optim.warmup_steps = 2, 0
         config.batch.prompts, config.batch.group_size = 2, 4
