@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
-from rftjax import sharding
-from rftjax.batching import make_batch
 from rftjax.evaluation import evaluate
-from rftjax.job import Interruption, Job, set_advantages
+from rftjax.job import Interruption, Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.scoring import EvaluatorError
 from rftjax.tasks import TaskStream
@@ -27,7 +24,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         stream = TaskStream(job.train_tasks, seed=config.seed)
         optimizer = job.optimizer()
         state = job.initial_state(optimizer)
-        update = job.make_update(optimizer, state)
+        learner = job.learner(optimizer, state)
         checkpoints = job.checkpoints()
         start = checkpoints.latest_step() or 0
         host = {"stream": stream.state()}
@@ -56,27 +53,25 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 heldout(0)
                 recorder.flush(0)
             while step < last and not interruption.received:
-                with recorder.time("sample"):
-                    job.set_weights(state)
-                    draws = stream.next(config.batch.prompts)
-                    trajectories = job.rollout(
-                        draws, group_size, job.limits(), on_finish=job.scorer.submit
-                    )
-                with recorder.time("evaluate"):
-                    job.scorer.check(job.scorer.gather(trajectories))
-                    set_advantages(trajectories, config.grpo)
+                trajectories = []
+                while wanted := learner.wanted(trajectories):
+                    with recorder.time("sample"):
+                        job.set_weights(state)
+                        draws = stream.next(wanted)
+                        sampled = job.rollout(
+                            draws, group_size, job.limits(), on_finish=job.scorer.submit
+                        )
+                    with recorder.time("evaluate"):
+                        job.scorer.check(job.scorer.gather(sampled))
+                        trajectories += sampled
                 with recorder.time("update"):
                     job.rollout.engine.release()
-                    batch = make_batch(trajectories, **job.batch_shape)
-                    state, metrics = update(state, sharding.put_batch(job.mesh, batch))
-                    metrics = jax.device_get(metrics)
-                step, host = step + 1, {"stream": stream.state()}
-                recorder.write(
-                    step,
-                    metrics | rollout_metrics(trajectories),
-                    histograms(trajectories),
-                    trajectories,
-                )
+                    step += 1
+                    batches, choice = learner.batch(state, trajectories, step)
+                    state, metrics = learner.update(state, batches, step)
+                metrics |= choice | rollout_metrics(trajectories)
+                recorder.write(step, metrics, histograms(trajectories), trajectories)
+                host = {"stream": stream.state()}
                 evaluates = step == config.steps or (
                     config.eval.every and step % config.eval.every == 0
                 )
