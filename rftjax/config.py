@@ -40,8 +40,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 1,
         "steps batch.prompts batch.group_size batch.pack_tokens batch.pack_rows sampler.max_new_tokens sampler.slots "
         "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
-        "scoring.workers environments.workers grpo.updates_per_batch grpo.minibatches eval.samples checkpoint.keep "
-        "logging.every",
+        "scoring.workers environments.workers grpo.updates_per_batch grpo.minibatches "
+        "alarms.window eval.samples checkpoint.keep logging.every",
     ),
     (
         "must be at least 2 (a prompt token and a sampled one)",
@@ -52,7 +52,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must be at least 0 (0 switches it off)",
         lambda value: value >= 0,
         "tasks.heldout_count tasks.limit sampler.top_k sampler.pool eval.every eval.max_tasks eval.top_k "
-        "checkpoint.every logging.rollouts lora.rank grpo.kl_refresh_steps grpo.dynamic_prompts "
+        "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
+        "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
+        "grpo.kl_refresh_steps grpo.dynamic_prompts "
         "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
         "overlap.max_staleness",
     ),
@@ -210,6 +212,11 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "raise it, or set grpo.baseline to batch_mean or none",
         )
     yield from _grpo_problems(values)
+    samples = values.get("eval.samples", 1)
+    for k in values.get("eval.pass_k", ()):
+        if not isinstance(k, int) or not 1 <= k <= samples:
+            yield "eval.pass_k", f"must hold whole numbers from 1 to eval.samples={samples}"
+            break
     if (found := given("sampler.pool", "sampler.slots")) and 0 < found[0] < found[1]:
         yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
     if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
@@ -280,7 +287,7 @@ def _mesh_problems(
 # ---- config.json
 
 # What a resumed run may change: nothing that has entered the parameters, the optimizer or the order of tasks.
-_FREE_SECTIONS = ("eval.", "checkpoint.", "logging.")  # and steps
+_FREE_SECTIONS = ("eval.", "checkpoint.", "logging.", "alarms.")  # and steps
 
 
 def to_json(config: ConfigDict) -> str:

@@ -129,8 +129,24 @@ def base_config() -> ConfigDict:
                 "top_p": 1.0,
                 "top_k": 0,
                 "max_tasks": 0,  # 0: all
+                "pass_k": (),  # for these K the chance that one of K samples is right
+                "pass_reward": 1.0,  # a sample is right from this reward on
+                "patience": 0,  # evaluations without a new best after which a run ends; 0: never
+                "dead_steps": 0,  # steps without variance in any group after which it ends; 0: never
             },
-            "checkpoint": {"every": 10, "keep": 2},  # every 0: at the end only
+            "checkpoint": {
+                "every": 10,  # steps; 0: at the end only
+                "keep": 2,
+                "best_metric": "eval/reward",  # the best by it is kept too, and ends a run early
+            },
+            "alarms": {  # thresholds; 0 switches an alarm off
+                "window": 5,  # steps of a mean
+                "heldout_fall": 0.05,  # below the best, while the training reward rises
+                "length_factor": 2.0,  # of a completion against the first steps
+                "duplicate_share": 0.5,
+                "part_fall": 0.1,  # of another part, while one is reached
+                "logprob_diff": 0.1,  # nats a token between sampler and trainer
+            },
             "logging": {"every": 1, "rollouts": 8, "histograms": True},  # rollouts in TensorBoard
         }
     )

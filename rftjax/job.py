@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rftjax import chat, grpo, lora, metrics, optim, policy, sharding, tasks, update
+from rftjax import alarms, chat, grpo, lora, metrics, optim, policy, sharding, tasks, update
 from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
 from rftjax.environments import Environments
+from rftjax.evaluation import evaluate
 from rftjax.learner import Learner, initial_reference
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
 from rftjax.scoring import Scorer
-from rftjax.types import Params, Task, TrainState
+from rftjax.types import Params, Task, TrainState, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -317,6 +319,26 @@ class Job:
         self.rollout.engine.set_params(_sampler_params(self.policy.config, params, adapters))
         self.rollout.policy_version = int(state.step)
 
+    def stop_reason(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Returns why the run that has these metrics should end early, "" where it should not."""
+        section, metric = self.config.eval, self.config.checkpoint.best_metric
+        return alarms.stop_reason(
+            lines, metric=metric, patience=section.patience, dead_steps=section.dead_steps
+        )
+
+    def evaluate(self) -> tuple[dict[str, float], list[Trajectory]]:
+        """Evaluates the sampler's weights on the held-out tasks."""
+        section = self.config.eval
+        return evaluate(
+            self.heldout_tasks,
+            section.samples,
+            self.limits(heldout=True),
+            self.rollout,
+            self.scorer,
+            pass_k=section.pass_k,
+            pass_reward=section.pass_reward,
+        )
+
     def recorder(self, resume_step: int) -> metrics.Recorder:
         """Returns the recorder of the run's workdir."""
         return metrics.Recorder(
@@ -324,6 +346,7 @@ class Job:
             steps=self.config.steps,
             resume_step=resume_step,
             primary=jax.process_index() == 0,
+            alarms=functools.partial(alarms.find, **self.config.alarms),
             **self.config.logging,
         )
 

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from rftjax import hf, job, lora, policy, train, update
 from rftjax.checkpoint import Checkpoints
-from rftjax.evaluation import evaluate
 from rftjax.job import Job
 from rftjax.learner import set_advantages
 from rftjax.metrics import rollout_metrics
@@ -93,10 +92,7 @@ def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
                 state, _ = checkpoints.restore(step, state)
             checkpoints.close()
         parts.set_weights(state)
-        limits = parts.limits(heldout=True)
-        metrics, _ = evaluate(
-            parts.heldout_tasks, config.eval.samples, limits, parts.rollout, parts.scorer
-        )
+        metrics, _ = parts.evaluate()
     print(json.dumps({"step": step, **metrics}))
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rftjax.evaluation import evaluate
 from rftjax.job import Interruption, Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.scoring import EvaluatorError
 from rftjax.tasks import TaskStream
 from rftjax.types import TrainState
+
+log = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[TrainState, bool]:
@@ -37,13 +39,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
                 job.set_weights(state)
-                metrics, trajectories = evaluate(
-                    job.heldout_tasks,
-                    config.eval.samples,
-                    job.limits(heldout=True),
-                    job.rollout,
-                    job.scorer,
-                )
+                metrics, trajectories = job.evaluate()
             recorder.write(step, metrics, trajectories=trajectories, stream="heldout")
             return metrics
 
@@ -52,7 +48,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             if start == 0 and job.heldout_tasks and config.eval.every:
                 heldout(0)
                 recorder.flush(0)
-            while step < last and not interruption.received:
+            while step < last and not (interruption.received or job.stop_reason(recorder.lines)):
                 trajectories = []
                 while wanted := learner.wanted(trajectories):
                     with recorder.time("sample"):
@@ -82,10 +78,13 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 if checkpoints.due(step):
                     checkpoints.save(step, state, host, results)
             checkpoints.save(step, state, host, results)
+            reason = job.stop_reason(recorder.lines)
+            if reason:
+                log.warning("ended early after step %d: %s", step, reason)
         except EvaluatorError:
             checkpoints.save(step, state, host)
             raise
         finally:
             checkpoints.close()
             recorder.close()
-    return state, step == config.steps
+    return state, step == config.steps or bool(reason)
