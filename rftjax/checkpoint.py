@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,8 @@ from orbax.checkpoint import checkpoint_managers
 from rftjax.types import Params, TrainState
 
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
-_TREES = ("trainable", "frozen", "optimizer")
+_TREES = ("trainable", "frozen", "optimizer", "reference")
+_OPTIONAL = ("frozen", "reference")  # empty in some runs, and then not written
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_DISK_WORDS = ("no space left", "quota exceeded", "file too large")
 
@@ -45,7 +46,8 @@ class Checkpoints:
 
     `every` (steps, 0: never) only answers `due`; `save` saves whenever it is called. With
     `read_only` nothing is written or cleaned up, so that an export can look into the workdir of a
-    job that is running.
+    job that is running. Trees in `fixed` ("frozen", "reference") are what the run starts from and never
+    changes: they are not written, and `restore` takes them from its example.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Checkpoints:
         keep: int = 3,
         best_metric: str = "eval/reward",
         read_only: bool = False,
+        fixed: Sequence[str] = (),
     ) -> None:
         if keep < 1 and keep != -1:
             raise ValueError(
@@ -68,6 +71,7 @@ class Checkpoints:
         self.every = every
         self.best_metric = best_metric
         self._read_only = read_only
+        self._fixed = fixed
         _silence_orbax()
         if read_only and not self.directory.is_dir():
             raise ValueError(f"{self.directory} holds no checkpoints: no such directory")
@@ -115,7 +119,7 @@ class Checkpoints:
             trees = {
                 name: ocp.args.PyTreeSave(tree)
                 for name, tree in _as_trees(state).items()
-                if jax.tree.leaves(tree)
+                if jax.tree.leaves(tree) and name not in self._fixed
             }
             args = ocp.args.Composite(**trees, host=ocp.args.JsonSave(dict(host)))
             ranked = {self.best_metric: best} if math.isfinite(best) else None
@@ -160,12 +164,19 @@ class Checkpoints:
         self.wait()
         trees: dict[str, Any] = {}
         for name, wanted in _as_trees(example).items():
+            if name in self._fixed:
+                trees[name] = wanted
+                continue
             found = self._metadata(step, name)
             self._compare(step, name, found, wanted)
             trees[name] = self._read(step, name, wanted) if jax.tree.leaves(wanted) else wanted
         optimizer = trees["optimizer"]
         state = TrainState(
-            optimizer["step"], trees["trainable"], trees["frozen"], optimizer["opt_state"]
+            optimizer["step"],
+            trees["trainable"],
+            trees["frozen"],
+            optimizer["opt_state"],
+            trees["reference"],
         )
         return state, self.restore_host(step)
 
@@ -193,7 +204,7 @@ class Checkpoints:
     def _metadata(self, step: int, name: str) -> Any:
         """An item's structure with Orbax's array metadata as leaves; {} for an empty item."""
         path = self.directory / str(step) / name
-        if name == "frozen" and path.parent.is_dir() and not path.exists():
+        if name in _OPTIONAL and path.parent.is_dir() and not path.exists():
             return {}
         with self._reading(step, name):
             return ocp.PyTreeCheckpointHandler().metadata(epath.Path(path)).tree
@@ -277,6 +288,7 @@ def _as_trees(state: TrainState) -> dict[str, Any]:
     return {
         "trainable": state.trainable,
         "frozen": state.frozen,
+        "reference": state.reference,
         "optimizer": {"step": state.step, "opt_state": state.opt_state},
     }
 

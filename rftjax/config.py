@@ -40,8 +40,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 1,
         "steps batch.prompts batch.group_size batch.pack_tokens batch.pack_rows sampler.max_new_tokens sampler.slots "
         "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
-        "scoring.workers environments.workers grpo.updates_per_batch eval.samples checkpoint.keep "
-        "logging.every",
+        "scoring.workers environments.workers grpo.updates_per_batch grpo.minibatches "
+        "alarms.window eval.samples checkpoint.keep logging.every",
     ),
     (
         "must be at least 2 (a prompt token and a sampled one)",
@@ -52,7 +52,10 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "must be at least 0 (0 switches it off)",
         lambda value: value >= 0,
         "tasks.heldout_count tasks.limit sampler.top_k sampler.pool eval.every eval.max_tasks eval.top_k "
-        "checkpoint.every logging.rollouts lora.rank optim.warmup_steps optim.clip optim.weight_decay "
+        "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
+        "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
+        "grpo.kl_refresh_steps grpo.dynamic_prompts "
+        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
         "overlap.max_staleness",
     ),
     ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
@@ -208,6 +211,12 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"must be at least 2 with grpo.baseline={found[1]!r}, which would make every advantage 0; "
             "raise it, or set grpo.baseline to batch_mean or none",
         )
+    yield from _grpo_problems(values)
+    samples = values.get("eval.samples", 1)
+    for k in values.get("eval.pass_k", ()):
+        if not isinstance(k, int) or not 1 <= k <= samples:
+            yield "eval.pass_k", f"must hold whole numbers from 1 to eval.samples={samples}"
+            break
     if (found := given("sampler.pool", "sampler.slots")) and 0 < found[0] < found[1]:
         yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
     if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
@@ -220,6 +229,32 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "must be 0 where held-out tasks are given by themselves; "
                 "it takes them out of tasks.train (eval.max_tasks limits how many are evaluated)",
             )
+
+
+def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what does not fit together among the settings of a step's updates."""
+    size, prompts = values.get("batch.group_size", 2), values.get("batch.prompts", 0)
+    for field in ("grpo.drop_zero_variance", "grpo.dynamic_prompts"):
+        if size == 1 and values.get(field):
+            yield field, "must be off with batch.group_size=1, where no group has variance"
+    count = values.get("grpo.minibatches", 1)
+    whole = values.get("grpo.minibatch_groups", True)
+    if prompts and (prompts if whole else prompts * size) % count:
+        yield (
+            "grpo.minibatches",
+            f"must divide batch.prompts={prompts}"
+            if whole
+            else f"must divide the {prompts * size} samples of a step",
+        )
+    if values.get("grpo.kl_weight") == 0:
+        for field in ("grpo.kl_in_reward", "grpo.kl_refresh_steps"):
+            if values.get(field):
+                yield field, "must be off where grpo.kl_weight is 0.0; give that a value"
+    limit = values.get("sampler.max_new_tokens", 0) * values.get("rollout.max_turns", 1)
+    if limit and values.get("grpo.overlong_buffer", 0) >= limit:
+        yield "grpo.overlong_buffer", f"must be below the {limit} tokens that may be sampled"
+    if values.get("lora.path") and values.get("lora.rank") == 0:
+        yield "lora.path", "must be empty where lora.rank is 0; give the rank of those adapters"
 
 
 def _mesh_problems(
@@ -252,7 +287,7 @@ def _mesh_problems(
 # ---- config.json
 
 # What a resumed run may change: nothing that has entered the parameters, the optimizer or the order of tasks.
-_FREE_SECTIONS = ("eval.", "checkpoint.", "logging.")  # and steps
+_FREE_SECTIONS = ("eval.", "checkpoint.", "logging.", "alarms.")  # and steps
 
 
 def to_json(config: ConfigDict) -> str:

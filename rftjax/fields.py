@@ -96,9 +96,16 @@ def base_config() -> ConfigDict:
                 "entropy_weight": placeholder(float),
                 "tis_cap": placeholder(float),
                 # Fields beside the preset.
-                "updates_per_batch": 1,
+                "updates_per_batch": 1,  # passes over a step's minibatches
+                "minibatches": 1,  # updates of one pass
+                "minibatch_groups": True,  # False: a group may lie in several minibatches
+                "kl_in_reward": False,  # the KL is taken off the reward, not added to the loss
+                "kl_refresh_steps": 0,  # steps after which the reference becomes the policy; 0: never
                 "mask_truncated": False,
-                "drop_zero_variance": False,
+                "drop_zero_variance": False,  # groups of equal rewards are not trained on
+                "dynamic_prompts": 0,  # further prompts a step in place of groups of equal rewards
+                "overlong_buffer": 0,  # last tokens before the limit that cost reward; 0: off
+                "overlong_penalty": 1.0,  # what an answer at the limit costs
             },
             "optim": {
                 "lr": 1e-5,
@@ -107,7 +114,12 @@ def base_config() -> ConfigDict:
                 "clip": 1.0,  # of the gradient's global norm; 0.0: off
                 "weight_decay": 0.0,
             },
-            "lora": {"rank": 0, "alpha": 16.0, "targets": "all"},  # rank 0: full fine-tuning
+            "lora": {
+                "rank": 0,  # 0: full fine-tuning
+                "alpha": 16.0,
+                "targets": "all",  # or of query,key,value,output,gate,up,down
+                "path": "",  # adapters to start from: a PEFT directory or a run's workdir
+            },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that the others leave
             "overlap": {"max_staleness": 0},  # updates that a sampled token may lag behind
             "eval": {
@@ -117,8 +129,24 @@ def base_config() -> ConfigDict:
                 "top_p": 1.0,
                 "top_k": 0,
                 "max_tasks": 0,  # 0: all
+                "pass_k": (),  # for these K the chance that one of K samples is right
+                "pass_reward": 1.0,  # a sample is right from this reward on
+                "patience": 0,  # evaluations without a new best after which a run ends; 0: never
+                "dead_steps": 0,  # steps without variance in any group after which it ends; 0: never
             },
-            "checkpoint": {"every": 10, "keep": 2},  # every 0: at the end only
+            "checkpoint": {
+                "every": 10,  # steps; 0: at the end only
+                "keep": 2,
+                "best_metric": "eval/reward",  # the best by it is kept too, and ends a run early
+            },
+            "alarms": {  # thresholds; 0 switches an alarm off
+                "window": 5,  # steps of a mean
+                "heldout_fall": 0.05,  # below the best, while the training reward rises
+                "length_factor": 2.0,  # of a completion against the first steps
+                "duplicate_share": 0.5,
+                "part_fall": 0.1,  # of another part, while one is reached
+                "logprob_diff": 0.1,  # nats a token between sampler and trainer
+            },
             "logging": {"every": 1, "rollouts": 8, "histograms": True},  # rollouts in TensorBoard
         }
     )

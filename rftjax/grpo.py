@@ -309,7 +309,7 @@ def policy_loss(
         reference_BT = jax.lax.stop_gradient(
             _where_trained(reference_logprobs, mask_BT, "reference_logprobs")
         )
-        kl_BT = _kl(kl, logprobs_BT, reference_BT)
+        kl_BT = estimate_kl(kl, logprobs_BT, reference_BT)
         metrics["kl/mean"] = _token_mean(kl_BT, mask_BT)
         if kl_weight > 0:
             loss_BT = loss_BT + kl_weight * (kl_BT * ratio_BT if kl_times_ratio else kl_BT)
@@ -376,7 +376,8 @@ def _clipped(
     return gain_BT
 
 
-def _kl(kind: str, logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
+def estimate_kl(kind: str, logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
+    """Returns the estimator `kind` (k1, k2 or k3) of each token's KL to the reference."""
     if kind == "k1":
         return logprobs_BT - reference_BT
     if kind == "k2":

@@ -291,8 +291,8 @@ def save(
     try:
         _write_weights(work, config, params, np.dtype(dtype), max_shard_bytes)
         kept = {key: value for key, value in fields.items() if key not in ("torch_dtype", "dtype")}
-        _write_json(work / "config.json", kept | {"dtype": dtype})
-        _write_json(work / "generation_config.json", generation or generation_fields(fields))
+        write_json(work / "config.json", kept | {"dtype": dtype})
+        write_json(work / "generation_config.json", generation or generation_fields(fields))
         if tokenizer is not None:
             _write_tokenizer(work, tokenizer)
         for path in (work, *work.iterdir()):  # temporary files are their owner's alone
@@ -316,7 +316,7 @@ def _write_tokenizer(work: Path, tokenizer: Any) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # The name that transformers 4 and 5 both know for the same class.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(work / "tokenizer_config.json", settings)
+        write_json(work / "tokenizer_config.json", settings)
 
 
 def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -348,15 +348,13 @@ def _hf_tensors(
 def _write_weights(
     work: Path, config: Config, params: Params, dtype: np.dtype, max_shard_bytes: float
 ) -> None:
-    from safetensors.numpy import save_file
-
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     total_bytes = shard_bytes = 0
 
     def flush() -> None:
         nonlocal shard, shard_bytes
-        save_file(shard, work / f"part-{len(shards)}", metadata={"format": "pt"})
+        write_safetensors(work / f"part-{len(shards)}", shard)
         shards.append(list(shard))
         shard, shard_bytes = {}, 0
 
@@ -376,7 +374,7 @@ def _write_weights(
         (work / f"part-{index}").rename(work / file)
         weight_map |= dict.fromkeys(names, file)
     index_fields = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(work / "model.safetensors.index.json", index_fields)
+    write_json(work / "model.safetensors.index.json", index_fields)
 
 
 def _leaf(params: Params, path: tuple[str, ...]) -> Any:
@@ -411,5 +409,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Returns every tensor of one file; raises ValueError where it is missing or damaged."""
+    return {name: read() for name, read in _open_safetensors(path).items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one file of contiguous tensors."""
+    from safetensors.numpy import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

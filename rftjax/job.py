@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rftjax import chat, grpo, metrics, optim, policy, sharding, tasks, update
+from rftjax import alarms, chat, grpo, lora, metrics, optim, policy, sharding, tasks, update
 from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
 from rftjax.environments import Environments
+from rftjax.evaluation import evaluate
+from rftjax.learner import Learner, initial_reference
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
 from rftjax.scoring import Scorer
-from rftjax.types import Task, TrainState, Trajectory
+from rftjax.types import Params, Task, TrainState, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -218,30 +221,83 @@ class Job:
         )
 
     def initial_state(self, optimizer: Any) -> TrainState:
-        """Returns step 0 of full fine-tuning, optimizer state laid out like the parameters."""
-        opt_state = sharding.shard_tree(self.mesh, optimizer.init(self.policy.params))
+        """Returns step 0, optimizer state laid out like what is trained: all parameters, or adapters on frozen ones."""
+        params, adapters = self.policy.params, self.adapters()
+        trainable, frozen = params, {}
+        if adapters is not None:
+            trainable, frozen = adapters, lora.freeze(self.policy.config, params)
+        reference = initial_reference(self.config.grpo, params, adapters, self.config.model.dtype)
+        opt_state = sharding.shard_tree(self.mesh, optimizer.init(trainable))
         # All of it lies where an update leaves it: else the second update would compile again.
         step = sharding.shard_tree(self.mesh, jnp.zeros((), jnp.int32))
-        return TrainState(step, self.policy.params, {}, opt_state)
+        return TrainState(step, trainable, frozen, opt_state, reference)
+
+    def adapters(self) -> Params | None:
+        """Returns the adapters to start from, None in full fine-tuning."""
+        section = self.config.lora
+        if not section.rank:
+            return None
+        model = self.policy.config
+        fresh = lora.init(model, rank=section.rank, targets=section.targets, seed=self.config.seed)
+        if section.path:
+            found = load_adapters(section.path, model, section.alpha)
+            lora.check_like(section.path, found, fresh)
+            fresh = found
+        return sharding.shard_tree(self.mesh, fresh)
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor on the adapters' product, 0 in full fine-tuning."""
+        return lora.scale(self.config.lora.rank, self.config.lora.alpha)
 
     def optimizer(self) -> Any:
-        """Returns the Optax chain of the config."""
-        return optim.make_optimizer(steps=self.config.steps, **self.config.optim)
+        """Returns the Optax chain of the config, its schedule stretched over all updates of the steps."""
+        section, settings = self.config.grpo, self.config.optim.to_dict()
+        updates = section.updates_per_batch * section.minibatches
+        settings["warmup_steps"] *= updates
+        return optim.make_optimizer(steps=self.config.steps * updates, **settings)
+
+    def learner(self, optimizer: Any, state: TrainState) -> Learner:
+        """Returns what turns scored trajectories into updates."""
+        section = self.config.grpo
+        return Learner(
+            section.to_dict(),
+            self.batch_shape,
+            self.mesh,
+            self.make_update(optimizer, state),
+            update.make_scorer(
+                self.policy.config, unroll=jax.default_backend() == "cpu", **self._distribution
+            ),
+            self.config.batch.prompts,
+            self.config.sampler.max_new_tokens * self.config.rollout.max_turns,
+            self.config.seed,
+            self.lora_scale,
+            self.config.model.dtype,
+        )
+
+    @property
+    def _distribution(self) -> dict[str, Any]:
+        section = self.config.sampler
+        return {
+            "temperature": section.temperature,
+            "top_p": section.top_p,
+            "top_k": section.top_k,
+            "limit": self.policy.vocabulary,
+        }
 
     def make_update(self, optimizer: Any, state: TrainState) -> Any:
         """Returns the jitted update of the config; it leaves the state where it lies."""
-        section = self.config.sampler
         fields = {name: self.config.grpo[name] for name in grpo.LOSS_DEFAULTS}
+        if self.config.grpo.kl_in_reward:
+            fields["kl_weight"] = 0.0
         return update.make_update(
             self.policy.config,
             optimizer,
             fields,
             remat=self.config.model.remat,
             unroll=jax.default_backend() == "cpu",
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            limit=self.policy.vocabulary,
+            lora_scale=self.lora_scale,
+            **self._distribution,
             shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )
 
@@ -250,7 +306,7 @@ class Job:
         """What `batching.make_batch` takes beside the trajectories."""
         section = self.config.batch
         return {
-            "rows": section.prompts * section.group_size,
+            "rows": -(-section.prompts * section.group_size // self.config.grpo.minibatches),
             "max_length": self.config.rollout.max_length,
             "pack_tokens": section.pack_tokens,
             "pack_rows": section.pack_rows * sharding.row_multiple(self.mesh),
@@ -259,9 +315,29 @@ class Job:
 
     def set_weights(self, state: TrainState) -> None:
         """Hands the state's weights to the sampler."""
-        params, adapters = update.weights(state)
+        params, adapters = update.weights(state, self.lora_scale)
         self.rollout.engine.set_params(_sampler_params(self.policy.config, params, adapters))
         self.rollout.policy_version = int(state.step)
+
+    def stop_reason(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Returns why the run that has these metrics should end early, "" where it should not."""
+        section, metric = self.config.eval, self.config.checkpoint.best_metric
+        return alarms.stop_reason(
+            lines, metric=metric, patience=section.patience, dead_steps=section.dead_steps
+        )
+
+    def evaluate(self) -> tuple[dict[str, float], list[Trajectory]]:
+        """Evaluates the sampler's weights on the held-out tasks."""
+        section = self.config.eval
+        return evaluate(
+            self.heldout_tasks,
+            section.samples,
+            self.limits(heldout=True),
+            self.rollout,
+            self.scorer,
+            pass_k=section.pass_k,
+            pass_reward=section.pass_reward,
+        )
 
     def recorder(self, resume_step: int) -> metrics.Recorder:
         """Returns the recorder of the run's workdir."""
@@ -270,13 +346,18 @@ class Job:
             steps=self.config.steps,
             resume_step=resume_step,
             primary=jax.process_index() == 0,
+            alarms=functools.partial(alarms.find, **self.config.alarms),
             **self.config.logging,
         )
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
         """Returns the checkpoints of the run's workdir."""
+        fixed = ["frozen"] + ["reference"] * (self.config.grpo.kl_refresh_steps == 0)
         return Checkpoints(
-            self.workdir / "checkpoints", read_only=read_only, **self.config.checkpoint
+            self.workdir / "checkpoints",
+            read_only=read_only,
+            fixed=fixed,
+            **self.config.checkpoint,
         )
 
 
@@ -285,19 +366,25 @@ def _sampler_params(config: Any, params: Any, adapters: Any) -> Any:
     return device.sampler_params(config, params, adapters)
 
 
-def set_advantages(trajectories: list[Trajectory], fields: ConfigDict) -> None:
-    """Sets the advantage of every valid trajectory; groups are draws, invalid samples belong to none."""
-    valid = [one for one in trajectories if one.score is not None and one.score.valid]
-    if not valid:
-        return
-    chosen: dict[str, Any] = {name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS}
-    values = grpo.advantages(
-        [one.score.reward for one in valid if one.score is not None],
-        [one.draw for one in valid],
-        **chosen,
-    )
-    for trajectory, value in zip(valid, values, strict=True):
-        trajectory.advantage = float(value)
+def load_adapters(path: str, model: Any, alpha: float) -> Params:
+    """Returns the adapters of a PEFT directory, or of the last checkpoint of a run's workdir, scaled for `alpha`."""
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").exists():
+        return lora.load_peft(folder, model, alpha=alpha)
+    if not (folder / "config.json").exists() or not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"lora.path={path}: holds neither adapter_config.json nor a run's config.json and checkpoints"
+        )
+    run: Any = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    try:
+        step = checkpoints.latest_step()
+        if not run.lora.rank or step is None:
+            raise ValueError(f"lora.path={path}: that run has no adapters in a checkpoint")
+        adapters, _ = checkpoints.restore_params(step)
+    finally:
+        checkpoints.close()
+    return update.scale_adapters(adapters, run.lora.alpha / alpha)
 
 
 class Interruption:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
 NO_HISTOGRAMS: Mapping[str, np.ndarray] = MappingProxyType({})
 NO_TEXTS: Mapping[str, str] = MappingProxyType({})
+Alarms = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]]
 ROLLOUT_NAMES = {"train": "step", "heldout": "heldout"}
 
 
@@ -50,8 +51,9 @@ class Recorder:
     `steps` is the run's length. With `resume_step` N everything beyond step N is removed first: the
     run that wrote it went on past its last checkpoint. `every` is the number of steps between
     histograms and rollout texts in TensorBoard, `rollouts` the number of conversations in a text
-    (0: none); metrics.jsonl and rollouts/ have every step whatever these say. A process that is not
-    `primary` keeps the timers and writes nothing.
+    (0: none); metrics.jsonl and rollouts/ have every step whatever these say. `alarms` says of the
+    metrics' lines what is wrong at the last one, a sentence by name. A process that is not `primary`
+    keeps the timers and writes nothing.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class Recorder:
         histograms: bool = True,
         quiet: bool = False,
         primary: bool = True,
+        alarms: Alarms = lambda lines: {},
     ) -> None:
         if every < 1:
             raise ValueError(f"logging.every={every}: a number of steps, at least 1")
         self.workdir = Path(workdir).absolute()
         self._every, self._rollouts, self._histograms = every, rollouts, histograms
         self._primary = primary
+        self._alarms = alarms
         self._metrics_path = self.workdir / "metrics.jsonl"
         self._pending: dict[int, dict[str, SupportsFloat]] = {}
         self._times_s: dict[str, float] = collections.defaultdict(float)
@@ -152,6 +156,9 @@ class Recorder:
         if again:
             metrics = {name: x for name, x in metrics.items() if old.get(name) != x}
         line = {**(old if again else {"step": step}), **_without_nan(step, metrics)}
+        alarms = self._alarms([*(self._lines[:-1] if again else self._lines), line])
+        fired = {f"alarm/{name}": 1.0 for name in alarms}
+        line, metrics = {**line, **fired}, {**metrics, **fired}
         with self._writing():
             if again:
                 self._lines[-1] = line
@@ -161,7 +168,18 @@ class Recorder:
                 with open(self._metrics_path, "ab") as file:
                     file.write(encode(to_json(line)))
             self._events.scalars(step, metrics)
+            if alarms:
+                text = "\n".join(f"- **{name}**: {words}" for name, words in alarms.items())
+                self._events.text(step, "alarms", text)
+        for name, words in alarms.items():
+            if f"alarm/{name}" not in old:
+                log.warning("step %d: alarm %s: %s", step, name, words)
         self._progress.show(line)
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """The metrics of every step that was flushed, those before a resume too."""
+        return self._lines
 
     def close(self) -> None:
         """Flushes the steps that still wait and closes the files; harmless a second time."""
@@ -211,6 +229,7 @@ class Progress:
     def __init__(self, steps: int, lines: Iterable[dict[str, Any]] = (), *, quiet: bool) -> None:
         self._steps, self._quiet = steps, quiet
         self._shown: dict[str, float] = {}
+        self._alarms: list[str] = []
         self._ends_s = collections.deque([time.monotonic()], maxlen=11)
         self._drawn = False
         for line in lines:
@@ -241,6 +260,7 @@ class Progress:
             self._drawn = False
 
     def _remember(self, line: Mapping[str, Any]) -> None:
+        self._alarms = [name.removeprefix("alarm/") for name in line if name.startswith("alarm/")]
         for name in ("reward/mean", "eval/reward", "time/step_s"):
             if line.get(name) is not None:
                 self._shown[name] = line[name]
@@ -256,6 +276,7 @@ class Progress:
         if 0 < step < self._steps:
             mean_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
             fields.append(f"left {format_duration(mean_s * (self._steps - step))}")
+        fields += [f"ALARM {name}" for name in self._alarms]
         return "  ".join(fields)
 
 

@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rftjax import hf, job, policy, train, update
+from rftjax import hf, job, lora, policy, train, update
 from rftjax.checkpoint import Checkpoints
-from rftjax.evaluation import evaluate
 from rftjax.job import Job
+from rftjax.learner import set_advantages
 from rftjax.metrics import rollout_metrics
+from rftjax.sampler import device
 from rftjax.tasks import TaskStream
+from rftjax.types import TrainState
 
 CHECK_PROMPTS = 4  # prompts that `check` samples from the base model
 
@@ -34,24 +36,24 @@ def run(
         return
     state, done = train.train(config, workdir, stop_after)
     if done and config.export:
-        export_state(workdir, config, *update.weights(state), out=workdir / "export")
+        export_state(config, state, workdir)
     if jax.process_index() == 0:
         print(summary(workdir))
 
 
-def export_state(
-    workdir: Path,
-    config: ConfigDict,
-    params: Any,
-    adapters: Any,
-    *,
-    out: Path,
-    dtype: str = "float32",
-) -> Path:
-    """Writes a Hugging Face directory of the given weights, with the base model's tokenizer."""
-    fields = hf.read_fields(config.model.path)
-    model = policy.Policy(config.model.path, hf.read_config(fields), params, fields)
-    return model.export(out, dtype=dtype)
+def export_state(config: ConfigDict, state: TrainState, workdir: Path) -> None:
+    """Writes a Hugging Face directory of the state in `export`, adapters merged, and these alone in `adapter`."""
+    path, section = config.model.path, config.lora
+    fields = hf.read_fields(path)
+    params, adapters = update.weights(state, lora.scale(section.rank, section.alpha))
+    if adapters is not None:
+        params = params | {"layers": device.merge(params["layers"], adapters["layers"])}
+    model = policy.Policy(path, hf.read_config(fields), params, fields)
+    model.export(workdir / "export")
+    if adapters is not None:
+        lora.save_peft(
+            workdir / "adapter", model.config, state.trainable, alpha=section.alpha, base=path
+        )
 
 
 def summary(workdir: Path) -> str:
@@ -67,8 +69,9 @@ def summary(workdir: Path) -> str:
                 f"  (step {line['step']}, {line['eval/tasks']:.0f} tasks)"
             )
         text.append(f"gain                    {last['eval/reward'] - first['eval/reward']:+.3f}")
-    if (workdir / "export").exists():
-        text.append(f"export                  {workdir / 'export'}")
+    for name in ("export", "adapter"):
+        if (workdir / name).exists():
+            text.append(f"{name:24s}{workdir / name}")
     text.append(f"watch it                tensorboard --logdir {workdir / 'tensorboard'}")
     return "\n".join(text)
 
@@ -89,10 +92,7 @@ def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
                 state, _ = checkpoints.restore(step, state)
             checkpoints.close()
         parts.set_weights(state)
-        limits = parts.limits(heldout=True)
-        metrics, _ = evaluate(
-            parts.heldout_tasks, config.eval.samples, limits, parts.rollout, parts.scorer
-        )
+        metrics, _ = parts.evaluate()
     print(json.dumps({"step": step, **metrics}))
 
 
@@ -109,14 +109,14 @@ def check(config: ConfigDict, workdir: Path) -> None:
         for name, size in memory(parts).items():
             print(f"memory      {size / 2**30:7.2f} GiB  {name}")
         params = parts.policy.params
-        parts.set_weights(update.TrainState(np.int32(0), params, {}, ()))
+        parts.set_weights(TrainState(np.int32(0), params, {}, ()))
         stream = TaskStream(parts.train_tasks, seed=config.seed)
         draws = stream.next(min(CHECK_PROMPTS, config.batch.prompts, len(parts.train_tasks)))
         trajectories = parts.rollout(
             draws, config.batch.group_size, parts.limits(), on_finish=parts.scorer.submit
         )
         scores = parts.scorer.gather(trajectories)
-        job.set_advantages(trajectories, config.grpo)
+        set_advantages(trajectories, config.grpo)
         metrics = rollout_metrics(trajectories)
         best = max(trajectories, key=lambda one: one.score.reward if one.score else -math.inf)
         print(f"sample      task {best.task.id}: {best.completion[:200]!r} -> {best.score}")
@@ -142,17 +142,21 @@ def check(config: ConfigDict, workdir: Path) -> None:
 def memory(parts: Job) -> dict[str, float]:
     """Returns estimates in bytes of the training state, the gradient, the sampler and the update's largest arrays."""
     config, model = parts.config, parts.policy.config
-    count = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(parts.adapters())) or whole
     item = np.dtype(model.dtype).itemsize
     rows = config.sampler.slots * (2 if config.environment else 1)
     cache = 2 * model.layers * model.kv_heads * model.channels * item
     tokens = config.batch.pack_tokens * config.batch.pack_rows
     width = 8 * model.width + 3 * model.ffn + 2 * model.heads * config.batch.pack_tokens
     kept = 1 if config.model.remat else model.layers
-    return {
-        "parameters and optimizer (float32)": 12.0 * count,
+    kept_bytes: dict[str, float] = {"frozen base": float(item * whole)} if count < whole else {}
+    if config.grpo.kl_weight > 0 and not kept_bytes:
+        kept_bytes["reference"] = float(item * whole)
+    return kept_bytes | {
+        "trained parameters and optimizer (float32)": 12.0 * count,
         "gradient (float32)": 4.0 * count,
-        "sampler's weights": float(item * count),
+        "sampler's weights": float(item * whole),
         f"cache of {rows} rows of {config.rollout.max_length} tokens at most": float(
             rows * config.rollout.max_length * cache
         ),

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
-from rftjax import sharding
-from rftjax.batching import make_batch
-from rftjax.evaluation import evaluate
-from rftjax.job import Interruption, Job, set_advantages
+from rftjax.job import Interruption, Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.scoring import EvaluatorError
 from rftjax.tasks import TaskStream
 from rftjax.types import TrainState
+
+log = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[TrainState, bool]:
@@ -27,7 +26,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         stream = TaskStream(job.train_tasks, seed=config.seed)
         optimizer = job.optimizer()
         state = job.initial_state(optimizer)
-        update = job.make_update(optimizer, state)
+        learner = job.learner(optimizer, state)
         checkpoints = job.checkpoints()
         start = checkpoints.latest_step() or 0
         host = {"stream": stream.state()}
@@ -40,13 +39,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
                 job.set_weights(state)
-                metrics, trajectories = evaluate(
-                    job.heldout_tasks,
-                    config.eval.samples,
-                    job.limits(heldout=True),
-                    job.rollout,
-                    job.scorer,
-                )
+                metrics, trajectories = job.evaluate()
             recorder.write(step, metrics, trajectories=trajectories, stream="heldout")
             return metrics
 
@@ -55,28 +48,26 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             if start == 0 and job.heldout_tasks and config.eval.every:
                 heldout(0)
                 recorder.flush(0)
-            while step < last and not interruption.received:
-                with recorder.time("sample"):
-                    job.set_weights(state)
-                    draws = stream.next(config.batch.prompts)
-                    trajectories = job.rollout(
-                        draws, group_size, job.limits(), on_finish=job.scorer.submit
-                    )
-                with recorder.time("evaluate"):
-                    job.scorer.check(job.scorer.gather(trajectories))
-                    set_advantages(trajectories, config.grpo)
+            while step < last and not (interruption.received or job.stop_reason(recorder.lines)):
+                trajectories = []
+                while wanted := learner.wanted(trajectories):
+                    with recorder.time("sample"):
+                        job.set_weights(state)
+                        draws = stream.next(wanted)
+                        sampled = job.rollout(
+                            draws, group_size, job.limits(), on_finish=job.scorer.submit
+                        )
+                    with recorder.time("evaluate"):
+                        job.scorer.check(job.scorer.gather(sampled))
+                        trajectories += sampled
                 with recorder.time("update"):
                     job.rollout.engine.release()
-                    batch = make_batch(trajectories, **job.batch_shape)
-                    state, metrics = update(state, sharding.put_batch(job.mesh, batch))
-                    metrics = jax.device_get(metrics)
-                step, host = step + 1, {"stream": stream.state()}
-                recorder.write(
-                    step,
-                    metrics | rollout_metrics(trajectories),
-                    histograms(trajectories),
-                    trajectories,
-                )
+                    step += 1
+                    batches, choice = learner.batch(state, trajectories, step)
+                    state, metrics = learner.update(state, batches, step)
+                metrics |= choice | rollout_metrics(trajectories)
+                recorder.write(step, metrics, histograms(trajectories), trajectories)
+                host = {"stream": stream.state()}
                 evaluates = step == config.steps or (
                     config.eval.every and step % config.eval.every == 0
                 )
@@ -87,10 +78,13 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 if checkpoints.due(step):
                     checkpoints.save(step, state, host, results)
             checkpoints.save(step, state, host, results)
+            reason = job.stop_reason(recorder.lines)
+            if reason:
+                log.warning("ended early after step %d: %s", step, reason)
         except EvaluatorError:
             checkpoints.save(step, state, host)
             raise
         finally:
             checkpoints.close()
             recorder.close()
-    return state, step == config.steps
+    return state, step == config.steps or bool(reason)

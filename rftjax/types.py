@@ -115,13 +115,15 @@ class Trajectory:
 class TrainState(NamedTuple):
     """Everything that an update changes: `trainable` and `frozen` are nested dicts, `opt_state` is Optax's.
 
-    `step` counts updates. Full fine-tuning has an empty `frozen`; LoRA keeps the adapters in `trainable`.
+    `step` counts updates. Full fine-tuning has an empty `frozen`; LoRA keeps the adapters in `trainable` and the base
+    in `frozen`. `reference` is what a KL is measured against: weights, or adapters on `frozen`; empty where none is.
     """
 
     step: Any
     trainable: Params
     frozen: Params
     opt_state: Any
+    reference: Params = ()
 
 
 class Pack(NamedTuple):

@@ -129,11 +129,20 @@ def micro_batch(pack: Pack, index: jax.Array | int) -> Pack:
     )
 
 
-def make_scorer(config: Config, **sampling: Any) -> Callable[..., jax.Array]:
-    """Builds `score(params, adapters, batch) -> logprobs_BT` without gradient; `sampling` as `logprobs` takes it."""
+def make_scorer(
+    config: Config, *, unroll: bool = False, **sampling: Any
+) -> Callable[..., jax.Array]:
+    """Builds `score(params, adapters, batch) -> logprobs_BT` without gradient; `sampling` as `logprobs` takes it.
+
+    `adapters` are scaled ones or None; `unroll` runs the layers one by one instead of in a scan.
+    """
 
     @jax.jit
     def score(params: Params, adapters: Params | None, batch: Batch) -> jax.Array:
+        if unroll:
+            params = decoder.unstack(params, config.layers)
+            adapters = decoder.unstack(adapters, config.layers) if adapters else None
+
         def one(index: jax.Array, total_BT: jax.Array) -> jax.Array:
             pack = micro_batch(batch.pack, index)
             logprobs_RM, _ = logprobs(config, params, adapters, pack, **sampling)
@@ -204,7 +213,9 @@ def make_update(
             token_normalizer=tokens,
             **loss_fields,
         )
-        gap_BT = jnp.where(here_BT, jnp.abs(logprobs_BT - batch.sampler_logprobs_BT), 0.0)
+        # The policy that sampled is the one before this batch's updates.
+        sampled_by_BT = logprobs_BT if old_BT is None else old_BT
+        gap_BT = jnp.where(here_BT, jnp.abs(sampled_by_BT - batch.sampler_logprobs_BT), 0.0)
         count = jnp.maximum(jnp.sum(here_BT), 1)
         metrics["sampler/logprob_diff_mean"] = jnp.sum(gap_BT) / count
         metrics["sampler/logprob_diff_max"] = jnp.max(gap_BT)
@@ -240,6 +251,7 @@ def make_update(
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, changes)
-        return TrainState(state.step + 1, trainable, state.frozen, opt_state), metrics
+        state = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
+        return state, metrics
 
     return update

@@ -1,9 +1,9 @@
 """Writes a Hugging Face directory from a checkpoint of a run.
 
-    python scripts/export_hf.py --workdir=DIR [--step=N] --out=DIR
+    python scripts/export_hf.py --workdir=DIR [--step=N] [--adapter] --out=DIR
 
 Without `--step` the newest checkpoint is taken; `--step=best` takes the one with the highest held-out
-reward. LoRA adapters are merged into the weights.
+reward. LoRA adapters are merged into the weights, or written alone, as the peft package stores them, with --adapter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rftjax import config as configs
-from rftjax import hf, tokenizer
+from rftjax import hf, lora, tokenizer
 from rftjax.checkpoint import Checkpoints
 from rftjax.sampler import device
 from rftjax.types import Params, TrainState
@@ -46,7 +46,7 @@ def merged(trainable: Params, frozen: Params, scale: float) -> Params:
     return params | {"layers": device.merge(params["layers"], adapters["layers"])}
 
 
-def export(workdir: Path, wanted: str, out: Path, dtype: str) -> int:
+def export(workdir: Path, wanted: str, out: Path, dtype: str, adapter: bool) -> int:
     """Writes `out` and returns the step that it holds."""
     stored = workdir / "config.json"
     config: Any = configs.from_json(stored.read_text(encoding="utf-8"), str(stored))
@@ -56,10 +56,20 @@ def export(workdir: Path, wanted: str, out: Path, dtype: str) -> int:
         trainable, frozen = checkpoints.restore_params(step)
     finally:
         checkpoints.close()
-    rank = config.lora.rank
-    params = merged(trainable, frozen, config.lora.alpha / rank if rank else 0.0)
-    path = config.model.path
+    path, section = config.model.path, config.lora
     fields = hf.read_fields(path)
+    if adapter:
+        if not section.rank:
+            raise ValueError(f"--adapter: the run in {workdir} trained all weights (lora.rank=0)")
+        shape = hf.read_config(fields)
+        lora.save_peft(out, shape, trainable, alpha=section.alpha, base=path)
+        return step
+    if section.rank and not frozen:
+        shape, base, _ = hf.load(
+            path, dtype=config.model.dtype, init=config.model.init, seed=config.seed
+        )
+        frozen = lora.freeze(shape, base)
+    params = merged(trainable, frozen, lora.scale(section.rank, section.alpha))
     words = tokenizer.load(path) if tokenizer.exists(path) else None
     shape, generation = hf.read_config(fields), hf.read_generation(path)
     hf.save(out, shape, params, fields, tokenizer=words, generation=generation, dtype=dtype)
@@ -73,10 +83,11 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--step", default="", help="a step, or best; left out: the newest")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--adapter", action="store_true", help="the adapters alone, unmerged")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     flags = parser.parse_args()
     try:
-        step = export(flags.workdir, flags.step, flags.out, flags.dtype)
+        step = export(flags.workdir, flags.step, flags.out, flags.dtype, flags.adapter)
     except (ValueError, OSError) as error:
         sys.exit(f"export_hf: {error}")
     print(f"step {step} of {flags.workdir} is in {flags.out}")

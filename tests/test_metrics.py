@@ -324,6 +324,29 @@ def test_progress_is_redrawn_on_one_line_in_a_terminal(tmp_path, capsys, monkeyp
     assert max(len(half), len(full)) <= 59
 
 
+def test_alarms_are_shown_in_metrics_progress_tensorboard_and_log(tmp_path, capsys, caplog):
+    def alarms(lines):
+        return {"too_high": "above 1"} if lines[-1]["reward/mean"] > 1 else {}
+
+    recorder = make_recorder(tmp_path, quiet=False, alarms=alarms)
+    with caplog.at_level(logging.WARNING):
+        for step, reward in enumerate([0.5, 2.0, 3.0, 0.5], 1):
+            recorder.write(step, {"reward/mean": reward})
+            recorder.flush(step)
+    recorder.close()
+    assert [line.get("alarm/too_high") for line in lines_of(tmp_path / "metrics.jsonl")] == [
+        None,
+        1.0,
+        1.0,
+        None,
+    ]
+    shown = [line.endswith("ALARM too_high") for line in capsys.readouterr().out.splitlines()]
+    assert shown == [False, True, True, False]
+    assert set(texts(tmp_path, "alarms")) == {2, 3}
+    assert scalars(tmp_path, "alarm/too_high") == {2: 1.0, 3: 1.0}
+    assert len([record for record in caplog.records if "too_high" in record.message]) == 1
+
+
 def test_durations_are_readable():
     durations = [format_duration(seconds) for seconds in (0.4, 59.6, 390, 3599.6, 7500)]
     assert durations == ["0s", "1m00s", "6m30s", "1h00m", "2h05m"]

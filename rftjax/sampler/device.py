@@ -53,7 +53,9 @@ def merge(tree: Params, adapters: Params) -> Params:
         if adapter is None:
             merged[name] = value
         elif "a" in adapter:
-            delta = jnp.einsum("Lir,Lro->Lio", adapter["a"], adapter["b"])
+            delta = jnp.einsum(
+                "Lir,Lro->Lio", adapter["a"], adapter["b"], precision=jax.lax.Precision.HIGHEST
+            )
             kernel = value["kernel"]
             wide = kernel.astype(jnp.float32) + delta.reshape(kernel.shape)
             merged[name] = value | {"kernel": wide}

@@ -1,0 +1,118 @@
+"""What in a run's metrics asks for a look: each alarm has a threshold in the section `alarms`, 0 switches it off."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FULL = 0.99  # a part from here on is as good as reached
+
+
+def find(
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    window: int = 5,
+    heldout_fall: float = 0.05,
+    length_factor: float = 2.0,
+    duplicate_share: float = 0.5,
+    part_fall: float = 0.1,
+    logprob_diff: float = 0.1,
+) -> dict[str, str]:
+    """Returns what is wrong at the last of the metrics' lines, a sentence by name; means are over `window` steps."""
+    found = {
+        "heldout_falls": _heldout_falls(lines, window, heldout_fall),
+        "length_runs_away": _length_runs_away(lines, window, length_factor),
+        "duplicates": _duplicates(lines, window, duplicate_share),
+        "part_without_the_rest": _part_without_the_rest(lines, window, part_fall),
+        "sampler_differs": _sampler_differs(lines, logprob_diff),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def stop_reason(
+    lines: Sequence[Mapping[str, Any]], *, metric: str, patience: int = 0, dead_steps: int = 0
+) -> str:
+    """Returns why a run should end before its last step, "" where it should not; 0 switches a reason off.
+
+    `patience` is how many evaluations in a row may bring no new best of `metric`, `dead_steps` how many steps in a row
+    may have no group with variance.
+    """
+    values = _values(lines, metric)
+    if patience and len(values) > patience and max(values[-patience:]) <= max(values[:-patience]):
+        return f"{metric} has not risen above {max(values):.3f} in {patience} evaluations (eval.patience)"
+    shares = _values(lines, "groups/zero_variance_share")[-dead_steps:]
+    if dead_steps and len(shares) == dead_steps and min(shares) == 1.0:
+        return f"no group had variance in {dead_steps} steps (eval.dead_steps)"
+    return ""
+
+
+def _heldout_falls(lines: Sequence[Mapping[str, Any]], window: int, fall: float) -> str:
+    evaluated = [at for at, line in enumerate(lines) if line.get("eval/reward") is not None]
+    if not fall or len(evaluated) < 2:
+        return ""
+    best = max(evaluated, key=lambda at: lines[at]["eval/reward"])
+    last = evaluated[-1]
+    fell = lines[best]["eval/reward"] - lines[last]["eval/reward"]
+    before = _values(lines[: best + 1], "reward/mean") or _values(lines, "reward/mean")
+    now = _mean(_values(lines, "reward/mean")[-window:])
+    was = _mean(before[-window:] if best else before[:1])
+    if fell <= fall or now <= was:
+        return ""
+    return (
+        f"the held-out reward is {fell:.3f} below its best (step {lines[best]['step']}), while the training reward"
+        f" rose from {was:.3f} to {now:.3f}: the policy learns what the evaluator misses or the training set alone"
+    )
+
+
+def _length_runs_away(lines: Sequence[Mapping[str, Any]], window: int, factor: float) -> str:
+    values = _values(lines, "rollout/completion_tokens_mean")
+    if not factor or len(values) < 2 * window:
+        return ""
+    first, last = _mean(values[:window]), _mean(values[-window:])
+    if last <= factor * first:
+        return ""
+    return f"completions grew from {first:.0f} to {last:.0f} tokens; see grpo.overlong_buffer"
+
+
+def _duplicates(lines: Sequence[Mapping[str, Any]], window: int, share: float) -> str:
+    values = _values(lines, "rollout/duplicate_share")
+    if not share or len(values) < window or _mean(values[-window:]) <= share:
+        return ""
+    return f"{_mean(values[-window:]):.0%} of completions are copies of another one of their group"
+
+
+def _part_without_the_rest(lines: Sequence[Mapping[str, Any]], window: int, fall: float) -> str:
+    """Says which part of the reward is reached while another one, or the reward itself, falls."""
+    names = sorted({name for line in lines for name in line if name.startswith("reward/part/")})
+    series = {name: _values(lines, name) for name in names}
+    full = [
+        name
+        for name, values in series.items()
+        if len(values) >= window and _mean(values[-window:]) >= FULL
+    ]
+    if not fall or not full:
+        return ""
+    others = {name: values for name, values in series.items() if name not in full}
+    for name, values in (others or {"reward/mean": _values(lines, "reward/mean")}).items():
+        means = [_mean(values[at : at + window]) for at in range(len(values) - window + 1)]
+        if means and max(means) - means[-1] > fall:
+            return (
+                f"{full[0]} is reached while {name} fell from {max(means):.3f} to {means[-1]:.3f}"
+            )
+    return ""
+
+
+def _sampler_differs(lines: Sequence[Mapping[str, Any]], limit: float) -> str:
+    values = _values(lines[-1:], "sampler/logprob_diff_mean")
+    if not limit or not values or values[-1] <= limit:
+        return ""
+    return f"sampler and trainer differ by {values[-1]:.3g} nats a token; see grpo.tis_cap"
+
+
+def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [line[name] for line in lines if line.get(name) is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else 0.0

@@ -1,0 +1,200 @@
+"""Low-rank adapters (Hu et al. 2021): made, read and written; the model applies them, `device.merge` adds them in.
+
+An adapter of a linear layer is a (L, inputs, rank) and b (L, rank, outputs); a @ b times alpha / rank is what it adds
+to the kernel. In the directories of the peft package the same matrices are transposed, one pair a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rftjax import hf
+from rftjax.models import FAMILIES
+from rftjax.models.decoder import Config
+from rftjax.models.names import Name
+from rftjax.types import Params
+
+TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+PREFIX = "base_model.model."  # what peft puts before the names of a causal language model
+# Fields of an adapter_config.json with the values under which reading it is exact; None and empty ones always are.
+EXACT = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "use_dora": False,
+    "use_qalora": False,
+}
+EMPTY = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "layer_replication",
+    "layers_to_transform",
+    "megatron_config",
+    "modules_to_save",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "velora_config",
+)
+
+
+def parse_targets(targets: str) -> tuple[str, ...]:
+    """Returns the linear layers that "all" or a comma list names; raises ValueError for others."""
+    names = TARGETS if targets == "all" else tuple(name.strip() for name in targets.split(","))
+    wrong = [name for name in names if name not in TARGETS]
+    if wrong:
+        raise ValueError(
+            f"lora.targets={targets!r}: {wrong[0]!r} is no linear layer; write 'all' or a comma list of"
+            f" {', '.join(TARGETS)}"
+        )
+    return tuple(name for name in TARGETS if name in names)
+
+
+def scale(rank: int, alpha: float) -> float:
+    """Returns the factor alpha / rank on a @ b, 0 in full fine-tuning."""
+    return alpha / rank if rank else 0.0
+
+
+def init(config: Config, *, rank: int, targets: str = "all", seed: int = 0) -> Params:
+    """Returns float32 adapters: a uniform within 1 / sqrt(inputs) (as peft does), b zero, so that nothing is added."""
+    tree: Params = {}
+    key = jax.random.key(seed)
+    for index, name in enumerate(_kernels(config, parse_targets(targets))):
+        inputs, outputs = _sides(name)
+        bound = 1 / math.sqrt(inputs)
+        shape = (config.layers, inputs, rank)
+        first = jax.random.uniform(
+            jax.random.fold_in(key, index), shape, minval=-bound, maxval=bound
+        )
+        pair = {"a": first, "b": jnp.zeros((config.layers, rank, outputs))}
+        _put(tree, name, pair)
+    return tree
+
+
+def freeze(config: Config, params: Params) -> Params:
+    """Returns the base as it is kept beside adapters: kernels in the compute dtype, norm gains in float32."""
+
+    def cast(path: tuple, leaf: Any) -> Any:
+        return leaf if path[-1].key == "scale" else leaf.astype(config.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def save_peft(
+    out: str | Path, config: Config, adapters: Params, *, alpha: float, base: str = ""
+) -> Path:
+    """Writes a directory that the peft package loads; `base` is the name of the model to put it on."""
+    tensors: dict[str, np.ndarray] = {}
+    used = []
+    rank = 0
+    for name in _kernels(config, TARGETS):
+        pair = adapters["layers"].get(name.path[1], {}).get(name.path[2])
+        if pair is None:
+            continue
+        used.append(name.hf.removesuffix(".weight").rpartition(".")[2])
+        rank = pair["a"].shape[-1]
+        for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
+            for layer, matrix in enumerate(np.asarray(stacked, np.float32)):
+                tensors[_peft_name(name, layer, letter)] = np.ascontiguousarray(matrix.T)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    hf.write_safetensors(out / "adapter_model.safetensors", tensors)
+    fields = EXACT | {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "r": rank,
+        "target_modules": used,
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+    }
+    hf.write_json(out / "adapter_config.json", fields)
+    return out
+
+
+def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
+    """Reads a directory that peft wrote, its own alpha / rank put into b so that `alpha` gives the same product.
+
+    Raises ValueError for every setting whose effect is not implemented and for tensors that do not fit the model.
+    """
+    path = Path(path)
+    fields = hf.read_json(path / "adapter_config.json")
+    wrong = [name for name, value in EXACT.items() if fields.get(name, value) != value]
+    wrong += [name for name in EMPTY if fields.get(name)]
+    if wrong:
+        raise ValueError(
+            f"lora.path={path}: {wrong[0]}={fields[wrong[0]]!r} is not implemented; merge that adapter into its"
+            " base with peft, and start from the merged model"
+        )
+    rank = fields["r"]
+    own = fields["lora_alpha"] / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+    tensors = hf.read_safetensors(path / "adapter_model.safetensors")
+    tree: Params = {}
+    for name in _kernels(config, TARGETS):
+        names = {
+            letter: [_peft_name(name, layer, letter) for layer in range(config.layers)]
+            for letter in "AB"
+        }
+        if not any(one in tensors for one in names["A"]):
+            continue
+        inputs, outputs = _sides(name)
+        shapes = {"A": (rank, inputs), "B": (outputs, rank)}
+        found: dict[str, list[np.ndarray]] = {"A": [], "B": []}
+        for letter, shape in shapes.items():
+            for one in names[letter]:
+                tensor = tensors.pop(one, None)
+                if tensor is None or tensor.shape != shape:
+                    has = "is missing" if tensor is None else f"has shape {tensor.shape}"
+                    raise ValueError(f"lora.path={path}: {one} {has}, the model asks for {shape}")
+                found[letter].append(np.asarray(tensor, np.float32).T)
+        factor = own / scale(rank, alpha)
+        pair = {"a": np.stack(found["A"]), "b": np.stack(found["B"]) * np.float32(factor)}
+        _put(tree, name, pair)
+    if tensors or not tree:
+        unknown = sorted(tensors)[0] if tensors else "no adapter of a linear layer"
+        raise ValueError(f"lora.path={path}: {unknown} does not belong to a {config.family} model")
+    return tree
+
+
+def check_like(path: str, found: Params, wanted: Params) -> None:
+    """Raises ValueError where adapters to start from have other layers or another rank than the config's."""
+
+    def describe(tree: Params) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {"/".join(key.key for key in at): leaf.shape for at, leaf in leaves}
+
+    one, two = describe(found), describe(wanted)
+    for name in sorted({*one, *two}):
+        if one.get(name) != two.get(name):
+            raise ValueError(
+                f"lora.path={path}: {name} is {one.get(name, 'absent')} there and {two.get(name, 'absent')} by"
+                " lora.rank and lora.targets; give the ones that it was made with"
+            )
+
+
+def _kernels(config: Config, targets: tuple[str, ...]) -> list[Name]:
+    table = FAMILIES[config.family].names(config)
+    return [name for name in table if name.path[-1] == "kernel" and name.path[-2] in targets]
+
+
+def _sides(name: Name) -> tuple[int, int]:
+    """Returns the numbers of inputs and outputs of a kernel."""
+    return math.prod(name.shape[: name.inputs]), math.prod(name.shape[name.inputs :])
+
+
+def _put(tree: Params, name: Name, pair: dict[str, Any]) -> None:
+    _, part, linear, _ = name.path
+    tree.setdefault("layers", {}).setdefault(part, {})[linear] = pair
+
+
+def _peft_name(name: Name, layer: int, letter: str) -> str:
+    return PREFIX + name.hf.format(layer=layer).replace(".weight", f".lora_{letter}.weight")

@@ -1,0 +1,241 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import rftjax
+from rftjax import config as configs
+from rftjax import hf, job, lora, modes, policy, update
+from rftjax.models import decoder
+from rftjax.sampler import device
+
+ROOT = Path(__file__).parent.parent
+TOKENS_BT = np.random.default_rng(1).integers(3, 60, (3, 12)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    return rftjax.load(str(tiny_dir))
+
+
+@pytest.fixture(scope="module")
+def peft_dir(data_dir):
+    return data_dir / "peft"
+
+
+@pytest.fixture
+def adapters(model):
+    """Adapters of all linear layers that change what the model says."""
+    fresh = lora.init(model.config, rank=4)
+    key = jax.random.key(2)
+
+    def fill(leaf):
+        return 0.2 * jax.random.normal(jax.random.fold_in(key, leaf.size), leaf.shape)
+
+    return jax.tree.map(fill, fresh)
+
+
+def logits(config, params, adapters, tokens_BT=TOKENS_BT):
+    """Logits with the adapters beside the kernels, as training applies them."""
+    pack = policy._rows(tokens_BT)
+    x_BTD = decoder.hidden(
+        config,
+        params,
+        tokens_BT,
+        pack.positions_RX,
+        pack.groups_RX,
+        pack.segments_RX,
+        lora=adapters,
+    )
+    flat = decoder.logits(config, params, x_BTD.reshape(-1, config.width))
+    return np.asarray(flat).reshape(*tokens_BT.shape, -1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_the_start_the_adapted_model_is_the_base_exactly(tiny_dir, dtype):
+    model = rftjax.load(str(tiny_dir), dtype=dtype)
+    frozen = lora.freeze(model.config, model.params)
+    fresh = update.scale_adapters(lora.init(model.config, rank=4), 4.0)
+    without = logits(model.config, model.params, None)
+    np.testing.assert_array_equal(logits(model.config, frozen, fresh), without)
+    merged = device.sampler_params(model.config, frozen, fresh)
+    plain = device.sampler_params(model.config, model.params)
+    jax.tree.map(np.testing.assert_array_equal, merged, plain)
+
+
+def test_the_base_is_kept_in_its_compute_dtype_and_norms_in_float32(tiny_dir):
+    model = rftjax.load(str(tiny_dir), dtype="bfloat16")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(lora.freeze(model.config, model.params)):
+        assert leaf.dtype == ("float32" if path[-1].key == "scale" else "bfloat16")
+
+
+def test_a_merged_export_says_what_the_adapted_model_says(model, adapters, tmp_path):
+    scaled = update.scale_adapters(adapters, 2.0)
+    merged = model.params | {"layers": device.merge(model.params["layers"], scaled["layers"])}
+    policy.Policy(model.path, model.config, merged, model.fields).export(tmp_path / "merged")
+    beside = logits(model.config, model.params, scaled)
+    assert np.abs(beside - np.asarray(model.logits(TOKENS_BT))).max() > 0.1
+    found = np.asarray(rftjax.load(str(tmp_path / "merged")).logits(TOKENS_BT))
+    np.testing.assert_allclose(found, beside, atol=1e-5, rtol=0)
+
+
+def test_tensors_have_the_names_and_shapes_that_peft_writes(model, adapters, peft_dir, tmp_path):
+    lora.save_peft(tmp_path, model.config, adapters, alpha=8.0, base="tiny")
+    tensors = hf.read_safetensors(tmp_path / "adapter_model.safetensors")
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == json.loads((peft_dir / "names.json").read_text())
+    ours = json.loads((tmp_path / "adapter_config.json").read_text())
+    theirs = json.loads((peft_dir / "adapter_config.json").read_text())
+    assert set(ours) - {"lora_bias"} <= set(theirs)
+    for name in ("peft_type", "task_type", "bias", "fan_in_fan_out", "use_dora", "use_rslora"):
+        assert ours[name] == theirs[name]
+    assert (ours["r"], ours["lora_alpha"]) == (4, 8.0)
+    assert set(ours["target_modules"]) == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+
+
+def test_an_adapter_that_peft_wrote_gives_the_logits_that_peft_got(model, peft_dir):
+    numbers = np.load(peft_dir / "logits.npz")
+    for alpha in (8.0, 3.0):  # whatever the run's alpha, the product is peft's
+        read = lora.load_peft(peft_dir, model.config, alpha=alpha)
+        scaled = update.scale_adapters(read, lora.scale(2, alpha))
+        tokens_BT = numbers["tokens"].astype(np.int32)
+        found = logits(model.config, model.params, scaled, tokens_BT)
+        np.testing.assert_allclose(found, numbers["logits"], atol=2e-5, rtol=0)
+
+
+def test_a_peft_directory_comes_back_bit_for_bit(model, adapters, tmp_path):
+    lora.save_peft(tmp_path, model.config, adapters, alpha=8.0)
+    read = lora.load_peft(tmp_path, model.config, alpha=8.0)
+    jax.tree.map(np.testing.assert_array_equal, read, adapters)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("use_dora", True), ("rank_pattern", {"q_proj": 3}), ("bias", "all")]
+)
+def test_settings_of_peft_that_are_not_implemented_are_refused(
+    model, adapters, tmp_path, field, value
+):
+    lora.save_peft(tmp_path, model.config, adapters, alpha=8.0)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {field: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=field):
+        lora.load_peft(tmp_path, model.config, alpha=8.0)
+
+
+def test_targets_are_all_linear_layers_or_the_named_ones(model):
+    assert lora.parse_targets("all") == lora.TARGETS
+    tree = lora.init(model.config, rank=2, targets="query, down")
+    assert {part: set(pair) for part, pair in tree["layers"].items()} == {
+        "attention": {"query"},
+        "mlp": {"down"},
+    }
+    with pytest.raises(ValueError, match="lora.targets='query,head': 'head' is no linear layer"):
+        lora.parse_targets("query,head")
+
+
+def test_adapters_of_another_rank_are_refused(model, peft_dir):
+    read = lora.load_peft(peft_dir, model.config, alpha=8.0)
+    wanted = lora.init(model.config, rank=4, targets="query,down")
+    with pytest.raises(ValueError, match="query/a is .* give the ones that it was made with"):
+        lora.check_like(str(peft_dir), read, wanted)
+
+
+# ---- Whole runs
+
+EVALUATOR = """
+def evaluate(task, trajectory):
+    return len(set(trajectory.completion.split())) / 8
+"""
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(10)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluator.py").write_text(EVALUATOR)
+    config = configs.base_config()
+    config.steps = 2
+    config.model.path = str(tiny_dir)
+    config.tasks.train = str(folder / "train.jsonl")
+    config.evaluator = f"{folder / 'evaluator.py'}:evaluate"
+    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 2, 4, 128
+    config.sampler.max_new_tokens, config.sampler.slots = 6, 8
+    config.rollout.max_length = 16
+    config.scoring.workers = 1
+    config.optim.lr = 1e-2
+    config.eval.every, config.checkpoint.every = 0, 1
+    config.lora.rank = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(spec, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    modes.run("train", spec, {}, workdir, 0)
+    return workdir
+
+
+def metrics_of(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: x for name, x in line.items() if not name.startswith(("time/", "throughput/"))}
+        for line in lines
+    ]
+
+
+def test_a_run_trains_adapters_alone_and_its_checkpoints_hold_no_base(whole, spec, model):
+    newest = whole / "checkpoints" / "2"
+    assert {path.name for path in newest.iterdir()} >= {"trainable", "optimizer"}
+    assert not (newest / "frozen").exists()
+    assert all(line["sampler/logprob_diff_max"] < 1e-4 for line in metrics_of(whole))
+    found = lora.load_peft(whole / "adapter", model.config, alpha=spec.lora.alpha)
+    assert np.abs(found["layers"]["mlp"]["down"]["b"]).max() > 0
+    scaled = update.scale_adapters(found, spec.lora.alpha / 2)
+    exported = rftjax.load(str(whole / "export"))
+    np.testing.assert_allclose(
+        exported.logits(TOKENS_BT), logits(model.config, model.params, scaled), atol=1e-5
+    )
+
+
+def test_two_halves_of_a_run_with_adapters_are_the_whole(spec, whole, tmp_path):
+    modes.run("train", spec, {}, tmp_path, 1)
+    modes.run("train", spec, {}, tmp_path, 0)
+    assert metrics_of(tmp_path) == metrics_of(whole)
+    for name in ("export/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("source", ["", "adapter"])
+def test_a_run_starts_from_an_earlier_run_or_its_peft_directory(spec, whole, model, source):
+    config = spec.copy_and_resolve_references()
+    config.lora.path, config.lora.alpha = str(whole / source), 5.0
+    with job.Job.build(job.resolve(config), whole) as parts:
+        started = parts.adapters()
+        scaled = update.scale_adapters(started, parts.lora_scale)
+    exported = rftjax.load(str(whole / "export"))
+    np.testing.assert_allclose(
+        exported.logits(TOKENS_BT), logits(model.config, model.params, scaled), atol=1e-5
+    )
+
+
+def test_a_checkpoint_is_exported_merged_and_as_an_adapter(whole, tmp_path):
+    script = ROOT / "scripts" / "export_hf.py"
+    for flags, name, wanted in (
+        ([], "model.safetensors", whole / "export"),
+        (["--adapter"], "adapter_model.safetensors", whole / "adapter"),
+    ):
+        command = [sys.executable, str(script), f"--workdir={whole}", f"--out={tmp_path}", *flags]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        found, expected = (hf.read_safetensors(at / name) for at in (tmp_path, wanted))
+        assert found.keys() == expected.keys()
+        for key in found:
+            np.testing.assert_allclose(found[key], expected[key], atol=1e-7)
