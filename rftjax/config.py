@@ -59,6 +59,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "overlap.max_staleness",
     ),
     ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
+    ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),
     (
         "must be above 0.0",
         lambda value: value > 0,

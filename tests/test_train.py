@@ -271,28 +271,30 @@ def test_a_run_that_is_killed_and_interrupted_ends_as_if_nothing_had_happened(
     config, whole, tmp_path
 ):
     (tmp_path / "config.json").write_text(configs.to_json(config))
-    spec, workdir, hold = tmp_path / "spec.py", tmp_path / "run", tmp_path / "hold"
-    reached = tmp_path / "hold.reached"
+    spec, workdir = tmp_path / "spec.py", tmp_path / "run"
     spec.write_text(SPEC.format(path=str(tmp_path / "config.json")))
-    hold.touch()  # the third step's scores wait for this file to go
+    # The third step's scores wait for such a file to go, and say so; each process has its own.
+    kill, interrupt = tmp_path / "kill", tmp_path / "interrupt"
+    kill.touch()
+    interrupt.touch()
 
-    process = start(spec, workdir, hold, "--config.steps=4")
-    wait_for(process, reached)
+    process = start(spec, workdir, kill, "--config.steps=4")
+    wait_for(process, tmp_path / "kill.reached")
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert lines_of(workdir)[-1]["step"] == 2
-    reached.unlink(missing_ok=True)
+    kill.unlink()
 
-    process = start(spec, workdir, hold)
-    wait_for(process, reached)
+    process = start(spec, workdir, interrupt)
+    wait_for(process, tmp_path / "interrupt.reached")
     process.send_signal(signal.SIGTERM)
-    hold.unlink()
+    interrupt.unlink()
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert lines_of(workdir)[-1]["step"] == 3  # the step under way ended and was saved
     assert not (workdir / "export").exists()
 
-    process = start(spec, workdir, hold)
+    process = start(spec, workdir, tmp_path / "none")
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     assert "held-out reward after" in out

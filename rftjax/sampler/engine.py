@@ -183,8 +183,11 @@ class Engine:
         return self._decode(running)
 
     def _admit(self) -> None:
-        """Gives slots to queued conversations, in the order of their noise keys."""
-        self._queue.sort(key=lambda c: c.sampling.noise)
+        """Gives slots to queued conversations: those that may run longest first, then in the order of their noise keys.
+
+        A long one that starts late runs on alone, in steps as dear as those of full slots.
+        """
+        self._queue.sort(key=lambda c: (-c.budget, c.sampling.noise))
         copies: dict[int, int] = {}
         sources: set[int] = set()
         while self._queue:
