@@ -55,8 +55,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
         "grpo.kl_refresh_steps grpo.dynamic_prompts "
-        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
-        "overlap.max_staleness",
+        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay",
     ),
     ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),

@@ -121,7 +121,6 @@ def base_config() -> ConfigDict:
                 "path": "",  # adapters to start from: a PEFT directory or a run's workdir
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that the others leave
-            "overlap": {"max_staleness": 0},  # updates that a sampled token may lag behind
             "eval": {
                 "every": 10,  # steps, and at the start and the end; 0: never
                 "samples": 1,  # a task
