@@ -290,7 +290,7 @@ def test_a_dispatch_ends_early_only_while_others_wait(weights):
     def steps_of_first_dispatch(conversations):
         engine = new_engine(weights, slots=8, dispatch_steps=16)
         for index in range(conversations):
-            budget = 2 if index == 0 else 20
+            budget = 2 if index in (0, 8) else 20  # the longest start first
             engine.open((index, 0), [5, 6, 7], budget, Sampling((0, index, 0)))
         turns = engine.step()
         assert [turn.key for turn in turns] == [(0, 0)]
