@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.lr = 2e-5
     config.optim.warmup_steps = 2
     config.alarms.duplicate_share = 0.0  # right answers are equal here
-    config.eval.every, config.checkpoint.every = 6, 6
+    config.eval.every, config.checkpoint.every = 12, 6
     if arg == "debug":
         config.steps, config.optim.warmup_steps = 2, 0
         config.batch.prompts, config.batch.group_size = 2, 4

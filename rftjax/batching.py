@@ -45,8 +45,8 @@ def make_batch(
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
 
     A packed row takes `pack_tokens` tokens, or as many as the longest sequence needs; a micro-batch has `pack_rows` of
-    them. Shapes depend on the settings, and on the data only by powers of two. `mask_truncated` trains on nothing of a
-    trajectory that a token limit cut.
+    them. Shapes depend on the settings alone while no trajectory has several sequences and `pack_tokens` holds the
+    longest one. `mask_truncated` trains on nothing of a trajectory that a token limit cut.
     """
     used: list[tuple[int, types.Sequence]] = []
     advantages, weights, trained = [], [], []
@@ -145,7 +145,8 @@ def _lay_out(
     """Returns the packed arrays with a leading micro-batch axis, and how many micro-batches hold anything."""
     filled = _fill(bundles, budget)
     count = max(1, -(-len(filled) // pack_rows))
-    N = 1 << (count - 1).bit_length()
+    # Room for one row a sequence, the most there can be: another number of rows is no other shape.
+    N = max(1, -(-sampled_BT.shape[0] // pack_rows))
     shape = (N * pack_rows, budget)
     T = sampled_BT.shape[1]
     tokens, positions, groups, segments, sources, targets = (
