@@ -100,7 +100,9 @@ def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
     return fitted
 
 
-def check_lengths(config: ConfigDict, model: policy.Policy, named: dict[str, list[Task]]) -> None:
+def check_lengths(
+    config: ConfigDict, model: policy.Policy, named: dict[str, list[Task]], tools: list[Any]
+) -> None:
     """Raises ValueError listing the prompts that leave no room for an answer, out of up to 5,000 a set.
 
     Warns where the chat template rewrites history, which costs a new sequence a turn.
@@ -116,7 +118,10 @@ def check_lengths(config: ConfigDict, model: policy.Policy, named: dict[str, lis
             if task.prompt is not None:
                 count = len(chat.encode_plain(tokenizer, task.prompt))
             else:
-                count = len(chat.render(tokenizer, task.messages, generation_prompt=True))
+                ids = chat.render(
+                    tokenizer, task.messages, generation_prompt=True, tools=tools or None
+                )
+                count = len(ids)
             if count >= config.rollout.max_length:
                 long.append(f"{field}: task {task.id!r} has a prompt of {count} tokens")
     if long:
@@ -181,7 +186,7 @@ class Job:
             for name in replicated:
                 log.warning("%s", name)
             named = {"tasks.train": train_tasks, "tasks.heldout": heldout_tasks}
-            check_lengths(config, model, named)
+            check_lengths(config, model, named, environments.tools)
             engine = make_engine(config, model)
             workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)

@@ -145,7 +145,7 @@ def memory(parts: Job) -> dict[str, float]:
     whole = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
     count = sum(leaf.size for leaf in jax.tree.leaves(parts.adapters())) or whole
     item = np.dtype(model.dtype).itemsize
-    rows = config.sampler.slots * (2 if config.environment else 1)
+    rows = parts.rollout.engine.rows
     cache = 2 * model.layers * model.kv_heads * model.channels * item
     tokens = config.batch.pack_tokens * config.batch.pack_rows
     width = 8 * model.width + 3 * model.ffn + 2 * model.heads * config.batch.pack_tokens

@@ -167,6 +167,11 @@ class Engine:
             self._queue.remove(conversation)
 
     @property
+    def rows(self) -> int:
+        """Rows of the cache at most: those that decode and those that wait."""
+        return self.slots + self._parked
+
+    @property
     def busy(self) -> bool:
         """Whether any conversation has tokens to sample."""
         return any(conversation.budget > 0 for conversation in self._open.values())
