@@ -71,6 +71,8 @@ METRICS = {
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiler():
     jax.config.update("jax_disable_most_optimizations", True)
+    # Programs that other tests compiled the other way would differ in bits from a process of its own.
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
