@@ -142,8 +142,7 @@ def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]
         value = evaluate(trajectory.task, trajectory)
         return _score_later(value) if inspect.isawaitable(value) else as_score(value)
 
-    call = getattr(evaluate, "__call__", None)  # noqa: B004 - its kind is asked, not its presence
-    if inspect.iscoroutinefunction(evaluate) or inspect.iscoroutinefunction(call):
+    if inspect.iscoroutinefunction(evaluate) or inspect.iscoroutinefunction(evaluate.__call__):
         return evaluate_async
     return evaluate_sync
 

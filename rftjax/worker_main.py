@@ -228,7 +228,7 @@ def _work(settings: dict[str, Any]) -> NoReturn:
         else:
             handler = target
         concurrent = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            getattr(handler, "__call__", None)  # noqa: B004
+            handler.__call__
         )
     except BaseException as error:
         text = str(error) if isinstance(error, ValueError) else traceback_text(error)

@@ -29,7 +29,10 @@ def batch(rows=8, tokens=7, seed=0, spread=0.4):
     """Random inputs with uneven lengths, a gap inside of a row and, in row 1, nothing to train on."""
     rng = np.random.default_rng(seed)
     logprobs_BT = -rng.exponential(1.5, (rows, tokens)).astype(np.float32)
-    near = lambda: logprobs_BT + rng.normal(0, spread, (rows, tokens)).astype(np.float32)  # noqa: E731
+
+    def near():
+        return logprobs_BT + rng.normal(0, spread, (rows, tokens)).astype(np.float32)
+
     mask_BT = np.arange(tokens)[None, :] < rng.integers(2, tokens + 1, (rows, 1))
     mask_BT[0, 1] = False
     mask_BT[1] = False
