@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "embedded_model",
     "flatten",
     "from_json",
+    "heldout_set",
     "merge_resume",
     "resolve",
     "to_json",
@@ -87,8 +89,10 @@ _REQUIRED = {
     "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
     "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory)",
 }
-_CALLABLES = ("evaluator", "environment", "tasks.map")
+_CALLABLES = ("evaluator", "environment", "tasks.map", "eval.evaluator")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TAKEN_NAMES = ("train", "heldout", "part")  # the other streams of rollouts/, and eval/part/NAME
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -161,6 +165,9 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in ("model.path", "tasks.train", "tasks.heldout"):
         if isinstance(values.get(field), str) and values[field]:
             yield from _path_problems(field, values[field])
+    sets = values.get("eval.sets")
+    if faults := "; ".join(_set_problems(sets) if isinstance(sets, tuple) else ()):
+        yield "eval.sets", faults
     for stop in values["sampler.stop"] if isinstance(values.get("sampler.stop"), tuple) else ():
         if isinstance(stop, bool) or not isinstance(stop, (str, int)) or stop == "":
             yield "sampler.stop", "must hold texts and token ids only"
@@ -192,6 +199,30 @@ def _path_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
         yield field, f"there is no {os.path.abspath(path)}; {way_out}"
 
 
+def heldout_set(text: str) -> tuple[str, str, str]:
+    """Returns name, source and split ("" where none is given) of an entry of `eval.sets`, "name=source#split"."""
+    name, _, rest = text.partition("=")
+    source, _, split = rest.partition("#")
+    return name, source, split
+
+
+def _set_problems(texts: tuple[Any, ...]) -> Iterator[str]:
+    names: list[str] = []
+    for text in texts:
+        name, source, split = heldout_set(text) if isinstance(text, str) else ("", "", "")
+        if not (name and source) or (text.endswith("#") and not split):
+            yield f"{text!r} must be a text 'name=source' or 'name=source#split'"
+        elif not _SET_NAME.fullmatch(name):
+            yield f"{name!r} must be a name of letters, digits, '.', '_' and '-', the first a letter or digit"
+        elif name in _TAKEN_NAMES:
+            yield f"{name!r} has another meaning in metrics and rollouts; choose another name"
+        elif name in names:
+            yield f"{name!r} must name one set only; rename the other"
+        else:
+            yield from (f"{name}: {problem}" for _, problem in _path_problems("eval.sets", source))
+        names.append(name)
+
+
 def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields what is wrong between fields that are each sound; rules with a field that is not are left out."""
 
@@ -217,6 +248,7 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if not isinstance(k, int) or not 1 <= k <= samples:
             yield "eval.pass_k", f"must hold whole numbers from 1 to eval.samples={samples}"
             break
+    yield from _metric_problems(values)
     if (found := given("sampler.pool", "sampler.slots")) and 0 < found[0] < found[1]:
         yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
     if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
@@ -229,6 +261,26 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "must be 0 where held-out tasks are given by themselves; "
                 "it takes them out of tasks.train (eval.max_tasks limits how many are evaluated)",
             )
+
+
+def _metric_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with `checkpoint.best_metric`; whether an evaluator gives a part is not known here."""
+    metric, sets, pass_k = (
+        values.get(field) for field in ("checkpoint.best_metric", "eval.sets", "eval.pass_k")
+    )
+    if metric is None or sets is None or pass_k is None:
+        return
+    sources = ("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count")
+    main = not sets or any(values.get(field, True) for field in sources)
+    prefixes = ["eval/"] * main + [f"eval/{heldout_set(text)[0]}/" for text in sets]
+    names = ["reward", *(f"pass_at_{k}" for k in pass_k), "strict", "lenient"]
+    known = [prefix + name for prefix in prefixes for name in names]
+    parts = tuple(f"{prefix}part/" for prefix in prefixes)
+    if metric not in known and not (metric.startswith(parts) and metric not in parts):
+        yield (
+            "checkpoint.best_metric",
+            f"must be a metric of a held-out set: {', '.join(known)} or {prefixes[0]}part/NAME",
+        )
 
 
 def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,18 +1,24 @@
-"""Held-out evaluation with sampling settings of its own."""
+"""Held-out evaluation with sampling settings of its own.
+
+Every number is a mean over tasks of each task's mean, and its standard error is that of a mean over tasks: the samples
+of one task are not independent.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 
 from rftjax.rollout import Limits, Rollout
 from rftjax.scoring import Scorer
-from rftjax.types import Task, Trajectory
+from rftjax.types import Score, Task, Trajectory
 
-STREAM = 1  # the noise stream of the held-out set: the same noise at every evaluation
+MAIN = "heldout"  # the set of `tasks.heldout`, whose metrics carry no name
 
 
 def evaluate(
+    name: str,
     tasks: Sequence[Task],
     samples: int,
     limits: Limits,
@@ -22,44 +28,63 @@ def evaluate(
     pass_k: Sequence[int] = (),
     pass_reward: float = 1.0,
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """Samples and scores every held-out task; returns metrics and trajectories.
+    """Samples and scores every task of set `name`; returns its metrics (eval/... or eval/NAME/...) and trajectories.
 
-    `eval/reward` is the mean over tasks of the mean over each task's valid samples, `eval/reward_stderr` the standard
-    error of that mean over tasks. `eval/pass_at_K`, for each K of `pass_k`, is the chance that one of K samples has a
-    reward of at least `pass_reward`, over the tasks with K valid samples.
     Raises EvaluatorError above the allowed share of failures.
     """
     draws = list(enumerate(tasks))
-    trajectories = rollout(draws, samples, limits, stream=STREAM, on_finish=scorer.submit)
+    trajectories = rollout(draws, samples, limits, stream=stream(name), on_finish=scorer.submit)
     scorer.check(scorer.gather(trajectories))
-    by_task: dict[int, list[float]] = {}
+    prefix = "eval/" if name == MAIN else f"eval/{name}/"
+    measured = measure(trajectories, pass_k=pass_k, pass_reward=pass_reward)
+    return {prefix + metric: value for metric, value in measured.items()}, trajectories
+
+
+def stream(name: str) -> int:
+    """Returns a set's noise stream, 1 or more: the same at every evaluation, whatever other sets there are."""
+    return 1 if name == MAIN else 2 + zlib.crc32(name.encode()) % (2**31 - 2)
+
+
+def measure(
+    trajectories: Sequence[Trajectory], *, pass_k: Sequence[int] = (), pass_reward: float = 1.0
+) -> dict[str, float]:
+    """Returns the metrics of scored trajectories; those without a valid score count in `error_share` alone.
+
+    `reward` (avg@k with k samples a task) is the mean reward, `pass_at_K`, for each K of `pass_k`, the chance that one
+    of K samples has a reward of at least `pass_reward`, over the tasks with K valid samples. Where scores have parts,
+    `strict` is the share of samples whose every part is at least `pass_reward`, `lenient` the mean of the mean part; a
+    sample without parts then counts with its reward as the only one. Each comes with a NAME_stderr.
+    """
+    by_task: dict[int, list[Score]] = {}
     for trajectory in trajectories:
         if trajectory.score is not None and trajectory.score.valid:
-            by_task.setdefault(trajectory.draw, []).append(trajectory.score.reward)
-    means = [math.fsum(rewards) / len(rewards) for rewards in by_task.values()]
-    mean, stderr = mean_and_stderr(means)
-    truncated = sum(trajectory.finish_reason == "length" for trajectory in trajectories)
-    metrics = {
-        "eval/reward": mean,
-        "eval/reward_stderr": stderr,
-        "eval/tasks": float(len(means)),
-        "eval/truncated_share": truncated / max(len(trajectories), 1),
+            by_task.setdefault(trajectory.draw, []).append(trajectory.score)
+    groups = list(by_task.values())
+    scores = [score for group in groups for score in group]
+    total = max(len(trajectories), 1)
+    metrics = _over_tasks("reward", [[score.reward for score in group] for group in groups])
+    metrics |= {
+        "tasks": float(len(groups)),
+        "error_share": (len(trajectories) - len(scores)) / total,
+        "truncated_share": sum(one.finish_reason == "length" for one in trajectories) / total,
     }
     for k in pass_k:
         chances = [
-            pass_at_k(len(rewards), sum(value >= pass_reward for value in rewards), k)
-            for rewards in by_task.values()
-            if len(rewards) >= k
+            [pass_at_k(len(group), sum(score.reward >= pass_reward for score in group), k)]
+            for group in groups
+            if len(group) >= k
         ]
-        mean, stderr = mean_and_stderr(chances)
-        metrics |= {f"eval/pass_at_{k}": mean, f"eval/pass_at_{k}_stderr": stderr}
-    parts: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        if trajectory.score is not None and trajectory.score.valid:
-            for name, value in trajectory.score.parts.items():
-                parts.setdefault(name, []).append(value)
-    metrics |= {f"eval/part/{name}": math.fsum(v) / len(v) for name, v in parts.items()}
-    return metrics, trajectories
+        metrics |= _over_tasks(f"pass_at_{k}", chances)
+    if any(score.parts for score in scores):
+        parts = [
+            [list(score.parts.values()) or [score.reward] for score in group] for group in groups
+        ]
+        strict = [[float(min(one) >= pass_reward) for one in group] for group in parts]
+        metrics |= _over_tasks("strict", strict)
+        metrics |= _over_tasks("lenient", [[_mean(one) for one in group] for group in parts])
+    for name in sorted({name for score in scores for name in score.parts}):
+        metrics[f"part/{name}"] = _mean(s.parts[name] for s in scores if name in s.parts)
+    return metrics
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -70,8 +95,21 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean (NaN of none) and the standard error of it (0 of one)."""
+    """Returns the mean and the standard error of it: NaN and NaN of none, 0 for the error of one."""
     count = len(values)
-    mean = math.fsum(values) / count if count else math.nan
+    if not count:
+        return math.nan, math.nan
+    mean = _mean(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / max(count - 1, 1)
-    return mean, math.sqrt(variance / max(count, 1))
+    return mean, math.sqrt(variance / count)
+
+
+def _over_tasks(name: str, values: Iterable[Sequence[float]]) -> dict[str, float]:
+    """Returns the mean over tasks of each task's mean, and its standard error."""
+    mean, stderr = mean_and_stderr([_mean(one) for one in values])
+    return {name: mean, f"{name}_stderr": stderr}
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)

@@ -123,11 +123,13 @@ def base_config() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that the others leave
             "eval": {
                 "every": 10,  # steps, and at the start and the end; 0: never
+                "sets": (),  # further held-out sets, each "name=source" or "name=source#split"
+                "evaluator": "",  # scores held-out answers; "": the run's own evaluator
                 "samples": 1,  # a task
                 "temperature": 1.0,  # 0.0: greedy
                 "top_p": 1.0,
                 "top_k": 0,
-                "max_tasks": 0,  # 0: all
+                "max_tasks": 0,  # of each set; 0: all
                 "pass_k": (),  # for these K the chance that one of K samples is right
                 "pass_reward": 1.0,  # a sample is right from this reward on
                 "patience": 0,  # evaluations without a new best after which a run ends; 0: never
@@ -136,7 +138,7 @@ def base_config() -> ConfigDict:
             "checkpoint": {
                 "every": 10,  # steps; 0: at the end only
                 "keep": 2,
-                "best_metric": "eval/reward",  # the best by it is kept too, and ends a run early
+                "best_metric": "eval/reward",  # the highest is kept too; see eval.patience
             },
             "alarms": {  # thresholds; 0 switches an alarm off
                 "window": 5,  # steps of a mean

@@ -21,7 +21,7 @@ from rftjax import alarms, chat, grpo, lora, metrics, optim, policy, sharding, t
 from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
 from rftjax.environments import Environments
-from rftjax.evaluation import evaluate
+from rftjax.evaluation import MAIN, evaluate
 from rftjax.learner import Learner, initial_reference
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
@@ -65,24 +65,34 @@ def open_config(workdir: Path, given: ConfigDict, flags: dict[str, Any]) -> Conf
     return config
 
 
-def load_tasks(config: ConfigDict) -> tuple[list[Task], list[Task]]:
-    """Returns training and held-out tasks, disjoint in text unless `tasks.allow_overlap`."""
+def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:
+    """Returns training tasks and the held-out sets by name, disjoint from training in text.
+
+    `tasks.allow_overlap` lets them overlap. The set that the section tasks names, if any, is the first.
+    """
     section = config.tasks
     train = tasks.load(section.train, map=section.map, split=section.split, limit=section.limit)
-    heldout: list[Task] = []
+    heldout: dict[str, list[Task]] = {}
+
+    def add(name: str, source: str, split: str) -> None:
+        field = set_field(name)
+        split = split or section.heldout_split or section.split
+        heldout[name] = tasks.load(source, map=section.map, split=split, field=field)
+        tasks.check_overlap(train, heldout[name], allow=section.allow_overlap, field=field)
+
     if section.heldout or section.heldout_split:
-        heldout = tasks.load(
-            section.heldout or section.train,
-            map=section.map,
-            split=section.heldout_split or section.split,
-            field="tasks.heldout",
-        )
-        tasks.check_overlap(train, heldout, allow=section.allow_overlap)
+        add(MAIN, section.heldout or section.train, "")
     elif section.heldout_count:
-        train, heldout = tasks.split(train, section.heldout_count, config.seed)
-    if config.eval.max_tasks:
-        heldout = heldout[: config.eval.max_tasks]
-    return train, heldout
+        train, heldout[MAIN] = tasks.split(train, section.heldout_count, config.seed)
+    for text in config.eval.sets:
+        add(*configs.heldout_set(text))
+    most = config.eval.max_tasks or None
+    return train, {name: found[:most] for name, found in heldout.items()}
+
+
+def set_field(name: str) -> str:
+    """Returns how errors name a held-out set."""
+    return "tasks.heldout" if name == MAIN else f"eval.sets[{name}]"
 
 
 def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
@@ -156,9 +166,10 @@ class Job:
     config: ConfigDict
     workdir: Path
     scorer: Scorer
+    heldout_scorer: Scorer  # the same one unless `eval.evaluator` names another
     environments: Environments
     train_tasks: list[Task]
-    heldout_tasks: list[Task]
+    heldout: dict[str, list[Task]]
     policy: policy.Policy
     mesh: jax.sharding.Mesh
     rollout: Rollout
@@ -167,10 +178,16 @@ class Job:
     @classmethod
     def build(cls, config: ConfigDict, workdir: Path) -> Job:
         """Loads everything but the training state; raises ValueError for what the user can mend."""
-        train_tasks, heldout_tasks = load_tasks(config)
+        train_tasks, heldout = load_tasks(config)
         with contextlib.ExitStack() as workers:
             scorer = Scorer(config.evaluator, seed=config.seed, **config.scoring)
             workers.callback(scorer.close)
+            heldout_scorer = scorer
+            if other := config.eval.evaluator:
+                heldout_scorer = Scorer(
+                    other, seed=config.seed, field="eval.evaluator", **config.scoring
+                )
+                workers.callback(heldout_scorer.close)
             environments = Environments(config.environment, **config.environments)
             workers.callback(environments.close)
             mesh = sharding.make_mesh(**config.mesh)
@@ -185,8 +202,8 @@ class Job:
             replicated = sharding.replicated_axes(mesh, model.params)
             for name in replicated:
                 log.warning("%s", name)
-            named = {"tasks.train": train_tasks, "tasks.heldout": heldout_tasks}
-            check_lengths(config, model, named, environments.tools)
+            named = {set_field(name): found for name, found in heldout.items()}
+            check_lengths(config, model, {"tasks.train": train_tasks} | named, environments.tools)
             engine = make_engine(config, model)
             workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
@@ -194,9 +211,10 @@ class Job:
             config,
             workdir,
             scorer,
+            heldout_scorer,
             environments,
             train_tasks,
-            heldout_tasks,
+            heldout,
             model,
             mesh,
             rollout,
@@ -206,6 +224,7 @@ class Job:
     def close(self) -> None:
         """Ends the worker processes."""
         self.scorer.close()
+        self.heldout_scorer.close()
         self.environments.close()
 
     def __enter__(self) -> Job:
@@ -331,18 +350,36 @@ class Job:
             lines, metric=metric, patience=section.patience, dead_steps=section.dead_steps
         )
 
-    def evaluate(self) -> tuple[dict[str, float], list[Trajectory]]:
-        """Evaluates the sampler's weights on the held-out tasks."""
+    def evaluate(
+        self, *, samples: int = 0, tasks_at_most: int = 0
+    ) -> tuple[dict[str, float], dict[str, list[Trajectory]]]:
+        """Evaluates the sampler's weights; returns the metrics of all held-out sets and each one's trajectories.
+
+        `samples` a task and `tasks_at_most` a set are the config's and all where they are 0.
+        """
         section = self.config.eval
-        return evaluate(
-            self.heldout_tasks,
-            section.samples,
-            self.limits(heldout=True),
-            self.rollout,
-            self.scorer,
-            pass_k=section.pass_k,
-            pass_reward=section.pass_reward,
-        )
+        metrics: dict[str, float] = {}
+        trajectories: dict[str, list[Trajectory]] = {}
+        for name, found in self.heldout.items():
+            measured, trajectories[name] = evaluate(
+                name,
+                found[: tasks_at_most or None],
+                samples or section.samples,
+                self.limits(heldout=True),
+                self.rollout,
+                self.heldout_scorer,
+                pass_k=section.pass_k,
+                pass_reward=section.pass_reward,
+            )
+            metrics |= measured
+        best = self.config.checkpoint.best_metric
+        if self.heldout and best not in metrics:
+            log.warning(
+                "checkpoint.best_metric=%r: this evaluation has no such metric, only %s",
+                best,
+                ", ".join(metrics),
+            )
+        return metrics, trajectories
 
     def recorder(self, resume_step: int) -> metrics.Recorder:
         """Returns the recorder of the run's workdir."""

@@ -42,7 +42,6 @@ NO_METRICS: Mapping[str, float] = MappingProxyType({})
 NO_HISTOGRAMS: Mapping[str, np.ndarray] = MappingProxyType({})
 NO_TEXTS: Mapping[str, str] = MappingProxyType({})
 Alarms = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]]
-ROLLOUT_NAMES = {"train": "step", "heldout": "heldout"}
 
 
 class Recorder:
@@ -101,10 +100,9 @@ class Recorder:
     ) -> None:
         """Adds to a step, whose line in metrics.jsonl `flush` writes.
 
-        `stream` says whose the trajectories are: "train" or "heldout". `texts` are Markdown for
-        TensorBoard's text tab.
+        `stream` says whose the trajectories are: "train", "heldout" or the name of a further
+        held-out set. `texts` are Markdown for TensorBoard's text tab.
         """
-        assert stream in ROLLOUT_NAMES, stream
         self._pending.setdefault(step, {}).update(metrics)
         if stream == "train":
             self._sampled_tokens += sum(map(sampled_tokens, trajectories))
@@ -113,8 +111,8 @@ class Recorder:
         shown = step % self._every == 0 or stream != "train"
         with self._writing():
             if trajectories:
-                name = f"{ROLLOUT_NAMES[stream]}_{step:06d}.jsonl"
-                lines = [to_json(trajectory_record(step, one)) for one in trajectories]
+                name = f"{_file_stem(stream)}_{step:06d}.jsonl"
+                lines = [to_json(trajectory_record(step, one, stream)) for one in trajectories]
                 _write_whole(self.workdir / "rollouts" / name, lines)
             if trajectories and self._rollouts and shown:
                 markdown = rollouts_markdown(trajectories, self._rollouts)
@@ -477,8 +475,12 @@ def _cut_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def _file_stem(stream: str) -> str:
+    return {"train": "step", "heldout": "heldout"}.get(stream, f"heldout-{stream}")
+
+
 def _cut_rollouts(directory: Path, last_step: int) -> None:
     for path in [*directory.glob("*.jsonl"), *directory.glob(".*.tmp")]:
-        number = re.fullmatch(r"(?:step|heldout)_(\d+)\.jsonl", path.name)
+        number = re.fullmatch(r"(?:step|heldout(?:-.+)?)_(\d+)\.jsonl", path.name)
         if path.suffix == ".tmp" or (number and int(number[1]) > last_step):
             path.unlink()

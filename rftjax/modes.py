@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from rftjax import config as configs
 from rftjax import hf, job, lora, policy, train, update
 from rftjax.checkpoint import Checkpoints
+from rftjax.evaluation import MAIN
 from rftjax.job import Job
 from rftjax.learner import set_advantages
 from rftjax.metrics import rollout_metrics
@@ -20,7 +22,9 @@ from rftjax.sampler import device
 from rftjax.tasks import TaskStream
 from rftjax.types import TrainState
 
-CHECK_PROMPTS = 4  # prompts that `check` samples from the base model
+CHECK_PROMPTS = (
+    4  # prompts that `check` samples from the base model, of training and of each held-out set
+)
 
 
 def run(
@@ -59,16 +63,11 @@ def export_state(config: ConfigDict, state: TrainState, workdir: Path) -> None:
 def summary(workdir: Path) -> str:
     """Returns the held-out reward before and after, and where the results lie."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    evaluated = [line for line in lines if line.get("eval/reward") is not None]
-    text = []
-    if evaluated:
-        first, last = evaluated[0], evaluated[-1]
-        for name, line in (("before", first), ("after ", last)):
-            text.append(
-                f"held-out reward {name}  {line['eval/reward']:.3f} ± {line['eval/reward_stderr']:.3f}"
-                f"  (step {line['step']}, {line['eval/tasks']:.0f} tasks)"
-            )
-        text.append(f"gain                    {last['eval/reward'] - first['eval/reward']:+.3f}")
+    config = configs.from_json((workdir / "config.json").read_text())
+    text = _gain(lines, "eval/")
+    for name in (configs.heldout_set(entry)[0] for entry in config.eval.sets):
+        found = _gain(lines, f"eval/{name}/")
+        text += [f"held-out set {name}", *(f"  {line}" for line in found)] if found else []
     for name in ("export", "adapter"):
         if (workdir / name).exists():
             text.append(f"{name:24s}{workdir / name}")
@@ -76,12 +75,27 @@ def summary(workdir: Path) -> str:
     return "\n".join(text)
 
 
+def _gain(lines: list[dict[str, Any]], prefix: str) -> list[str]:
+    """Returns one held-out set's rewards at the first and the last evaluation in lines of text, [] without any."""
+    evaluated = [line for line in lines if line.get(f"{prefix}reward") is not None]
+    if not evaluated:
+        return []
+    first, last = evaluated[0], evaluated[-1]
+    text = [
+        f"held-out reward {name}  {line[f'{prefix}reward']:.3f} ± {line[f'{prefix}reward_stderr']:.3f}"
+        f"  (step {line['step']}, {line[f'{prefix}tasks']:.0f} tasks)"
+        for name, line in (("before", first), ("after ", last))
+    ]
+    gain = last[f"{prefix}reward"] - first[f"{prefix}reward"]
+    return [*text, f"gain                    {gain:+.3f}"]
+
+
 def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
     """Evaluates the workdir's last checkpoint, or the base model where there is none, on the held-out tasks."""
     with Job.build(config, workdir) as parts:
-        if not parts.heldout_tasks:
+        if not parts.heldout:
             raise ValueError(
-                "tasks.heldout: no held-out tasks to evaluate; name some, or set tasks.heldout_count"
+                "tasks.heldout: no held-out tasks to evaluate; name some, set tasks.heldout_count or eval.sets"
             )
         state = parts.initial_state(parts.optimizer())
         step = 0
@@ -100,8 +114,11 @@ def check(config: ConfigDict, workdir: Path) -> None:
     """Shows that a job will run: rows, evaluator on real samples, variance of the reward within groups, memory."""
     with Job.build(config, workdir) as parts:
         print(
-            f"tasks       {len(parts.train_tasks)} to train on, {len(parts.heldout_tasks)} held out"
+            f"tasks       {len(parts.train_tasks)} to train on, {len(parts.heldout.get(MAIN, ()))} held out"
         )
+        for name, found in parts.heldout.items():
+            if name != MAIN:
+                print(f"            {len(found)} in held-out set {name}")
         shape = ", ".join(f"{name}={size}" for name, size in parts.mesh.shape.items())
         print(f"mesh        {shape} on {jax.device_count()} {jax.devices()[0].platform} devices")
         for name in parts.replicated:
@@ -136,7 +153,23 @@ def check(config: ConfigDict, workdir: Path) -> None:
                 f"the reward is the same within each of {len(draws)} groups of {config.batch.group_size}: there is"
                 " nothing to learn from; make tasks easier or harder, raise batch.group_size or give partial rewards"
             )
+        check_heldout(parts)
     print("check       passed")
+
+
+def check_heldout(parts: Job) -> None:
+    """Shows that the held-out sets can be sampled and scored, and that `checkpoint.best_metric` will be there."""
+    if not (parts.heldout and parts.config.eval.every):
+        return
+    metrics, trajectories = parts.evaluate(samples=1, tasks_at_most=CHECK_PROMPTS)
+    for name, sampled in trajectories.items():
+        reward = metrics["eval/reward" if name == MAIN else f"eval/{name}/reward"]
+        print(f"held out    {name}: reward {reward:.3f} in {len(sampled)} samples")
+    best = parts.config.checkpoint.best_metric
+    if best not in metrics:
+        raise ValueError(
+            f"checkpoint.best_metric={best!r}: must be a metric of the evaluation, which has {', '.join(metrics)}"
+        )
 
 
 def memory(parts: Job) -> dict[str, float]:

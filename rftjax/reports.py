@@ -22,11 +22,15 @@ def sampled_tokens(trajectory: Trajectory) -> int:
     return sum(sum(sequence.sampled) for sequence in trajectory.sequences)
 
 
-def trajectory_record(step: int, trajectory: Trajectory) -> dict[str, Any]:
-    """One trajectory whole, as a line of rollouts/ has it; the reward is None before scoring."""
+def trajectory_record(step: int, trajectory: Trajectory, stream: str = "train") -> dict[str, Any]:
+    """One trajectory whole, as a line of rollouts/ has it; the reward is None before scoring.
+
+    `stream` is "train", "heldout" or the name of a further held-out set.
+    """
     score = trajectory.score
     return {
         "step": step,
+        "stream": stream,
         "draw": trajectory.draw,
         "task_id": trajectory.task.id,
         "sample": trajectory.sample,

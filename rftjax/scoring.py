@@ -28,7 +28,8 @@ class Scorer:
 
     An empty `evaluator` gives the sum of the turn rewards. `timeout_s` limits a call. Before a synchronous evaluator
     is called, Python's (and NumPy's) global generator is seeded from `seed` and the sample. Construction raises
-    ValueError where the evaluator does not import; construct it before JAX is used.
+    ValueError where the evaluator does not import; construct it before JAX is used. `field` is the config field that
+    errors name.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Scorer:
         timeout_s: float = 10.0,
         max_error_share: float = 0.25,
         seed: int = 0,
+        field: str = "evaluator",
     ):
         if not 0.0 <= max_error_share <= 1.0:
             raise ValueError(
@@ -46,6 +48,7 @@ class Scorer:
             )
         self._max_error_share = max_error_share
         self._seed = seed
+        self._name = f"{field}={evaluator!r}"
         # Keyed by identity, as the same draw and sample come from several task streams.
         self._pending: dict[int, tuple[Trajectory, concurrent.futures.Future[Score]]] = {}
         self._details: dict[str, str] = {}
@@ -56,7 +59,7 @@ class Scorer:
                 workers,
                 timeout_s,
                 wrapper="rftjax.scoring:evaluation",
-                field="evaluator",
+                field=field,
                 limit_field="scoring.timeout_s",
             )
 
@@ -95,7 +98,7 @@ class Scorer:
             return
         reasons = collections.Counter(score.reason for score in scores if not score.valid)
         lines = [
-            f"{sum(reasons.values())} of {len(scores)} samples ({share:.1%}) could not be scored; "
+            f"{sum(reasons.values())} of {len(scores)} samples ({share:.1%}) could not be scored by {self._name}; "
             f"scoring.max_error_share={self._max_error_share:g} allows {self._max_error_share:.1%}. "
             "Correct the evaluator or the environment and start again, or raise scoring.max_error_share. "
             "The commonest reasons:"

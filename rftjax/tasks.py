@@ -354,7 +354,7 @@ def check_overlap(
         )
         raise ValueError(
             f"{field}: {len(pairs)} of {len(heldout)} held-out tasks are in the training set too "
-            f"({examples}); remove them, or set {field.rpartition('.')[0]}.allow_overlap=True "
+            f"({examples}); remove them, or set tasks.allow_overlap=True "
             "where tasks of one text differ in their other fields"
         )
     return pairs

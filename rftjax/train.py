@@ -39,13 +39,14 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
                 job.set_weights(state)
-                metrics, trajectories = job.evaluate()
-            recorder.write(step, metrics, trajectories=trajectories, stream="heldout")
+                metrics, sampled = job.evaluate()
+            for name, trajectories in sampled.items():
+                recorder.write(step, metrics, trajectories=trajectories, stream=name)
             return metrics
 
         step, results = start, {}
         try:
-            if start == 0 and job.heldout_tasks and config.eval.every:
+            if start == 0 and job.heldout and config.eval.every:
                 heldout(0)
                 recorder.flush(0)
             while step < last and not (interruption.received or job.stop_reason(recorder.lines)):
@@ -71,9 +72,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 evaluates = step == config.steps or (
                     config.eval.every and step % config.eval.every == 0
                 )
-                results = (
-                    heldout(step) if job.heldout_tasks and config.eval.every and evaluates else {}
-                )
+                results = heldout(step) if job.heldout and config.eval.every and evaluates else {}
                 recorder.flush(step)
                 if checkpoints.due(step):
                     checkpoints.save(step, state, host, results)
