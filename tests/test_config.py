@@ -124,6 +124,94 @@ def test_relations_between_fields_are_checked():
     config_lib.check(complete(tasks__heldout=""))  # nothing to evaluate is no fault
 
 
+def test_held_out_sets_are_named_texts_and_their_faults_are_all_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ood.jsonl").touch()
+    sets = ("ood=ood.jsonl", "hard=package.module:rows#test", "v1.2_b-c=owner/data:en")
+    config_lib.check(complete(eval__sets=sets))
+    assert [config_lib.heldout_set(text) for text in sets] == [
+        ("ood", "ood.jsonl", ""),
+        ("hard", "package.module:rows", "test"),
+        ("v1.2_b-c", "owner/data:en", ""),
+    ]
+    bad = {
+        "ood.jsonl": "'ood.jsonl' must be a text 'name=source'",
+        "=ood.jsonl": "'=ood.jsonl' must be a text",
+        "ood=": "'ood=' must be a text",
+        "ood=ood.jsonl#": "'ood=ood.jsonl#' must be a text",
+        3: "3 must be a text",
+        "a/b=ood.jsonl": "'a/b' must be a name of letters",
+        "heldout=ood.jsonl": "'heldout' has another meaning",
+        "part=ood.jsonl": "'part' has another meaning",
+        "gone=gone.jsonl#test": f"gone: there is no {tmp_path / 'gone.jsonl'}",
+        "ood=owner/data": "'ood' must name one set only",
+    }
+    text = complaint(complete(eval__sets=("ood=ood.jsonl", *bad)))
+    assert text.count("eval.sets=(") == 1
+    for problem in bad.values():
+        assert problem in text
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["eval/pass_at_4", "eval/ood/pass_at_2", "eval/ood/strict", "eval/lenient", "eval/part/a/b"],
+)
+def test_the_best_metric_is_one_of_a_held_out_set(metric):
+    config_lib.check(
+        complete(
+            eval__sets=("ood=owner/ood",),
+            eval__samples=4,
+            eval__pass_k=(2, 4),
+            checkpoint__best_metric=metric,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "",
+        "reward/mean",
+        "eval/pass_at_8",
+        "eval/ode/reward",
+        "eval/ood",
+        "eval/ood/part/",
+        "eval/tasks",
+    ],
+)
+def test_a_best_metric_that_no_evaluation_can_have_is_refused(metric):
+    text = complaint(
+        complete(
+            eval__sets=("ood=owner/ood",),
+            eval__samples=4,
+            eval__pass_k=(2, 4),
+            checkpoint__best_metric=metric,
+        )
+    )
+    assert f"checkpoint.best_metric={metric!r}: must be a metric of a held-out set: " in text
+    assert "eval/reward, eval/pass_at_2, " in text and "eval/ood/strict, eval/ood/lenient" in text
+
+
+def test_the_metric_of_the_main_set_is_refused_where_there_are_only_others():
+    config = complete(eval__sets=("ood=owner/ood",), tasks__heldout="")
+    text = complaint(config)
+    assert "checkpoint.best_metric='eval/reward'" in text and "eval/ood/reward" in text
+    config.checkpoint.best_metric = "eval/ood/reward"
+    config_lib.check(config)
+    config.checkpoint.best_metric = "eval/reward"
+    config.tasks.heldout_count = 5
+    config_lib.check(config)
+
+
+def test_the_evaluator_of_held_out_tasks_is_looked_at_like_the_other():
+    assert "eval.evaluator='judge': must be 'module:name'" in complaint(
+        complete(eval__evaluator="judge")
+    )
+    assert "eval.evaluator='./no.py:f': there is no file" in complaint(
+        complete(eval__evaluator="./no.py:f")
+    )
+
+
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_a_group_of_one_is_refused_where_every_advantage_would_be_0(baseline):
     text = complaint(complete(batch__group_size=1, grpo__baseline=baseline))
