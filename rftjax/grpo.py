@@ -124,7 +124,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             if value not in CHOICES[name]:
                 choices = ", ".join(CHOICES[name])
                 raise ValueError(f"grpo.{name}={value!r}: must be one of {choices}")
-        elif isinstance(value, str) or not np.isfinite(value) or value < 0:
+        elif value is None or isinstance(value, str) or not np.isfinite(value) or value < 0:
             raise ValueError(f"grpo.{name}={value!r}: must be a finite number that is not negative")
     for name in ("sapo_tau_pos", "sapo_tau_neg"):
         if fields.get(name) == 0:
@@ -269,8 +269,9 @@ def policy_loss(
 
     mask_BT = jnp.asarray(loss_mask).astype(bool)
     logprobs_BT = _where_trained(logprobs, mask_BT, "logprobs")
-    if jnp.ndim(advantages) == 1:
-        advantages = jnp.repeat(jnp.asarray(advantages)[:, None], mask_BT.shape[1], axis=1)
+    advantages = jnp.asarray(advantages)
+    if advantages.ndim == 1:
+        advantages = jnp.repeat(advantages[:, None], mask_BT.shape[1], axis=1)
     advantages_BT = _where_trained(advantages, mask_BT, "advantages")
     if old_logprobs is None:
         old_BT = jax.lax.stop_gradient(logprobs_BT)
@@ -314,7 +315,9 @@ def policy_loss(
         if kl_weight > 0:
             loss_BT = loss_BT + kl_weight * (kl_BT * ratio_BT if kl_times_ratio else kl_BT)
     rows = mask_BT.shape[0]
-    row_weights_B1 = jnp.ones((rows, 1)) if weights is None else jnp.reshape(weights, (rows, 1))
+    row_weights_B1 = jnp.ones((rows, 1))
+    if weights is not None:
+        row_weights_B1 = jnp.asarray(weights).reshape(rows, 1)
     loss = _aggregate(loss_BT * row_weights_B1, mask_BT, aggregate, max_tokens, normalizer)
     if entropy is not None:
         entropy_BT = _where_trained(entropy, mask_BT, "entropy")
@@ -330,17 +333,21 @@ def merge_metrics(metrics_N: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns the metrics of a whole from its N parts' stacked ones: `tokens` adds up, the rest are
     token means.
 
-    `ratio/min` and `ratio/max` are extremes. A part without tokens says nothing, whatever it holds.
+    `ratio/min` and `ratio/max` are extremes, 1 where no part has tokens. A part without tokens says
+    nothing, whatever it holds.
     """
     tokens_N = metrics_N["tokens"]
+    some = jnp.any(tokens_N > 0)
     merged = {}
     for name, value_N in metrics_N.items():
         if name == "tokens":
             merged[name] = jnp.sum(tokens_N)
         elif name == "ratio/min":
-            merged[name] = jnp.min(jnp.where(tokens_N > 0, value_N, jnp.inf))
+            lowest = jnp.min(jnp.where(tokens_N > 0, value_N, jnp.inf))
+            merged[name] = jnp.where(some, lowest, 1.0)
         elif name == "ratio/max":
-            merged[name] = jnp.max(jnp.where(tokens_N > 0, value_N, -jnp.inf))
+            highest = jnp.max(jnp.where(tokens_N > 0, value_N, -jnp.inf))
+            merged[name] = jnp.where(some, highest, 1.0)
         else:
             total = jnp.sum(jnp.where(tokens_N > 0, value_N * tokens_N, 0.0))
             merged[name] = total / jnp.maximum(jnp.sum(tokens_N), 1)

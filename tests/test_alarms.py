@@ -77,3 +77,75 @@ def test_steps_without_variance_end_a_run():
     assert "eval.dead_steps" in alarms.stop_reason(lines, metric="x", dead_steps=3)
     assert not alarms.stop_reason(lines, metric="x", dead_steps=4)
     assert not alarms.stop_reason(lines, metric="x")
+
+
+def test_a_plateau_is_of_the_named_metric_and_counts_evaluations_that_gave_one():
+    lines = lines_of(
+        6, eval__reward=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], other=[1, None, 1, None, None, 1]
+    )
+    assert alarms.stop_reason(lines, metric="other", patience=2).startswith("other has not risen")
+    assert not alarms.stop_reason(lines[:5], metric="other", patience=2)
+    assert not alarms.stop_reason(lines, metric="eval/reward", patience=2)
+
+
+def test_a_run_is_not_dead_before_it_had_the_steps():
+    lines = lines_of(3, groups__zero_variance_share=[None, 1.0, 1.0])  # step 0 only evaluates
+    assert not alarms.stop_reason(lines, metric="x", dead_steps=3)
+    assert alarms.stop_reason(lines, metric="x", dead_steps=2)
+
+
+TOKENS, COPIES = "rollout__completion_tokens_mean", "rollout__duplicate_share"
+FORMAT, RIGHT, DIFF = "reward__part__format", "reward__part__right", "sampler__logprob_diff_mean"
+
+
+@pytest.mark.parametrize(
+    "name, quiet, loud",
+    [
+        # The mean of the first window against that of the last; 2.0 is not above 2.0.
+        (
+            "length_runs_away",
+            {TOKENS: [8.0, 12.0, 90.0, 90.0, 90.0, 10.0, 30.0]},
+            {TOKENS: [8.0, 12.0, 0.0, 0.0, 0.0, 10.0, 31.0]},
+        ),
+        (
+            "duplicates",
+            {COPIES: [0.9, 0.9, 0.9, 0.9, 0.9, 0.4, 0.6]},
+            {COPIES: [0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.7]},
+        ),
+        # A peak of one step is no fall of a mean, and before the last window the format may fail.
+        (
+            "part_without_the_rest",
+            {FORMAT: [1.0] * 7, RIGHT: [0.5, 0.5, 0.6, 0.5, 0.5, 0.46, 0.46]},
+            {FORMAT: [0.2] * 5 + [0.99, 0.99], RIGHT: [0.5, 0.5, 0.6, 0.5, 0.5, 0.4, 0.4]},
+        ),
+        (
+            "part_without_the_rest",
+            {FORMAT: [1.0] * 5 + [0.97, 1.0], RIGHT: [0.9] * 4 + [0.1] * 3},
+            {FORMAT: [1.0] * 7, "reward__mean": [0.9] * 4 + [0.1] * 3},
+        ),
+        ("sampler_differs", {DIFF: [0.9] * 6 + [0.1]}, {DIFF: [0.0] * 6 + [0.11]}),
+        # Below the best by 0.05, which is not above 0.05; then the best is not the first one.
+        (
+            "heldout_falls",
+            {"reward__mean": RISING[:7], "eval__reward": [None, 0.5, None, 0.25, None, None, 0.45]},
+            {"reward__mean": RISING[:7], "eval__reward": [None, 0.25, None, 0.5, None, None, 0.44]},
+        ),
+        # The training reward now against that when the held-out one was best: risen, not higher at some time.
+        (
+            "heldout_falls",
+            {"reward__mean": [0.1, 0.8, 0.8, 0.9, 0.9, 0.7, 0.6], "eval__reward": [None, None, 0.5] + [0.1] * 4},
+            {"reward__mean": [0.1, 0.1, 0.2, 0.9, 0.9, 0.7, 0.6], "eval__reward": [None, None, 0.5] + [0.1] * 4},
+        ),
+    ],
+)  # fmt: skip
+def test_an_alarm_is_of_its_window_and_above_its_threshold(name, quiet, loud):
+    assert name not in alarms.find(lines_of(7, **quiet), window=2)
+    assert name in alarms.find(lines_of(7, **loud), window=2)
+
+
+def test_no_alarm_is_raised_before_its_windows_are_full():
+    series = {TOKENS: [1.0, 1.0, 9.0], COPIES: 1.0, FORMAT: 1.0, RIGHT: [1.0, 0.5, 0.0]}
+    assert not alarms.find(lines_of(3, **series), window=4)
+    assert set(alarms.find(lines_of(3, **series), window=1)) == {
+        *("length_runs_away", "duplicates", "part_without_the_rest")
+    }

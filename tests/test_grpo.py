@@ -568,6 +568,26 @@ def test_a_batch_with_nothing_to_train_on_has_loss_and_gradient_zero(settings):
     assert np.all(gradient_BT == 0)
 
 
+def test_parts_without_any_token_merge_into_a_batch_without_any():
+    data = batch(seed=16)
+    data["loss_mask"] = np.zeros_like(data["loss_mask"])
+    alone = grpo.policy_loss(**data, tis_cap=2.0)[1]
+    merged = grpo.merge_metrics({name: jnp.stack([value] * 2) for name, value in alone.items()})
+    assert {name: float(value) for name, value in merged.items()} == {
+        name: float(value) for name, value in alone.items()
+    }
+    assert float(merged["ratio/min"]) == float(merged["ratio/max"]) == 1.0
+
+
+@pytest.mark.parametrize("settings", EVERY_PATH)
+def test_lists_are_taken_like_arrays(settings):
+    data = batch(seed=15)
+    lists = {name: value.tolist() for name, value in data.items()}
+    expected = grpo.policy_loss(**data, **settings, kl_weight=0.1, tis_cap=2.0)[0]
+    found = grpo.policy_loss(**lists, **settings, kl_weight=0.1, tis_cap=2.0)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("preset", sorted(grpo.PRESETS))
 def test_equal_rewards_give_exactly_zero_gradient(preset):
     fields = dict(grpo.resolve_preset(preset), max_tokens=7, kl_weight=0.0)
@@ -625,6 +645,7 @@ def test_missing_inputs_are_refused_and_never_taken_as_zero(settings, missing):
         ({"aggregate": "sum"}, "grpo.aggregate='sum': must be one of token_mean"),
         ({"kl": "k4"}, "grpo.kl='k4': must be one of k1, k2, k3"),
         ({"clip_low": -0.1}, "grpo.clip_low=-0.1"),
+        ({"clip_low": None}, "grpo.clip_low=None"),
         ({"clip_high": float("nan")}, "grpo.clip_high=nan"),
         ({"dual_clip": 0.5}, "grpo.dual_clip=0.5: .* above 1"),
         ({"sapo_tau_neg": 0.0}, "grpo.sapo_tau_neg"),

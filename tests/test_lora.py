@@ -93,7 +93,7 @@ def test_tensors_have_the_names_and_shapes_that_peft_writes(model, adapters, pef
     assert set(ours) - {"lora_bias"} <= set(theirs)
     for name in ("peft_type", "task_type", "bias", "fan_in_fan_out", "use_dora", "use_rslora"):
         assert ours[name] == theirs[name]
-    assert (ours["r"], ours["lora_alpha"]) == (4, 8.0)
+    assert (ours["r"], ours["lora_alpha"], ours["base_model_name_or_path"]) == (4, 8.0, "tiny")
     assert set(ours["target_modules"]) == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
@@ -116,9 +116,28 @@ def test_a_peft_directory_comes_back_bit_for_bit(model, adapters, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, adapters)
 
 
-@pytest.mark.parametrize(
-    "field, value", [("use_dora", True), ("rank_pattern", {"q_proj": 3}), ("bias", "all")]
-)
+REFUSED = {
+    "alora_invocation_tokens": [1],
+    "alpha_pattern": {"q_proj": 3},
+    "bias": "all",
+    "fan_in_fan_out": True,
+    "layer_replication": [[0, 1]],
+    "layers_to_transform": [1],
+    "lora_bias": True,
+    "megatron_config": {"a": 1},
+    "modules_to_save": ["lm_head"],
+    "peft_type": "LOHA",
+    "rank_pattern": {"q_proj": 3},
+    "target_parameters": ["x"],
+    "trainable_token_indices": [3],
+    "use_bdlora": True,
+    "use_dora": True,
+    "use_qalora": True,
+    "velora_config": {"a": 1},
+}
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED.items())
 def test_settings_of_peft_that_are_not_implemented_are_refused(
     model, adapters, tmp_path, field, value
 ):
@@ -126,6 +145,59 @@ def test_settings_of_peft_that_are_not_implemented_are_refused(
     fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {field: value}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=field):
+        lora.load_peft(tmp_path, model.config, alpha=8.0)
+
+
+def test_adapters_scaled_by_the_root_of_the_rank_keep_their_product(model, adapters, tmp_path):
+    lora.save_peft(tmp_path, model.config, adapters, alpha=8.0)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_rslora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    read = lora.load_peft(tmp_path, model.config, alpha=8.0)["layers"]["mlp"]["down"]
+    np.testing.assert_allclose(read["b"] * (8.0 / 4), adapters["layers"]["mlp"]["down"]["b"] * 4.0)
+
+
+def test_the_factor_is_alpha_over_the_rank_and_nothing_in_full_fine_tuning(adapters):
+    assert (lora.scale(8, 16.0), lora.scale(0, 16.0)) == (2.0, 0.0)
+    scaled = update.scale_adapters(adapters, lora.scale(8, 16.0))["layers"]["mlp"]["down"]
+    plain = adapters["layers"]["mlp"]["down"]
+    np.testing.assert_allclose(scaled["a"] @ scaled["b"], 2 * (plain["a"] @ plain["b"]), rtol=1e-5)
+
+
+def test_new_adapters_are_noise_of_its_own_a_layer_within_the_bound_that_peft_takes(model):
+    fresh = lora.init(model.config, rank=4, seed=1)
+    first = [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh) if path[-1].key == "a"
+    ]
+    for noise in first:
+        bound = noise.shape[1] ** -0.5
+        assert 0.9 * bound < np.abs(noise).max() <= bound
+        assert noise.dtype == "float32"
+    layers = [
+        np.asarray(layer).ravel()[:16] / noise.shape[1] ** -0.5
+        for noise in first
+        for layer in noise
+    ]
+    assert len({tuple(np.round(layer, 4)) for layer in layers}) == len(layers)
+    other = lora.init(model.config, rank=4, seed=2)
+    assert np.any(other["layers"]["mlp"]["up"]["a"] != fresh["layers"]["mlp"]["up"]["a"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(sorted(tensors)[1]), "is missing, the model asks for"),
+        (lambda tensors: tensors.update({sorted(tensors)[0]: np.zeros((3, 5), np.float32)}), "has shape"),
+        (lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": np.zeros((4, 4), np.float32)}),
+         "lm_head.* does not belong"),
+        (lambda tensors: tensors.clear(), "no adapter of a linear layer"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit_the_model_are_refused(model, adapters, tmp_path, change, words):
+    lora.save_peft(tmp_path, model.config, adapters, alpha=8.0)
+    tensors = hf.read_safetensors(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    hf.write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    with pytest.raises(ValueError, match=words):
         lora.load_peft(tmp_path, model.config, alpha=8.0)
 
 
