@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -87,16 +88,27 @@ class Learner:
     def update(
         self, state: TrainState, parts: Sequence[Part], step: int
     ) -> tuple[TrainState, dict[str, float]]:
-        """Makes every update of one step, `step` counted from 1, and refreshes the reference where one is due."""
+        """Makes every update of one step, `step` counted from 1, and refreshes the reference where one is due.
+
+        A minibatch without any token to train on (every group dropped, every answer masked) is skipped: parameters,
+        moments and weight decay stay, and neither `state.step` nor the learning rate's schedule, which count updates
+        that were made, goes on. Advantages of 0 are no such case: their gradient is exactly 0, and as in every
+        Adam the update is made, in which what is left of earlier gradients, and weight decay, move the weights.
+        """
+        # Asked of the arrays on the devices, so that all processes get one answer.
+        taught = [bool(jnp.any(part.batch.sampled_BT)) for part in parts]
         made = []
         for _ in range(self.fields["updates_per_batch"]):
-            for part in parts:
+            for part in itertools.compress(parts, taught):
                 state, metrics = self.apply(state, *part)
                 made.append(metrics)
+        skipped = {"update/skipped_share": 1 - sum(taught) / len(parts)}
+        if not made:
+            made = [blank_metrics(jax.eval_shape(self.apply, state, *parts[0])[1])]
         every = self.fields["kl_refresh_steps"]
         if jax.tree.leaves(state.reference) and every and step % every == 0:
             state = state._replace(reference=copy(state.trainable, self._reference_dtype(state)))
-        return state, mean_metrics(jax.device_get(made))
+        return state, mean_metrics(jax.device_get(made)) | skipped
 
     def _reference_dtype(self, state: TrainState) -> str:
         return "float32" if state.frozen else self.dtype
@@ -227,6 +239,11 @@ def set_advantages(
 def copy(params: Params, dtype: str) -> Params:
     """Returns the parameters in buffers of their own, which an update that gives its own away does not touch."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
+
+
+def blank_metrics(names: Iterable[str]) -> dict[str, float]:
+    """Returns the metrics of no update: ratios of 1 and all else 0, `tokens` among them."""
+    return {name: 1.0 if name.startswith("ratio/") else 0.0 for name in names}
 
 
 def mean_metrics(made: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,14 +1,18 @@
 import json
 import math
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+import rftjax
 from rftjax import config as configs
-from rftjax import learner, modes
+from rftjax import grpo, learner, modes, optim, sharding, update
 from rftjax.checkpoint import Checkpoints
-from rftjax.types import Score, Sequence, Task, Trajectory
+from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
 
 ADVANTAGES = {"baseline": "mean", "scale": "none", "eps": 1e-4}
 
@@ -99,6 +103,14 @@ def test_penalties_enter_the_advantage_and_leave_the_reward():
     assert [one.score.reward for one in sampled] == [1.0, 1.0]
 
 
+def test_two_draws_of_one_task_are_two_groups():
+    sampled = [*group(0, [1.0, 0.0]), *group(1, [1.0, 1.0])]
+    for one in sampled:
+        one.task = Task("same", [])
+    learner.set_advantages(sampled, ADVANTAGES)
+    assert [one.advantage for one in sampled] == [0.5, -0.5, 0.0, 0.0]
+
+
 def test_metrics_of_several_updates_are_means_and_extremes_are_extremes():
     made = [
         {"loss": 1.0, "ratio/max": 1.0, "ratio/min": 1.0, "sampler/logprob_diff_mean": 0.1},
@@ -112,11 +124,157 @@ def test_metrics_of_several_updates_are_means_and_extremes_are_extremes():
     }
 
 
+# ---- One learner without sampling
+
+MESH = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+SHAPE = {"rows": 8, "max_length": 16, "pack_tokens": 128}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_dir):
+    return rftjax.load(str(tiny_dir), mesh=MESH)
+
+
+@pytest.fixture(scope="module")
+def trainer(model):
+    """The optimizer, its update and the scorer of a small model."""
+    optimizer = optim.make_optimizer(lr=1e-2, steps=10, schedule="linear", weight_decay=0.1)
+    fields = grpo.resolve_preset("grpo")
+    loss = {name: fields[name] for name in grpo.LOSS_DEFAULTS}
+    apply = update.make_update(model.config, optimizer, loss)
+    return optimizer, apply, update.make_scorer(model.config)
+
+
+def fresh_state(model, optimizer):
+    params = jax.tree.map(jnp.array, model.params)
+    return TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params))
+
+
+def real_learner(apply=None, score=None, prompts=2, **fields):
+    section = configs.base_config().grpo.to_dict() | grpo.resolve_preset("grpo") | fields
+    return learner.Learner(section, SHAPE, MESH, apply, score, prompts, token_limit=8)
+
+
+def assert_same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two))
+
+
+def test_a_step_without_a_trained_token_changes_neither_weights_nor_optimizer(model, trainer):
+    optimizer, apply, score = trainer
+    dropping = real_learner(apply, score, drop_zero_variance=True)
+    state = fresh_state(model, optimizer)
+    parts, _ = dropping.batch(state, [*group(0, [0, 1]), *group(1, [1, 1])], 1)
+    state, first = dropping.update(state, parts, 1)
+    assert first["tokens"] == 8 and first["update/skipped_share"] == 0.0
+    before = jax.device_get(state)
+    assert before.step == 1
+    parts, _ = dropping.batch(state, [*group(2, [1, 1]), *group(3, [0, 0])], 2)
+    state, second = dropping.update(state, parts, 2)
+    assert_same(state, before)
+    assert second.keys() == first.keys() and all(map(math.isfinite, second.values()))
+    assert second["update/skipped_share"] == 1.0
+    assert second["tokens"] == second["loss"] == second["grad_norm"] == 0.0
+    # Nor does one whose answers are all masked.
+    masking = real_learner(apply, score)
+    masking.shape = SHAPE | {"mask_truncated": True}
+    parts, _ = masking.batch(state, group(4, [0, 1], finish="length"), 3)
+    state, third = masking.update(state, parts, 3)
+    assert_same(state, before)
+    assert third == second
+
+
+def test_equal_rewards_alone_have_no_gradient_and_leave_the_rest_to_the_optimizer(model, trainer):
+    optimizer, apply, score = trainer
+    one = real_learner(apply, score)
+    state = fresh_state(model, optimizer)
+    parts, _ = one.batch(state, [*group(0, [0, 1]), *group(1, [1, 1])], 1)
+    state, _ = one.update(state, parts, 1)
+    before = jax.device_get(state)
+    parts, _ = one.batch(state, [*group(2, [1, 1]), *group(3, [0, 0])], 2)
+    state, metrics = one.update(state, parts, 2)
+    assert metrics["grad_norm"] == 0.0 and metrics["tokens"] == 16
+    assert metrics["update/skipped_share"] == 0.0 and metrics["entropy"] > 0
+    assert state.step == 2
+    moved = jax.tree.map(
+        lambda new, old: np.abs(new - old).max(), state.trainable, before.trainable
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-4  # momentum
+
+
+def test_an_empty_minibatch_is_skipped_and_says_nothing(model, trainer):
+    optimizer, apply, score = trainer
+    halves = real_learner(apply, score, drop_zero_variance=True, minibatches=2, updates_per_batch=2)
+    state = fresh_state(model, optimizer)
+    parts, _ = halves.batch(state, [*group(0, [0, 1]), *group(1, [1, 1])], 1)
+    assert sorted(int(part.batch.sampled_BT.sum()) for part in parts) == [0, 8]
+    after, metrics = halves.update(state, parts, 1)
+    assert after.step == 2
+    assert metrics["update/skipped_share"] == 0.5
+    assert metrics["tokens"] == 8 and metrics["entropy"] > 1
+
+
+def test_advantages_are_those_of_whole_groups_however_minibatches_part_them(model, trainer):
+    optimizer, _, score = trainer
+    apart = real_learner(score=score, minibatches=4, minibatch_groups=False, scale="none")
+    state = fresh_state(model, optimizer)
+    found = []
+    for step in (1, 2, 1):
+        sampled = [*group(0, [0, 1, 1, 1]), *group(1, [4, 0, 0, 0])]
+        parts, _ = apart.batch(state, sampled, step)
+        rows = [part.batch.advantages_B[:2].tolist() for part in parts]
+        assert sorted(value for row in rows for value in row) == [
+            -1,
+            -1,
+            -1,
+            -0.75,
+            0.25,
+            0.25,
+            0.25,
+            3,
+        ]
+        assert [int(part.batch.sampled_BT.sum()) for part in parts] == [8] * 4
+        found.append(rows)
+    assert found[0] != found[1] and found[0] == found[2]
+
+
+def test_the_overlong_punishment_enters_the_advantages_with_its_weight():
+    one = real_learner(overlong_buffer=4, overlong_penalty=2.0, scale="none")
+    sampled = [*group(0, [1.0], tokens=4), *group(0, [1.0], tokens=5), *group(1, [1.0, None])]
+    sampled[1].sample = 1
+    _, metrics = one.batch(TrainState(0, {}, {}, ()), sampled, 1)
+    assert [one.advantage for one in sampled] == [0.25, -0.25, 0.0, 0.0]
+    np.testing.assert_allclose(metrics["reward/overlong_mean"], -0.5 / 3)
+    assert metrics["batch/effective_share"] == 0.5
+    assert metrics["groups/replaced_share"] == 0.0
+
+
+@pytest.mark.parametrize("frozen", [{}, {"kernel": jnp.ones(2)}])
+def test_a_refreshed_reference_is_kept_as_the_first_one_was(frozen):
+    """The weights in the compute dtype, adapters in float32."""
+    one = real_learner(lambda state, *_: (state, {}), kl_weight=0.1, kl_refresh_steps=2)
+    one.dtype = "bfloat16"
+    trained = {"a": jnp.full(2, 3.0)}
+    wanted = jnp.float32 if frozen else jnp.bfloat16
+    first = learner.initial_reference(one.fields, trained, trained if frozen else None, one.dtype)
+    assert first["a"].dtype == wanted and bool(jnp.all(first["a"] == (0.0 if frozen else 3.0)))
+    batch = update.Batch(None, 1, np.ones((1, 1), bool), None, None, None)
+    parts = [learner.Part(batch, None, None)]
+    state = TrainState(0, {"a": jnp.full(2, 5.0)}, frozen, (), first)
+    same, _ = one.update(state, parts, 1)
+    assert same.reference is first
+    after, _ = one.update(state, parts, 2)
+    assert after.reference["a"].dtype == wanted and bool(jnp.all(after.reference["a"] == 5.0))
+    assert after.reference["a"] is not after.trainable["a"]  # which the next update gives away
+
+
 # ---- Whole runs of few steps
 
 EVALUATOR = """
 def evaluate(task, trajectory):
     return len(set(trajectory.completion.split())) / 8
+
+def equal(task, trajectory):
+    return 0.5
 
 def rare(task, trajectory):
     return float("w7" in trajectory.completion.split())
@@ -219,7 +377,7 @@ def test_a_resumed_run_measures_its_kl_against_the_same_reference(spec, tmp_path
     assert run(config, tmp_path / "parts") == whole
 
 
-def test_a_kl_in_the_reward_moves_advantages_and_not_the_loss(spec, tmp_path):
+def test_a_kl_in_the_reward_moves_advantages_and_not_the_loss(spec, model, tmp_path):
     fields = {"grpo__kl_weight": 5.0, "grpo__kl": "k1", "grpo__kl_in_reward": True}
     fields |= {"grpo__scale": "none", "optim__lr": 3e-2}
     lines = run(variant(spec, **fields), tmp_path)
@@ -230,10 +388,20 @@ def test_a_kl_in_the_reward_moves_advantages_and_not_the_loss(spec, tmp_path):
     differences = []
     for draw in {record["draw"] for record in records}:
         mine = [record for record in records if record["draw"] == draw]
-        mean = math.fsum(record["reward"] for record in mine) / len(mine)
-        differences += [record["advantage"] - (record["reward"] - mean) for record in mine]
-        assert abs(sum(record["advantage"] for record in mine)) < 1e-5
-    assert max(map(abs, differences)) > 1e-3
+        shaped = [record["reward"] - 5.0 * drift(model, record) for record in mine]
+        wanted = np.asarray(shaped) - np.mean(shaped)
+        np.testing.assert_allclose([record["advantage"] for record in mine], wanted, atol=1e-3)
+        plain = [record["reward"] for record in mine]
+        differences += list(wanted - (np.asarray(plain) - np.mean(plain)))
+    assert max(map(abs, differences)) > 1e-2
+
+
+def drift(model, record):
+    """The sum over a record's sampled tokens of what they became more likely than they were for the model."""
+    (sequence,) = record["sequences"]
+    sampled = np.asarray(sequence["sampled"])
+    before = np.asarray(model.logprobs(np.asarray([sequence["tokens"]])))[0]
+    return float(np.sum(np.asarray(sequence["logprobs"])[sampled] - before[sampled]))
 
 
 def test_further_prompts_are_sampled_where_groups_teach_nothing(spec, tmp_path):
@@ -259,3 +427,22 @@ def test_further_prompts_are_sampled_where_groups_teach_nothing(spec, tmp_path):
 
 def draws_of(records):
     return sorted({record["draw"] for record in records})
+
+
+@pytest.mark.parametrize(
+    ("reason", "end"), [({"eval__dead_steps": 4}, 4), ({"eval__patience": 3, "eval__every": 1}, 3)]
+)
+def test_an_early_end_comes_at_the_same_step_in_a_resumed_run(spec, tmp_path, reason, end):
+    evaluator = spec.evaluator.replace(":evaluate", ":equal")
+    fields = reason | {"steps": 8, "evaluator": evaluator, "tasks__heldout_count": 2}
+    config = variant(spec, grpo__drop_zero_variance=True, eval__samples=1, **fields)
+    whole = run(config, tmp_path / "whole")
+    assert whole[-1]["step"] == end
+    assert all(line["update/skipped_share"] == 1.0 for line in whole if line["step"] > 0)
+    assert_same(state_of(tmp_path / "whole", end), rftjax.load(config.model.path).params)
+    parts = tmp_path / "parts"
+    run(config, parts, 1)
+    run(config, parts, 2)
+    shutil.rmtree(parts / "checkpoints" / "2")  # as if it had been killed on the way
+    assert run(config, parts) == whole
+    assert run(config, parts) == whole  # it has ended
