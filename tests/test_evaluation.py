@@ -1,7 +1,9 @@
 import itertools
 import json
 import math
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -212,6 +214,14 @@ def many_sets(config):
         eval__sets=(f"twin={folder}heldout.jsonl", f"other={folder}other.jsonl#test"),
         eval__evaluator=f"{folder}evaluator.py:heldout",
         checkpoint__best_metric="eval/other/lenient",
+        # Metrics of their own, which the reference has to have.
+        grpo__tis_cap=2.0,
+        grpo__overlong_buffer=2,
+        grpo__kl_weight=0.1,
+        grpo__kl_in_reward=True,
+        grpo__minibatches=2,
+        alarms__duplicate_share=1e-9,
+        alarms__window=1,
     )
 
 
@@ -241,6 +251,26 @@ def test_every_held_out_set_has_metrics_and_rollouts_of_its_own(finished):
         name: [one["sequences"][0]["tokens"] for one in some] for name, some in sampled.items()
     }
     assert tokens["twin"] != tokens["heldout"]  # the same tasks by other noise
+
+
+def documented():
+    """Patterns of the metric names in the reference, where NAME and K stand for what a run has."""
+    text = (Path(__file__).parent.parent / "experiments" / "README.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| (.*) \|$", text.partition("\n## Metrics\n")[2], re.M)
+    names = [name for name, _ in rows]
+    names += [f"{name}_stderr" for name, meaning in rows if "(`_stderr`)" in meaning]
+    names += [name.replace("eval/", "eval/SET/") for name in names if name.startswith("eval/")]
+    stand = {"NAME": ".+", "SET": "[^/]+", "K": r"\d+"}
+    return [re.sub("NAME|SET|K", lambda found: stand[found[0]], re.escape(name)) for name in names]
+
+
+def test_every_metric_of_a_run_is_in_the_reference(finished):
+    patterns = documented()
+    names = {name for line in lines_of(finished / "metrics.jsonl") for name in line} - {"step"}
+    assert {"eval/other/strict_stderr", "kl/sequence_mean", "reward/overlong_mean"} <= names
+    assert [
+        name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)
+    ] == []
 
 
 def test_held_out_answers_are_scored_by_the_evaluator_of_the_section_eval(finished):
