@@ -59,6 +59,13 @@ def test_each_fault_raises_its_alarm_which_0_switches_off(name, series, off):
 
 def test_a_heldout_reward_that_falls_with_the_training_reward_is_no_alarm():
     assert alarms.find(lines_of(reward__mean=RISING[::-1], eval__reward=FALLS)) == {}
+    assert alarms.find(lines_of(reward__mean=0.5, eval__reward=FALLS)) == {}
+
+
+def test_a_heldout_reward_may_fall_from_that_of_the_start_and_by_the_threshold():
+    lines = lines_of(4, reward__mean=[None, 0.1, 0.2, 0.3], eval__reward=[0.5, None, None, 0.25])
+    assert set(alarms.find(lines, window=2, heldout_fall=0.24)) == {"heldout_falls"}
+    assert not alarms.find(lines, window=2, heldout_fall=0.25)
 
 
 def test_a_plateau_ends_a_run_and_a_new_best_does_not():
@@ -68,6 +75,7 @@ def test_a_plateau_ends_a_run_and_a_new_best_does_not():
 
     assert "eval.patience" in reason([0.1, 0.5, 0.4, 0.5])
     assert not reason([0.1, 0.5, 0.4, 0.6])
+    assert not reason([0.1, 0.5, 0.6, 0.5])
     assert not reason([0.5, 0.4])
     assert not reason([0.1, 0.5, 0.4, 0.5], patience=0)
 
@@ -146,6 +154,7 @@ def test_an_alarm_is_of_its_window_and_above_its_threshold(name, quiet, loud):
 def test_no_alarm_is_raised_before_its_windows_are_full():
     series = {TOKENS: [1.0, 1.0, 9.0], COPIES: 1.0, FORMAT: 1.0, RIGHT: [1.0, 0.5, 0.0]}
     assert not alarms.find(lines_of(3, **series), window=4)
+    assert "length_runs_away" not in alarms.find(lines_of(3, **series), window=2)  # they overlap
     assert set(alarms.find(lines_of(3, **series), window=1)) == {
         *("length_runs_away", "duplicates", "part_without_the_rest")
     }

@@ -267,6 +267,15 @@ def test_a_refreshed_reference_is_kept_as_the_first_one_was(frozen):
     assert after.reference["a"] is not after.trainable["a"]  # which the next update gives away
 
 
+@pytest.mark.parametrize("adapters", [None, {"a": 1.0}])
+def test_no_reference_is_kept_that_nothing_is_measured_against(adapters):
+    fields = {"kl_weight": 0.0, "kl_refresh_steps": 0}
+    params = {"a": jnp.ones(2)}
+    assert learner.initial_reference(fields, params, adapters, "float32") == ()
+    kept = learner.initial_reference(fields | {"kl_weight": 0.1}, params, adapters, "float32")
+    assert (kept == ()) == (adapters is not None)  # without adapters the base is the reference
+
+
 # ---- Whole runs of few steps
 
 EVALUATOR = """
