@@ -444,14 +444,16 @@ def draws_of(records):
 def test_an_early_end_comes_at_the_same_step_in_a_resumed_run(spec, tmp_path, reason, end):
     evaluator = spec.evaluator.replace(":evaluate", ":equal")
     fields = reason | {"steps": 8, "evaluator": evaluator, "tasks__heldout_count": 2}
-    config = variant(spec, grpo__drop_zero_variance=True, eval__samples=1, **fields)
+    fields |= {"checkpoint__keep": 3, "eval__samples": 1}
+    config = variant(spec, grpo__drop_zero_variance=True, **fields)
     whole = run(config, tmp_path / "whole")
     assert whole[-1]["step"] == end
     assert all(line["update/skipped_share"] == 1.0 for line in whole if line["step"] > 0)
     assert_same(state_of(tmp_path / "whole", end), rftjax.load(config.model.path).params)
     parts = tmp_path / "parts"
     run(config, parts, 1)
-    run(config, parts, 2)
-    shutil.rmtree(parts / "checkpoints" / "2")  # as if it had been killed on the way
+    run(config, parts, 3)
+    for step in ("2", "3"):  # as if it had been killed on the way
+        shutil.rmtree(parts / "checkpoints" / step)
     assert run(config, parts) == whole
     assert run(config, parts) == whole  # it has ended
