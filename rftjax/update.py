@@ -16,9 +16,9 @@ from rftjax.models.decoder import Config
 from rftjax.models.distribution import GONE, Settings, adjust
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
-HEAD_CHUNK = 256  # scored positions whose logits exist at once, a packed row
-# Bytes of logits that may be kept for the backward pass; beyond, they are computed again.
-HEAD_BYTES = 1 << 30
+# Logits of a micro-batch that take no more bytes exist at once and are kept for the backward pass.
+HEAD_BYTES = 1 << 28
+HEAD_CHUNK = 256  # scored positions a packed row whose logits exist at once beyond that
 
 Metrics = dict[str, jax.Array]
 
@@ -53,8 +53,9 @@ def logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats.
 
-    They are those of the sampler's distribution: after temperature, top-k, top-p and without padded ids. Logits exist
-    for one chunk of scored positions at a time, and not at all for chunks without any.
+    They are those of the sampler's distribution: after temperature, top-k, top-p and without padded ids. Where a
+    micro-batch's logits are large, they exist for one chunk of scored positions at a time, and not at all for chunks
+    without any.
     """
     x_RXD = decoder.hidden(
         config,
@@ -66,17 +67,10 @@ def logprobs(
         lora=adapters,
         remat=remat,
     )
-    R, M = pack.sources_RM.shape
-    chunk = min(HEAD_CHUNK, M)
-    chunks = -(-M // chunk)
-    spare = ((0, 0), (0, chunks * chunk - M))
     used_RM = pack.places_RM != NOWHERE
+    filtered = top_p < 1 or top_k > 0
 
-    def chunked(values_RM: jax.Array) -> jax.Array:
-        return jnp.pad(values_RM, spare).reshape(R, chunks, chunk).swapaxes(0, 1)
-
-    def score(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        sources_RM, targets_RM = inputs
+    def score(sources_RM: jax.Array, targets_RM: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
         logits_BV = decoder.logits(config, params, x_RMD.reshape(-1, config.width))
         targets_B = targets_RM.reshape(-1)
@@ -84,32 +78,76 @@ def logprobs(
         settings = Settings(
             temperature * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
         )
-        filtered = top_p < 1 or top_k > 0
         adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit, keep_B=targets_B)
-        total_B = jax.nn.logsumexp(adjusted_BV, axis=-1)
-        chosen_B = jnp.take_along_axis(adjusted_BV, targets_B[:, None], axis=-1)[:, 0]
-        probabilities_BV = jnp.exp(adjusted_BV - total_B[:, None])
-        finite_BV = jnp.where(adjusted_BV > GONE, adjusted_BV, 0.0)
-        entropy_B = total_B - jnp.sum(probabilities_BV * finite_BV, axis=-1)
-        return (chosen_B - total_B).reshape(R, -1), entropy_B.reshape(R, -1)
+        logprobs_B, entropies_B = log_likelihood(adjusted_BV, targets_B)
+        return logprobs_B.reshape(sources_RM.shape), entropies_B.reshape(sources_RM.shape)
 
-    def one_chunk(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple]:
-        sources_RM, targets_RM, used_RM = inputs
-
-        def nothing(_: Any) -> tuple[jax.Array, jax.Array]:
-            zeros_RM = jnp.zeros(sources_RM.shape)
-            return zeros_RM, zeros_RM
-
-        return None, jax.lax.cond(jnp.any(used_RM), score, nothing, (sources_RM, targets_RM))
-
-    if remat or R * M * config.vocab * 4 > HEAD_BYTES:
-        one_chunk = jax.checkpoint(one_chunk)
-    inputs = (chunked(pack.sources_RM), chunked(pack.targets_RM), chunked(used_RM))
-    _, results = jax.lax.scan(one_chunk, None, inputs)
-    logprobs_RM, entropies_RM = (
-        values.swapaxes(0, 1).reshape(R, chunks * chunk)[:, :M] for values in results
-    )
+    whole = 4 * pack.sources_RM.size * config.vocab <= HEAD_BYTES
+    scored = score if whole and not remat else _chunked(score, used_RM)
+    logprobs_RM, entropies_RM = scored(pack.sources_RM, pack.targets_RM)
     return jnp.where(used_RM, logprobs_RM, 0.0), jnp.where(used_RM, entropies_RM, 0.0)
+
+
+def _chunked(score: Callable[..., tuple], used_RM: jax.Array) -> Callable[..., tuple]:
+    """Returns `score` in chunks of HEAD_CHUNK positions, skipped where none is used, computed again going back."""
+    R, M = used_RM.shape
+    chunk = min(HEAD_CHUNK, M)
+    spare = ((0, 0), (0, -M % chunk))
+
+    def split(values_RM: jax.Array) -> jax.Array:
+        return jnp.pad(values_RM, spare).reshape(R, -1, chunk).swapaxes(0, 1)
+
+    def nothing(sources_RM: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(sources_RM.shape), jnp.zeros(sources_RM.shape)
+
+    @jax.checkpoint
+    def one(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, tuple]:
+        *arrays, used_RM = inputs
+        return None, jax.lax.cond(jnp.any(used_RM), score, nothing, *arrays)
+
+    def scored(sources_RM: jax.Array, targets_RM: jax.Array) -> tuple[jax.Array, ...]:
+        _, results = jax.lax.scan(one, None, (split(sources_RM), split(targets_RM), split(used_RM)))
+        return tuple(values.swapaxes(0, 1).reshape(R, -1)[:, :M] for values in results)
+
+    return scored
+
+
+@jax.custom_vjp
+def log_likelihood(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns logprobs_B of the targets and entropies_B; ids with a logit of GONE cannot be drawn."""
+    return _log_likelihood(logits_BV, targets_B)[0]
+
+
+def _log_likelihood(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[tuple, tuple]:
+    top_B = jnp.max(logits_BV, axis=-1)
+    weights_BV = jnp.exp(logits_BV - top_B[:, None])
+    sum_B = jnp.sum(weights_BV, axis=-1)
+    finite_BV = jnp.where(logits_BV > GONE, logits_BV, top_B[:, None]) - top_B[:, None]
+    # Of logits measured from the largest, so that no digits are lost to their common part.
+    entropies_B = jnp.log(sum_B) - jnp.sum(weights_BV * finite_BV, axis=-1) / sum_B
+    chosen_B = jnp.take_along_axis(logits_BV, targets_B[:, None], axis=-1)[:, 0]
+    total_B = top_B + jnp.log(sum_B)
+    logprobs_B = (chosen_B - top_B) - jnp.log(sum_B)
+    return (logprobs_B, entropies_B), (logits_BV, targets_B, total_B, entropies_B)
+
+
+def _log_likelihood_gradient(saved: tuple, gradients: tuple) -> tuple:
+    # d logprob / d logit = [target] - p and d entropy / d logit = -p (log p + entropy): one pass over the logits.
+    logits_BV, targets_B, total_B, entropies_B = saved
+    dlogprobs_B1, dentropies_B1 = (gradient[:, None] for gradient in gradients)
+    logprobs_BV = logits_BV - total_B[:, None]
+    possible_BV = logits_BV > GONE
+    entropy_part_BV = dentropies_B1 * (
+        jnp.where(possible_BV, logprobs_BV, 0.0) + entropies_B[:, None]
+    )
+    chosen_BV = jnp.arange(logits_BV.shape[-1])[None, :] == targets_B[:, None]
+    dlogits_BV = jnp.where(chosen_BV, dlogprobs_B1, 0.0) - jnp.exp(logprobs_BV) * (
+        dlogprobs_B1 + entropy_part_BV
+    )
+    return dlogits_BV, None
+
+
+log_likelihood.defvjp(_log_likelihood, _log_likelihood_gradient)
 
 
 def to_rows(values_RM: jax.Array, places_RM: jax.Array, like_BT: jax.Array) -> jax.Array:
@@ -140,8 +178,8 @@ def make_scorer(
     @jax.jit
     def score(params: Params, adapters: Params | None, batch: Batch) -> jax.Array:
         if unroll:
-            params = decoder.unstack(params, config.layers)
-            adapters = decoder.unstack(adapters, config.layers) if adapters else None
+            params = decoder.unroll(config, params)
+            adapters = decoder.unroll(config, adapters) if adapters else None
 
         def one(index: jax.Array, total_BT: jax.Array) -> jax.Array:
             pack = micro_batch(batch.pack, index)
@@ -229,8 +267,8 @@ def make_update(
     ) -> tuple[TrainState, Metrics]:
         trainable, frozen = state.trainable, state.frozen
         if unroll:
-            trainable = decoder.unstack(trainable, config.layers)
-            frozen = decoder.unstack(frozen, config.layers) if frozen else frozen
+            trainable = decoder.unroll(config, trainable)
+            frozen = decoder.unroll(config, frozen) if frozen else frozen
 
         def one(index: jax.Array, carry: tuple) -> tuple:
             (loss, metrics), grads = gradient(trainable, frozen, batch, index, old_BT, reference_BT)
@@ -245,7 +283,7 @@ def make_update(
         loss, grads, metrics_N = jax.lax.fori_loop(
             0, batch.micro_batches, one, (jnp.zeros(()), zeros, empty)
         )
-        grads = decoder.stack(grads) if unroll else grads
+        grads = decoder.roll(config, grads) if unroll else grads
         gap = jnp.max(metrics_N["sampler/logprob_diff_max"])
         metrics = grpo.merge_metrics(metrics_N) | {"sampler/logprob_diff_max": gap}
         metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}

@@ -142,7 +142,7 @@ def test_counted_operations_are_those_of_the_forward_pass(parts):
     def forward(params: Any, tokens_BT: jax.Array) -> jax.Array:
         ones_BT = jnp.ones_like(tokens_BT)
         steps_BT = jnp.broadcast_to(jnp.arange(tokens)[None], tokens_BT.shape)
-        layers = decoder.unstack(params, config.layers)
+        layers = decoder.unroll(config, params)
         x_BTD = decoder.hidden(config, layers, tokens_BT, steps_BT, ones_BT, ones_BT)
         return decoder.logits(config, params, x_BTD.reshape(-1, config.width))
 

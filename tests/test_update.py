@@ -246,3 +246,43 @@ def test_equal_rewards_change_nothing(params):
     found, metrics = gradient(params, batch_of(made))
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))
     assert metrics["grad_norm"] == 0.0
+
+
+def test_log_likelihoods_and_their_gradients_are_those_of_autodiff():
+    rng = np.random.default_rng(5)
+    logits = jnp.asarray(rng.normal(size=(4, 50)) * 5).at[:, 40:].set(update.GONE)
+    targets = jnp.asarray([0, 7, 39, 3])
+    weights = jnp.asarray(rng.normal(size=(2, 4)))
+
+    def plain(logits):
+        logprobs = jax.nn.log_softmax(logits)
+        entropies = -jnp.sum(jnp.where(logits > update.GONE, jnp.exp(logprobs) * logprobs, 0.0), -1)
+        return jnp.take_along_axis(logprobs, targets[:, None], 1)[:, 0], entropies
+
+    def total(form):
+        return lambda logits: jnp.sum(jnp.stack(form(logits)) * weights)
+
+    def ours(logits):
+        return update.log_likelihood(logits, targets)
+
+    for found, wanted in zip(ours(logits), plain(logits), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(total(ours))(logits), jax.grad(total(plain))(logits), atol=1e-5
+    )
+
+
+def test_a_micro_batch_in_chunks_gives_what_it_gives_as_a_whole(params, monkeypatch):
+    pack = update.micro_batch(batch_of(trajectories(2, 4, 40, 90)).pack, 0)
+
+    def values(params):
+        logprobs, entropies = update.logprobs(CONFIG, params, None, pack)
+        return jnp.sum(jnp.sin(1.0 + 3.0 * logprobs)) + jnp.sum(entropies**2)
+
+    whole = jax.value_and_grad(values)(params)
+    monkeypatch.setattr(update, "HEAD_BYTES", 0)
+    monkeypatch.setattr(update, "HEAD_CHUNK", 48)
+    chunked = jax.value_and_grad(values)(params)
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, atol=1e-4)), whole, chunked)
+    )

@@ -24,6 +24,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rftjax.models.attention import blocked, plain
+from rftjax.models.linear import linear
 from rftjax.types import Params
 
 FULL = 1 << 30  # a window that no sequence fills
@@ -84,20 +86,19 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(self.config.dtype)
         inputs = x.shape[-self.axes :]
         init = nn.initializers.normal(self.config.init_std)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        contract = (tuple(range(x.ndim - self.axes, x.ndim)), tuple(range(self.axes)))
-        y = jax.lax.dot_general(x, kernel.astype(dtype), (contract, ((), ())))
+        y = linear(x, kernel, self.axes)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             flat = x.reshape(*x.shape[: x.ndim - self.axes], math.prod(inputs))
-            low = (flat @ a.astype(dtype)) @ b.astype(dtype)
-            y = y + low.reshape(y.shape)
+            y = y + linear(linear(flat, a, 1), b, 1).reshape(y.shape)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-            y = y + bias.astype(dtype).reshape((1,) * (y.ndim - len(self.features)) + self.features)
+            y = y + bias.astype(y.dtype).reshape(
+                (1,) * (y.ndim - len(self.features)) + self.features
+            )
         return y
 
 
@@ -175,7 +176,7 @@ class Block(nn.Module):
         """Runs the layer with causal attention (used to make initial parameters)."""
         q, k, v = self.before(x_BTD, rotation)
         ones_BTT = jnp.ones((x_BTD.shape[0], x_BTD.shape[1], x_BTD.shape[1]), bool)
-        return self.after(x_BTD, attention(q, k, v, jnp.tril(ones_BTT)))
+        return self.after(x_BTD, plain(q, k, v, jnp.tril(ones_BTT)))
 
 
 def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
@@ -229,20 +230,6 @@ def rotate(x_BTHC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
     return jnp.concatenate(turned, axis=-1).astype(x_BTHC.dtype)
 
 
-def attention(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    """Returns attended values (B, T, H, C), the plain form that faster ones are compared with."""
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)
-    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
-    # A finite floor keeps rows of padding, which attend to nothing, free of NaN.
-    scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C)
-
-
 def packed_mask(groups_RX: jax.Array, segments_RX: jax.Array) -> jax.Array:
     """Returns mask_RXX, true where a packed token attends (the rule is in `types.Batch`)."""
     X = groups_RX.shape[1]
@@ -278,7 +265,7 @@ def hidden(
         tree, window = inputs
         q, k, v = block.apply(tree, x_RXD, turn, method="before")
         mask = mask_RXX & (distance_RXX < window) if config.windowed else mask_RXX
-        return block.apply(tree, x_RXD, attention(q, k, v, mask), method="after"), None
+        return block.apply(tree, x_RXD, blocked(q, k, v, mask), method="after"), None
 
     trees = {"params": params["layers"]} | ({"lora": lora["layers"]} if lora else {})
     windows = config.windows or (FULL,) * config.layers
@@ -294,27 +281,35 @@ def hidden(
     return final_norm.apply({"params": params["final_norm"]}, x_RXD)
 
 
-def unstack(tree: Params, layers: int) -> Params:
-    """Returns the tree with `layers` as a list of one tree a layer, which `hidden` runs without a scan.
+def unroll(config: Config, tree: Params) -> Params:
+    """Returns the tree as `hidden` and `logits` run it fastest on CPU: a list of layers, and a head (D, V) of its own.
 
-    On CPU, XLA rewrites a scan's stacked gradient as a whole in every layer: unstacked it takes half the time.
+    XLA rewrites a scan's stacked gradient as a whole in every layer, and its products read the head's rows faster.
     """
-    one = [jax.tree.map(lambda leaf, at=index: leaf[at], tree["layers"]) for index in range(layers)]
-    return tree | {"layers": one}
+    one = [
+        jax.tree.map(lambda leaf, at=at: leaf[at], tree["layers"]) for at in range(config.layers)
+    ]
+    unrolled = tree | {"layers": one}
+    if config.tied and "embed" in tree:
+        unrolled["head"] = {"kernel": tree["embed"]["embedding"].T}
+    return unrolled
 
 
-def stack(tree: Params) -> Params:
-    """Returns the tree with the list of layers stacked again along a leading L axis."""
-    return tree | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree["layers"])}
+def roll(config: Config, tree: Params) -> Params:
+    """Returns a gradient of an unrolled tree as that of the tree itself."""
+    rolled = tree | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *tree["layers"])}
+    if config.tied and "head" in tree:
+        head = rolled.pop("head")["kernel"]
+        rolled["embed"] = {"embedding": rolled["embed"]["embedding"] + head.T}
+    return rolled
 
 
 def logits(config: Config, params: Params, x_MD: jax.Array) -> jax.Array:
-    """Returns logits_MV in float32."""
-    if config.tied:
-        kernel_VD = params["embed"]["embedding"].astype(config.dtype)
-        return jnp.einsum("MD,VD->MV", x_MD, kernel_VD, preferred_element_type=jnp.float32)
-    kernel_DV = params["head"]["kernel"].astype(config.dtype)
-    return jnp.einsum("MD,DV->MV", x_MD, kernel_DV, preferred_element_type=jnp.float32)
+    """Returns logits_MV in float32; a tied head is the embedding where the tree holds none of its own."""
+    if "head" in params:
+        return linear(x_MD, params["head"]["kernel"], 1, True)
+    kernel_VD = params["embed"]["embedding"].astype(config.dtype)
+    return jnp.einsum("MD,VD->MV", x_MD, kernel_VD, preferred_element_type=jnp.float32)
 
 
 def init(config: Config, key: jax.Array) -> Params:

@@ -1,0 +1,122 @@
+"""Attention under a causal mask: a plain form, and one in blocks of queries that keeps nothing of size T by T."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# A finite floor keeps rows of padding, which attend to nothing, free of NaN.
+FLOOR = -1e30
+BLOCK = 128  # queries of a block, and at most BLOCKS of them
+BLOCKS = 8
+
+
+def plain(
+    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Returns attended values (B, T, H, C), the form that the others are compared with."""
+    B, T, H, C = q_BTHC.shape
+    K = k_BSKC.shape[2]
+    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)
+    scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTS[:, None, None], scores, FLOOR)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
+    return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C)
+
+
+@jax.custom_vjp
+def blocked(
+    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+) -> jax.Array:
+    """Returns what `plain` does where the mask lets no token see a later one.
+
+    A block of queries computes no score beyond its end, and the backward pass computes the weights again from the
+    logarithm of their sum (Dao et al. 2022).
+    """
+    return _forward(q_BTHC, k_BTKC, v_BTKC, mask_BTT)[0]
+
+
+def _blocks(T: int) -> list[tuple[int, int]]:
+    """Returns the first query of each block and the one behind its last."""
+    count = max(1, min(BLOCKS, T // BLOCK))
+    return [(T * index // count, T * (index + 1) // count) for index in range(count)]
+
+
+def _by_head(x_BTHC: jax.Array, K: int) -> jax.Array:
+    """Returns x (B, K, G, T, C): the G query heads of each key head together."""
+    B, T, H, C = x_BTHC.shape
+    return x_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+
+
+def _by_token(x_BKGTC: jax.Array) -> jax.Array:
+    """Returns x (B, T, H, C), the inverse of `_by_head`."""
+    B, K, G, T, C = x_BKGTC.shape
+    return x_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, C)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _forward(
+    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+) -> tuple[jax.Array, tuple]:
+    B, T, H, C = q_BTHC.shape
+    K = k_BTKC.shape[2]
+    G = H // K
+    q_BKGTC, k_BKCT, v_BKTC = (
+        _by_head(q_BTHC, K),
+        k_BTKC.transpose(0, 2, 3, 1),
+        v_BTKC.swapaxes(1, 2),
+    )
+    outputs, totals = [], []
+    for start, end in _blocks(T):
+        q = q_BKGTC[:, :, :, start:end].reshape(B, K, -1, C)
+        scores = _product("BKNC,BKCS->BKNS", q, k_BKCT[..., :end])
+        scores = scores.reshape(B, K, G, -1, end) * (C**-0.5)
+        scores = jnp.where(mask_BTT[:, None, None, start:end, :end], scores, FLOOR)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(v_BTKC.dtype).reshape(B, K, -1, end)
+        values = _product("BKNS,BKSC->BKNC", weights, v_BKTC[:, :, :end])
+        outputs.append((values.reshape(B, K, G, -1, C) / total).astype(q_BTHC.dtype))
+        totals.append(top + jnp.log(total))
+    output = jnp.concatenate(outputs, axis=3)
+    saved = (q_BTHC, k_BTKC, v_BTKC, mask_BTT, output, jnp.concatenate(totals, axis=3))
+    return _by_token(output), saved
+
+
+def _backward(saved: tuple, d_BTHC: jax.Array) -> tuple:
+    q_BTHC, k_BTKC, v_BTKC, mask_BTT, output_BKGTC, total_BKGT1 = saved
+    B, T, H, C = q_BTHC.shape
+    K = k_BTKC.shape[2]
+    G, dtype = H // K, q_BTHC.dtype
+    q_BKGTC, d_BKGTC = _by_head(q_BTHC, K), _by_head(d_BTHC, K)
+    k_BKCT, v_BKCT = k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 3, 1)
+    k_BKTC = k_BTKC.swapaxes(1, 2)
+    products = d_BKGTC.astype(jnp.float32) * output_BKGTC.astype(jnp.float32)
+    inner_BKGT1 = jnp.sum(products, axis=-1, keepdims=True)
+    dk_BKTC = dv_BKTC = jnp.zeros((B, K, T, C), jnp.float32)
+    dq = []
+    for start, end in _blocks(T):
+        q = q_BKGTC[:, :, :, start:end].reshape(B, K, -1, C)
+        d = d_BKGTC[:, :, :, start:end].reshape(B, K, -1, C)
+        shape = (B, K, G, end - start, end)
+        scores = _product("BKNC,BKCS->BKNS", q, k_BKCT[..., :end]).reshape(shape) * (C**-0.5)
+        scores = scores - total_BKGT1[:, :, :, start:end]
+        weights = jnp.exp(jnp.where(mask_BTT[:, None, None, start:end, :end], scores, FLOOR))
+        dweights = _product("BKNC,BKCS->BKNS", d, v_BKCT[..., :end]).reshape(shape)
+        dscores = weights * (dweights - inner_BKGT1[:, :, :, start:end]) * (C**-0.5)
+        weights = weights.astype(dtype).reshape(B, K, -1, end)
+        dscores = dscores.astype(dtype).reshape(B, K, -1, end)
+        dv_BKTC = dv_BKTC.at[:, :, :end].add(_product("BKNS,BKNC->BKSC", weights, d))
+        dk_BKTC = dk_BKTC.at[:, :, :end].add(_product("BKNS,BKNC->BKSC", dscores, q))
+        dq.append(_product("BKNS,BKSC->BKNC", dscores, k_BKTC[:, :, :end]).reshape(B, K, G, -1, C))
+    dq_BTHC = _by_token(jnp.concatenate(dq, axis=3)).astype(dtype)
+    dk_BTKC, dv_BTKC = (grad.swapaxes(1, 2).astype(dtype) for grad in (dk_BKTC, dv_BKTC))
+    return dq_BTHC, dk_BTKC, dv_BTKC, None
+
+
+blocked.defvjp(_forward, _backward)
