@@ -194,5 +194,7 @@ def memory(parts: Job) -> dict[str, float]:
             rows * config.rollout.max_length * cache
         ),
         f"activations of {tokens} tokens a device": float(tokens * width * kept * item),
-        "logits of one chunk": 4.0 * update.HEAD_CHUNK * config.batch.pack_rows * model.vocab,
+        "logits": 4.0 * model.vocab * min(tokens, update.HEAD_CHUNK * config.batch.pack_rows)
+        if 4 * model.vocab * tokens > update.HEAD_BYTES
+        else 4.0 * model.vocab * tokens,
     }

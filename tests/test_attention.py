@@ -49,7 +49,7 @@ def test_blocks_give_the_values_and_gradients_of_the_plain_form(T):
 
 def test_blocks_in_bfloat16_stay_near_float32():
     q, k, v, mask = inputs(300, dtype="bfloat16")
-    wide = [array.astype(jnp.float32) for array in (q, k, v)]
+    wide = (q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32))
     pairs = zip(
         gradients(attention.blocked, q, k, v, mask),
         gradients(attention.plain, *wide, mask),
