@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sampler.max_new_tokens = 24
     config.rollout.max_length = 160
     config.batch.pack_tokens, config.batch.pack_rows = 256, 2
+    config.sampler.prefill_rows, config.sampler.prefill_chunk = 16, 16  # prompts of 80 tokens
     config.optim.lr = 2e-5
     config.optim.warmup_steps = 2
     config.alarms.duplicate_share = 0.0  # right answers are equal here
