@@ -121,7 +121,8 @@ def record_steps(workdir, first, last, value, **changes):
     for step in range(first, last + 1):
         rollouts = [make_trajectory(draw=step)]
         recorder.write(step, {"loss": value}, {"reward": np.arange(3.0)}, rollouts)
-        recorder.write(step, trajectories=rollouts, stream="heldout")
+        for stream in ("heldout", "hard_1"):
+            recorder.write(step, trajectories=rollouts, stream=stream)
         recorder.flush(step)
     return recorder
 
@@ -141,7 +142,8 @@ def test_a_resume_cuts_back_to_the_checkpoint_and_shows_no_point_twice(tmp_path)
 
     make_recorder(tmp_path, resume_step=2).close()
     names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
-    assert names == [f"{kind}_00000{step}.jsonl" for kind in ("heldout", "step") for step in (1, 2)]
+    kinds = ("heldout-hard_1", "heldout", "step")
+    assert names == [f"{kind}_00000{step}.jsonl" for kind in kinds for step in (1, 2)]
     assert scalars(tmp_path, "loss") == {1: 1.0, 2: 1.0}
 
 
@@ -168,6 +170,7 @@ def test_rollouts_are_written_whole(tmp_path):
     record, invalid = lines_of(path)
     assert record == {
         "step": 2,
+        "stream": "train",
         "draw": 7,
         "task_id": "task-7",
         "sample": 3,
