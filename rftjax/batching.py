@@ -41,12 +41,15 @@ def make_batch(
     pack_rows: int = 1,
     share_prefix: bool = True,
     mask_truncated: bool = False,
+    lean: bool = False,
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
 
     A packed row takes `pack_tokens` tokens, or as many as the longest sequence needs; a micro-batch has `pack_rows` of
     them. Shapes depend on the settings alone while no trajectory has several sequences and `pack_tokens` holds the
-    longest one. `mask_truncated` trains on nothing of a trajectory that a token limit cut.
+    longest one. `mask_truncated` trains on nothing of a trajectory that a token limit cut. `lean` leaves sequences of
+    advantage 0 out of the packed rows, as those without a token to train on always are: they still count in the
+    loss's denominators, which are taken from `sampled_BT`.
     """
     used: list[tuple[int, types.Sequence]] = []
     advantages, weights, trained = [], [], []
@@ -71,7 +74,12 @@ def make_batch(
         advantages_B[index], weights_B[index] = advantages[index], weights[index]
     longest = max((len(sequence.tokens) for _, sequence in used), default=1)
     budget = max(pack_tokens, -(-longest // 128) * 128)
-    bundles = list(_bundles(used, budget, share_prefix))
+    packed = [
+        (draw, _Row(index, sequence))
+        for index, (draw, sequence) in enumerate(used)
+        if sampled_BT[index].any() and not (lean and advantages[index] == 0)
+    ]
+    bundles = list(_bundles(packed, budget, share_prefix))
     pack, count = _lay_out(bundles, budget, pack_rows, sampled_BT)
     return Batch(pack, np.int32(count), sampled_BT, sampler_logprobs_BT, advantages_B, weights_B)
 
@@ -94,12 +102,12 @@ def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) ->
 
 
 def _bundles(
-    used: Sequence[tuple[int, types.Sequence]], budget: int, share_prefix: bool
+    packed: Sequence[tuple[int, _Row]], budget: int, share_prefix: bool
 ) -> Iterator[_Bundle]:
     """Yields bundles of at most `budget` tokens: a draw's sequences with their common prefix of given tokens."""
     draws: dict[int, list[_Row]] = {}
-    for index, (draw, sequence) in enumerate(used):
-        draws.setdefault(draw if share_prefix else index, []).append(_Row(index, sequence))
+    for draw, row in packed:
+        draws.setdefault(draw if share_prefix else row.index, []).append(row)
     for members in draws.values():
         prefix = _common_prefix([row.sequence for row in members]) if len(members) > 1 else 0
         bundle = _Bundle(prefix, [])

@@ -66,6 +66,8 @@ class Learner:
                       seed=(self.seed, step))  # fmt: skip
         penalties, metrics = self._overlong(chosen)
         in_reward = self.fields["kl_weight"] > 0 and self.fields["kl_in_reward"]
+        if not in_reward:
+            set_advantages(chosen, self.fields, penalties)
         many = self.fields["updates_per_batch"] * len(parts) > 1
         measured = [self._measure(state, part, old=many or in_reward) for part in parts]
         if in_reward:
@@ -75,12 +77,16 @@ class Learner:
                 key = trajectory.draw, trajectory.sample
                 penalties[key] = penalties.get(key, 0.0) - self.fields["kl_weight"] * value
             metrics["kl/sequence_mean"] = float(np.mean([value for _, value in kl] or [0.0]))
-        set_advantages(chosen, self.fields, penalties)
+            set_advantages(chosen, self.fields, penalties)
         moved = sum(trajectory.advantage != 0 for trajectory in chosen)
         metrics["batch/effective_share"] = moved / max(len(trajectories), 1)
         metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
         finished = [
-            Part(self._lay_out(part), old if many else None, None if in_reward else reference)
+            Part(
+                self._lay_out(part, lean=self._lean),
+                old if many else None,
+                None if in_reward else reference,
+            )
             for part, (old, reference) in zip(parts, measured, strict=True)
         ]
         return finished, metrics
@@ -113,15 +119,24 @@ class Learner:
     def _reference_dtype(self, state: TrainState) -> str:
         return "float32" if state.frozen else self.dtype
 
-    def _lay_out(self, part: Sequence[Trajectory]) -> Batch:
-        return sharding.put_batch(self.mesh, make_batch(part, **self.shape))
+    @property
+    def _lean(self) -> bool:
+        """Whether a sample of advantage 0 adds exactly nothing to the loss and its gradient."""
+        in_loss = self.fields["kl_weight"] > 0 and not self.fields["kl_in_reward"]
+        return not in_loss and self.fields["entropy_weight"] == 0
+
+    def _lay_out(self, part: Sequence[Trajectory], *, lean: bool = False) -> Batch:
+        # Where all are such samples they stay, so that the step's metrics say something.
+        lean = lean and any(one.advantage != 0 for one in part)
+        return sharding.put_batch(self.mesh, make_batch(part, **self.shape, lean=lean))
 
     def _measure(self, state: TrainState, part: Sequence[Trajectory], *, old: bool) -> tuple:
         """Returns log-probabilities by the policy before its updates and by the reference, None where not needed."""
         compared = self.fields["kl_weight"] > 0
         if not (old or compared):
             return None, None
-        batch = self._lay_out(part)
+        # A KL in the reward is measured before advantages are known.
+        batch = self._lay_out(part, lean=self._lean and not compared)
         old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
         if not compared:
             return old_BT, None

@@ -201,6 +201,27 @@ def test_equal_rewards_alone_have_no_gradient_and_leave_the_rest_to_the_optimize
     assert max(jax.tree.leaves(moved)) > 1e-4  # momentum
 
 
+@pytest.mark.parametrize(
+    ("fields", "packed"),
+    [
+        ({}, {0, 1}),
+        ({"kl_weight": 0.1}, {0, 1, 2, 3}),
+        ({"kl_weight": 0.1, "kl_in_reward": True}, {0, 1}),
+        ({"entropy_weight": 0.1}, {0, 1, 2, 3}),
+    ],
+)
+def test_samples_of_advantage_zero_are_computed_only_where_the_loss_needs_them(
+    model, trainer, fields, packed
+):
+    optimizer, _, score = trainer
+    one = real_learner(score=score, **fields)
+    state = fresh_state(model, optimizer)._replace(reference=model.params)
+    (part,), _ = one.batch(state, [*group(0, [0, 1]), *group(1, [1, 1])], 1)
+    rows = np.unique(np.asarray(part.batch.pack.places_RM) // SHAPE["max_length"])
+    assert set(rows[rows < SHAPE["rows"]].tolist()) == packed
+    assert np.asarray(part.batch.sampled_BT).any(axis=1).tolist() == [True] * 4 + [False] * 4
+
+
 def test_an_empty_minibatch_is_skipped_and_says_nothing(model, trainer):
     optimizer, apply, score = trainer
     halves = real_learner(apply, score, drop_zero_variance=True, minibatches=2, updates_per_batch=2)

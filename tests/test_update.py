@@ -165,6 +165,22 @@ def test_shared_prefixes_and_packed_neighbours_do_not_change_the_gradient(params
         np.testing.assert_allclose(value, two_metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", "constant"])
+def test_leaving_out_samples_of_advantage_zero_does_not_change_the_gradient(params, aggregate):
+    made = trajectories(4, 3, 30, 60)
+    for one in made:
+        if one.draw in (1, 2) or one.sample == 1:
+            one.advantage = 0.0
+    settings = {"share_prefix": True, "pack_rows": 1}
+    full, lean = batch_of(made, **settings), batch_of(made, lean=True, **settings)
+    assert lean.micro_batches < full.micro_batches
+    loss = LOSS | {"aggregate": aggregate, "max_tokens": 40, "tis_cap": 2.0}
+    one, one_metrics = gradient(params, full, loss=loss)
+    two, two_metrics = gradient(params, lean, loss=loss)
+    assert_close(one, two)
+    np.testing.assert_allclose(one_metrics["loss"], two_metrics["loss"], atol=1e-6)
+
+
 def test_log_probabilities_do_not_depend_on_padding_or_companions(params):
     made = trajectories(3, 4, 30, 60)
     score = update.make_scorer(CONFIG)
