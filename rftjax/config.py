@@ -62,6 +62,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),
     (
+        "must be 0, or 1 to sample the next batch while this one trains",
+        lambda value: value in (0, 1),
+        "overlap.max_staleness",
+    ),
+    (
         "must be above 0.0",
         lambda value: value > 0,
         "sampler.temperature scoring.timeout_s environments.timeout_s optim.lr lora.alpha",
@@ -302,6 +307,17 @@ def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for field in ("grpo.kl_in_reward", "grpo.kl_refresh_steps"):
             if values.get(field):
                 yield field, "must be off where grpo.kl_weight is 0.0; give that a value"
+    if values.get("overlap.max_staleness"):
+        if values.get("grpo.tis_cap") == 0:
+            yield (
+                "overlap.max_staleness",
+                "must be 0 where grpo.tis_cap is 0.0: nothing would weigh samples of older weights; try 2.0",
+            )
+        if values.get("grpo.dynamic_prompts"):
+            yield (
+                "overlap.max_staleness",
+                "must be 0 with grpo.dynamic_prompts, which are known only once a batch is scored",
+            )
     limit = values.get("sampler.max_new_tokens", 0) * values.get("rollout.max_turns", 1)
     if limit and values.get("grpo.overlong_buffer", 0) >= limit:
         yield "grpo.overlong_buffer", f"must be below the {limit} tokens that may be sampled"

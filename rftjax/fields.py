@@ -73,6 +73,7 @@ def base_config() -> ConfigDict:
                 "pool": 0,  # rows of the KV cache; 0: chosen from `slots`
             },
             "rollout": {"max_turns": 1, "max_length": 1024},  # tokens of a whole conversation
+            "overlap": {"max_staleness": 0},  # 1: the next batch is sampled while this one trains
             "scoring": {"workers": 2, "timeout_s": 10.0, "max_error_share": 0.25},
             "environments": {"workers": 2, "timeout_s": 60.0},
             "grpo": {

@@ -23,6 +23,7 @@ from rftjax.checkpoint import Checkpoints
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
 from rftjax.learner import Learner, initial_reference
+from rftjax.overlap import Sampling
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
@@ -337,11 +338,30 @@ class Job:
             "mask_truncated": self.config.grpo.mask_truncated,
         }
 
-    def set_weights(self, state: TrainState) -> None:
-        """Hands the state's weights to the sampler."""
+    def set_weights(self, state: TrainState, *, keep: bool = False) -> None:
+        """Hands the state's weights to the sampler, with `keep` in buffers that do not go with the state's."""
         params, adapters = update.weights(state, self.lora_scale)
-        self.rollout.engine.set_params(_sampler_params(self.policy.config, params, adapters))
+        weights = _sampler_params(self.policy.config, params, adapters)
+        weights = jax.tree.map(jnp.copy, weights) if keep else weights
+        self.rollout.engine.set_params(weights)
         self.rollout.policy_version = int(state.step)
+
+    def sampling(self, stream: tasks.TaskStream) -> Sampling:
+        """Returns what samples the training batches of the stream."""
+
+        def sample(draws: list[tuple[int, Task]]) -> list[Trajectory]:
+            size, limits = self.config.batch.group_size, self.limits()
+            return self.rollout(draws, size, limits, on_finish=self.scorer.submit)
+
+        release = self.rollout.engine.release
+        prompts = self.config.batch.prompts
+        return Sampling(stream, prompts, self.set_weights, sample, release, **self.config.overlap)
+
+    def heldout_due(self, step: int) -> bool:
+        """Whether the held-out tasks are evaluated after this step: at the start, the end, and every so often."""
+        every = self.config.eval.every
+        on = every > 0 and (step % every == 0 or step == self.config.steps)
+        return bool(self.heldout) and on
 
     def stop_reason(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """Returns why the run that has these metrics should end early, "" where it should not."""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rftjax import grpo, sharding, update
 from rftjax.batching import make_batch
-from rftjax.reports import by_draw, is_valid, reward_of, sampled_tokens
+from rftjax.reports import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
 
 EXTREMES = {"ratio/min": np.min, "ratio/max": np.max, "sampler/logprob_diff_max": np.max}
@@ -80,6 +80,10 @@ class Learner:
             set_advantages(chosen, self.fields, penalties)
         moved = sum(trajectory.advantage != 0 for trajectory in chosen)
         metrics["batch/effective_share"] = moved / max(len(trajectories), 1)
+        versions = set[int]().union(*(policy_versions(one) for one in chosen))
+        metrics["rollout/staleness"] = float(
+            int(state.step) - min(versions, default=int(state.step))
+        )
         metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
         finished = [
             Part(

@@ -79,6 +79,16 @@ def is_valid(trajectory: Trajectory) -> bool:
     return trajectory.score is not None and trajectory.score.valid
 
 
+def policy_versions(trajectory: Trajectory) -> set[int]:
+    """The versions of the policy that sampled its tokens."""
+    return {
+        version
+        for sequence in trajectory.sequences
+        for version, sampled in zip(sequence.policy_version, sequence.sampled, strict=True)
+        if sampled
+    }
+
+
 def reward_of(trajectory: Trajectory) -> float:
     """The reward, lowest of all where there is no valid one."""
     score = trajectory.score

@@ -34,7 +34,8 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             state, host = checkpoints.restore(start, state)
             stream.restore(host["stream"])
         recorder = job.recorder(start)
-        group_size, last = config.batch.group_size, min(config.steps, stop_after or config.steps)
+        sampling = job.sampling(stream)
+        last = min(config.steps, stop_after or config.steps)
 
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
@@ -46,33 +47,27 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
 
         step, results = start, {}
         try:
-            if start == 0 and job.heldout and config.eval.every:
+            if start == 0 and job.heldout_due(0):
                 heldout(0)
                 recorder.flush(0)
             while step < last and not (interruption.received or job.stop_reason(recorder.lines)):
                 trajectories = []
                 while wanted := learner.wanted(trajectories):
                     with recorder.time("sample"):
-                        job.set_weights(state)
-                        draws = stream.next(wanted)
-                        sampled = job.rollout(
-                            draws, group_size, job.limits(), on_finish=job.scorer.submit
-                        )
+                        sampled = sampling.take(state, wanted)
                     with recorder.time("evaluate"):
                         job.scorer.check(job.scorer.gather(sampled))
                         trajectories += sampled
+                step += 1
+                evaluates = job.heldout_due(step)
                 with recorder.time("update"):
-                    job.rollout.engine.release()
-                    step += 1
+                    sampling.begin(state, last=evaluates or checkpoints.due(step) or step == last)
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
                 metrics |= choice | rollout_metrics(trajectories)
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
-                host = {"stream": stream.state()}
-                evaluates = step == config.steps or (
-                    config.eval.every and step % config.eval.every == 0
-                )
-                results = heldout(step) if job.heldout and config.eval.every and evaluates else {}
+                host = {"stream": sampling.position()}
+                results = heldout(step) if evaluates else {}
                 recorder.flush(step)
                 if checkpoints.due(step):
                     checkpoints.save(step, state, host, results)
@@ -84,6 +79,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             checkpoints.save(step, state, host)
             raise
         finally:
+            sampling.close()
             checkpoints.close()
             recorder.close()
     return state, step == config.steps or bool(reason)

@@ -205,6 +205,23 @@ def test_two_halves_are_the_whole_bit_for_bit(config, whole, tmp_path, capsys):
     assert "held-out reward after" in capsys.readouterr().out
 
 
+def test_sampling_ahead_is_one_update_behind_and_resumes_bit_for_bit(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.overlap.max_staleness, config.grpo.tis_cap = 1, 2.0
+    config.eval.every, config.checkpoint.every = 0, 2
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    modes.run("train", config, {}, whole, 0)
+    assert [line["rollout/staleness"] for line in lines_of(whole)] == [0.0, 1.0, 0.0, 1.0]
+    draws = []
+    for step in range(1, STEPS + 1):
+        rows = (whole / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()
+        draws += sorted({json.loads(row)["draw"] for row in rows})
+    assert draws == list(range(4 * STEPS))
+    modes.run("train", config, {}, halves, 2)
+    modes.run("train", config, {}, halves, 0)
+    assert_equal(last_state(halves), last_state(whole))
+
+
 def test_eval_mode_scores_the_last_checkpoint(config, whole, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
     modes.run("eval", config, {}, whole, 0)

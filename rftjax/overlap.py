@@ -1,0 +1,64 @@
+"""Where a step's samples come from: sampled when they are asked for, or begun while the step before still trained."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+from rftjax.tasks import TaskStream
+from rftjax.types import Task, TrainState, Trajectory
+
+Sample = Callable[[list[tuple[int, Task]]], list[Trajectory]]
+
+
+class Sampling:
+    """Takes draws from the stream and has them sampled; with `max_staleness` 1 one batch ahead of the update.
+
+    `use` hands a state's weights to the sampler (`keep`: as copies that outlive the state), `sample` samples with them,
+    `release` frees the sampler's cache. A batch begun ahead is sampled in a thread of its own with the weights from
+    before the update under way.
+    """
+
+    def __init__(
+        self,
+        stream: TaskStream,
+        prompts: int,
+        use: Callable[..., None],
+        sample: Sample,
+        release: Callable[[], None],
+        max_staleness: int = 0,
+    ) -> None:
+        self.stream, self.prompts, self.max_staleness = stream, prompts, max_staleness
+        self._use, self._sample, self._release = use, sample, release
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sampling")
+        self._begun: concurrent.futures.Future[list[Trajectory]] | None = None
+        self._before: dict[str, Any] = {}
+
+    def take(self, state: TrainState, wanted: int) -> list[Trajectory]:
+        """Returns the groups of the next `wanted` draws: those begun ahead, or sampled now from the state."""
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            return begun.result()
+        self._use(state)
+        return self._sample(self.stream.next(wanted))
+
+    def begin(self, state: TrainState, *, last: bool) -> None:
+        """Begins the next batch before the state goes to an update, unless this step is the `last` before a pause.
+
+        A pause is whatever needs the sampler or a state that a resumed run can repeat: an evaluation, a checkpoint.
+        """
+        if last or not self.max_staleness:
+            self._release()
+            return
+        self._before = self.stream.state()
+        self._use(state, keep=True)
+        self._begun = self._thread.submit(self._sample, self.stream.next(self.prompts))
+
+    def position(self) -> dict[str, Any]:
+        """Returns the stream's state for a checkpoint: draws that were begun and not trained on come again."""
+        return self.stream.state() if self._begun is None else self._before
+
+    def close(self) -> None:
+        """Waits for what was begun and gives it up."""
+        self._thread.shutdown(cancel_futures=True)
