@@ -85,6 +85,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
 )
 _CHOICES = {
+    "model.attention": ("blocked", "plain", "cudnn"),
     "model.dtype": ("float32", "bfloat16"),
     "model.init": ("pretrained", "random"),
     "optim.schedule": ("constant", "linear", "cosine"),
@@ -235,6 +236,8 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         found = [values.get(field) for field in fields]
         return None if None in found else found
 
+    if values.get("model.attention") == "cudnn" and values.get("model.dtype") == "float32":
+        yield "model.attention", "must be 'blocked' or 'plain' with model.dtype='float32'"
     if (found := given("sampler.max_new_tokens", "rollout.max_length")) and found[0] >= found[1]:
         yield (
             "sampler.max_new_tokens",

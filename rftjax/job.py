@@ -111,6 +111,14 @@ def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
     return fitted
 
 
+def check_attention(config: ConfigDict) -> None:
+    """Raises ValueError where the devices have no such attention."""
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"model.attention='cudnn': needs an NVIDIA GPU, there is {jax.devices()[0].platform}; set it to 'blocked'"
+        )
+
+
 def check_lengths(
     config: ConfigDict, model: policy.Policy, named: dict[str, list[Task]], tools: list[Any]
 ) -> None:
@@ -192,9 +200,11 @@ class Job:
             environments = Environments(config.environment, **config.environments)
             workers.callback(environments.close)
             mesh = sharding.make_mesh(**config.mesh)
+            check_attention(config)
             model = policy.load(
                 config.model.path,
                 dtype=config.model.dtype,
+                attention=config.model.attention,
                 mesh=mesh,
                 init=config.model.init,
                 seed=config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,13 +155,18 @@ def load(
     path: str,
     *,
     dtype: str = "float32",
+    attention: str = "blocked",
     mesh: Mesh | None = None,
     init: str = "pretrained",
     seed: int = 0,
 ) -> Policy:
-    """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in."""
+    """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in.
+
+    `attention` is one of `models.attention.FORMS`.
+    """
     place = sharding.placer(mesh) if mesh is not None else None
     config, params, fields = hf.load(path, dtype=dtype, init=init, seed=seed, place=place)
+    config = dataclasses.replace(config, attention=attention)
     return Policy(path, config, params, fields)
 
 

@@ -320,6 +320,18 @@ def test_a_run_that_is_killed_and_interrupted_ends_as_if_nothing_had_happened(
     assert_same_run(workdir, whole)
 
 
+def test_attention_that_the_devices_do_not_have_is_refused(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.model.attention = "cudnn"
+    with pytest.raises(
+        ValueError, match="model.attention='cudnn': must be .* model.dtype='float32'"
+    ):
+        modes.run("train", config, {}, tmp_path, 0)
+    config.model.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, there is cpu; set it to 'blocked'"):
+        modes.run("train", config, {}, tmp_path, 0)
+
+
 def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tmp_path):
     (tmp_path / "config.json").write_text(configs.to_json(config))
     spec = tmp_path / "spec.py"

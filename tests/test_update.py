@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +99,7 @@ def plain_gradient(params, batch):
     return jax.grad(loss)(params)
 
 
-def gradient(params, batch, *, loss=LOSS, mesh=None):
+def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG):
     """The gradient as an update with plain descent at a rate of 1 applies it, its metrics too."""
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     optimizer = optax.sgd(1.0)
@@ -105,7 +107,7 @@ def gradient(params, batch, *, loss=LOSS, mesh=None):
     step = sharding.shard_tree(mesh, jnp.zeros((), jnp.int32))
     state = TrainState(step, placed, {}, optimizer.init(placed))
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    apply = update.make_update(CONFIG, optimizer, loss, shardings=where)
+    apply = update.make_update(config, optimizer, loss, shardings=where)
     after, metrics = apply(state, sharding.put_batch(mesh, batch))
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(), after, where)
     changes = jax.tree.map(
@@ -262,6 +264,13 @@ def test_equal_rewards_change_nothing(params):
     found, metrics = gradient(params, batch_of(made))
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))
     assert metrics["grad_norm"] == 0.0
+
+
+def test_the_form_of_attention_changes_no_gradient(params):
+    batch = batch_of(trajectories(2, 4, 40, 90), share_prefix=True, pack_tokens=512)
+    blocked, _ = gradient(params, batch)
+    plain, _ = gradient(params, batch, config=dataclasses.replace(CONFIG, attention="plain"))
+    assert_close(blocked, plain)
 
 
 def test_log_likelihoods_and_their_gradients_are_those_of_autodiff():

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rftjax.models.attention import blocked, plain
+from rftjax.models.attention import attend, plain
 from rftjax.models.linear import linear
 from rftjax.types import Params
 
@@ -69,6 +69,7 @@ class Config:
     windows: tuple[int, ...] = ()
     init_std: float = 0.02
     dtype: str = "float32"
+    attention: str = "blocked"  # one of `attention.FORMS`, in the update
 
     @property
     def windowed(self) -> bool:
@@ -265,7 +266,9 @@ def hidden(
         tree, window = inputs
         q, k, v = block.apply(tree, x_RXD, turn, method="before")
         mask = mask_RXX & (distance_RXX < window) if config.windowed else mask_RXX
-        return block.apply(tree, x_RXD, blocked(q, k, v, mask), method="after"), None
+        return block.apply(
+            tree, x_RXD, attend(config.attention, q, k, v, mask), method="after"
+        ), None
 
     trees = {"params": params["layers"]} | ({"lora": lora["layers"]} if lora else {})
     windows = config.windows or (FULL,) * config.layers

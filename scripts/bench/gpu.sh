@@ -5,9 +5,10 @@
 #   PYTHON     interpreter with rftjax and an accelerator's JAX (.venv/bin/python)
 #   BANDWIDTH  bytes a second that the memory reaches (4.3e12, an H200; H100 SXM: 3.0e12; 0: measured by a copy)
 #   PEAK       dense bfloat16 operations a second (790e12, H100 and H200; 0: measured by a product)
+#   FORMS      of attention in the update beside the blocked one (plain cudnn)
 #   MODELS, SLOTS, TRAINED, LENGTH  what is sampled, rows at once, what is trained, tokens of prompt and completion
 # Proof on any machine that it runs:
-#   MODELS=--model=tests/data/tiny TRAINED=--model=tests/data/tiny SLOTS=8 LENGTH=16 BANDWIDTH=0 PEAK=0 ./scripts/bench/gpu.sh
+#   MODELS=--model=tests/data/tiny TRAINED=--model=tests/data/tiny SLOTS=8 LENGTH=16 BANDWIDTH=0 PEAK=0 FORMS=plain ./scripts/bench/gpu.sh
 set -euo pipefail
 
 results="${1:-gpu.jsonl}"
@@ -34,6 +35,10 @@ for model in $models; do
 done
 for model in $trained; do
   bench update "$model" "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}"
+  # cuDNN's attention beside ours: the same loss and gradient norm, and which one is faster. It runs on NVIDIA GPUs only.
+  for form in ${FORMS:-plain cudnn}; do
+    bench update "$model" "--attention=$form" --forms=packed "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}"
+  done
   bench step "$model"
 done
 echo "results: $results"

@@ -7,6 +7,7 @@ Adam over all parameters.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -22,6 +23,7 @@ import numpy as np
 
 from rftjax import hf, types
 from rftjax.models import decoder
+from rftjax.models.attention import FORMS
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, Sampling
@@ -88,6 +90,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     source.add_argument("--model", default="", help="Hugging Face directory or GGUF file")
     source.add_argument("--shape", default="", choices=list(SHAPES), help="random weights")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--attention", default="blocked", choices=FORMS, help="in the update")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8, help="completions a prompt")
     parser.add_argument("--prompt_tokens", type=int, default=64)
@@ -108,8 +111,9 @@ def load(flags: argparse.Namespace) -> tuple[Config, Params]:
     """Returns the config and float32 parameters: those of a path, or random ones made on the device."""
     if flags.model:
         config, params, _ = hf.load(flags.model, dtype=flags.dtype)
-        return config, params
+        return dataclasses.replace(config, attention=flags.attention), params
     config = hf.read_config(SHAPES[flags.shape], flags.dtype)
+    config = dataclasses.replace(config, attention=flags.attention)
     make = jax.jit(decoder.init, static_argnums=0)
     return config, jax.block_until_ready(make(config, jax.random.key(flags.seed)))
 
