@@ -316,6 +316,11 @@ def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "overlap.max_staleness",
                 "must be 0 where grpo.tis_cap is 0.0: nothing would weigh samples of older weights; try 2.0",
             )
+        if any(values.get(f"mesh.{axis}") != 1 for axis in ("fsdp", "tensor")):
+            yield (
+                "overlap.max_staleness",
+                "must be 0 where mesh.fsdp or mesh.tensor is not 1: two threads give their collectives no common order",
+            )
         if values.get("grpo.dynamic_prompts"):
             yield (
                 "overlap.max_staleness",

@@ -131,7 +131,9 @@ class Learner:
 
     def _lay_out(self, part: Sequence[Trajectory], *, lean: bool = False) -> Batch:
         # Where all are such samples they stay, so that the step's metrics say something.
-        lean = lean and any(one.advantage != 0 for one in part)
+        masked = self.shape.get("mask_truncated", False)
+        taught = [one for one in part if not (masked and one.finish_reason == "length")]
+        lean = lean and any(one.advantage != 0 for one in taught)
         return sharding.put_batch(self.mesh, make_batch(part, **self.shape, lean=lean))
 
     def _measure(self, state: TrainState, part: Sequence[Trajectory], *, old: bool) -> tuple:

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rftjax import config as configs
-from rftjax import hf, job, lora, policy, train, update
+from rftjax import hf, job, lora, policy, sharding, train, update
 from rftjax.checkpoint import Checkpoints
 from rftjax.evaluation import MAIN
 from rftjax.job import Job
@@ -168,7 +168,8 @@ def check_heldout(parts: Job) -> None:
     best = parts.config.checkpoint.best_metric
     if best not in metrics:
         raise ValueError(
-            f"checkpoint.best_metric={best!r}: must be a metric of the evaluation, which has {', '.join(metrics)}"
+            f"checkpoint.best_metric={best!r}: must be a metric of the evaluation, which has {', '.join(metrics)};"
+            " name one of them (a part must be given for some of the first answers)"
         )
 
 
@@ -181,8 +182,13 @@ def memory(parts: Job) -> dict[str, float]:
     rows = parts.rollout.engine.rows
     cache = 2 * model.layers * model.kv_heads * model.channels * item
     tokens = config.batch.pack_tokens * config.batch.pack_rows
-    width = 8 * model.width + 3 * model.ffn + 2 * model.heads * config.batch.pack_tokens
+    width = 8 * model.width + 3 * model.ffn
+    if model.attention == "plain":  # the others keep no scores
+        width += 2 * model.heads * config.batch.pack_tokens
     kept = 1 if config.model.remat else model.layers
+    chunk = min(tokens, update.HEAD_CHUNK * config.batch.pack_rows)
+    everywhere = tokens * sharding.row_multiple(parts.mesh)
+    whole_logits = not config.model.remat and 4 * model.vocab * everywhere <= update.HEAD_BYTES
     kept_bytes: dict[str, float] = {"frozen base": float(item * whole)} if count < whole else {}
     if config.grpo.kl_weight > 0 and not kept_bytes:
         kept_bytes["reference"] = float(item * whole)
@@ -194,7 +200,5 @@ def memory(parts: Job) -> dict[str, float]:
             rows * config.rollout.max_length * cache
         ),
         f"activations of {tokens} tokens a device": float(tokens * width * kept * item),
-        "logits": 4.0 * model.vocab * min(tokens, update.HEAD_CHUNK * config.batch.pack_rows)
-        if 4 * model.vocab * tokens > update.HEAD_BYTES
-        else 4.0 * model.vocab * tokens,
+        "logits": 4.0 * model.vocab * (tokens if whole_logits else chunk),
     }

@@ -61,7 +61,8 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 step += 1
                 evaluates = job.heldout_due(step)
                 with recorder.time("update"):
-                    sampling.begin(state, last=evaluates or checkpoints.due(step) or step == last)
+                    ends = step == last or interruption.received
+                    sampling.begin(state, last=ends or evaluates or checkpoints.due(step))
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
                 metrics |= choice | rollout_metrics(trajectories)
@@ -79,7 +80,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             checkpoints.save(step, state, host)
             raise
         finally:
-            sampling.close()
             checkpoints.close()
             recorder.close()
+            sampling.close()
     return state, step == config.steps or bool(reason)

@@ -41,6 +41,9 @@ def run(name: str, seed: int, folder: Path, extra: list[str]) -> None:
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{name}, seed {seed}: failed; see {folder / 'log.txt'}")
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    steps_wanted = json.loads((folder / "run/config.json").read_text())["steps"]
+    if lines[-1]["step"] != steps_wanted:
+        raise SystemExit(f"{name}, seed {seed}: ended early; the same command goes on with it")
     held_out = [line for line in lines if line.get("eval/reward") is not None]
     steps = [line for line in lines[2:] if line.get("time/update_s") is not None]
     result: dict[str, Any] = {

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax.models.linear import linear, weight_gradient
+from rftjax.models.linear import by_rows, linear, plain, weight_gradient
 
 RNG = np.random.default_rng(0)
 
@@ -48,6 +48,12 @@ def test_a_weight_gradient_is_float32_and_not_rounded_to_the_compute_dtype():
     gradient = jax.grad(lambda kernel: jnp.sum(linear(x, kernel, 1, True) * dy))(kernel)
     assert gradient.dtype == jnp.float32
     np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-5)
+    # What comes back to a wide product is rounded to the compute dtype once, before the sum.
+    wide = dy.astype(jnp.float32) * 1.001
+    gradient = jax.grad(lambda kernel: jnp.sum(linear(x, kernel, 1, True) * wide))(kernel)
+    rounded = np.asarray(wide.astype(jnp.bfloat16), np.float64)
+    exact = np.asarray(x, np.float64).T @ rounded
+    np.testing.assert_allclose(gradient, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wide_product_is_not_rounded_to_the_compute_dtype():
@@ -61,7 +67,8 @@ def test_a_wide_product_is_not_rounded_to_the_compute_dtype():
 def test_the_other_backends_form_is_the_same_product():
     x, dy = normal(2, 5, 3, 4), normal(2, 5, 6)
     wanted = jnp.einsum("bthc,btd->hcd", x, dy)
-    np.testing.assert_allclose(weight_gradient(x, dy, 2, 1), wanted, atol=1e-5)
+    np.testing.assert_allclose(plain(x, dy, inputs=2), wanted, atol=1e-5)
+    np.testing.assert_allclose(by_rows(x, dy, inputs=2, outputs=1), wanted, atol=1e-5)
     lowered = jax.jit(weight_gradient, static_argnums=(2, 3)).trace(x, dy, 2, 1)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "optimization_barrier" not in text

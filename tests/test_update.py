@@ -99,7 +99,7 @@ def plain_gradient(params, batch):
     return jax.grad(loss)(params)
 
 
-def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG):
+def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False):
     """The gradient as an update with plain descent at a rate of 1 applies it, its metrics too."""
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     optimizer = optax.sgd(1.0)
@@ -107,7 +107,7 @@ def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG):
     step = sharding.shard_tree(mesh, jnp.zeros((), jnp.int32))
     state = TrainState(step, placed, {}, optimizer.init(placed))
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    apply = update.make_update(config, optimizer, loss, shardings=where)
+    apply = update.make_update(config, optimizer, loss, shardings=where, unroll=unroll)
     after, metrics = apply(state, sharding.put_batch(mesh, batch))
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(), after, where)
     changes = jax.tree.map(
@@ -264,6 +264,19 @@ def test_equal_rewards_change_nothing(params):
     found, metrics = gradient(params, batch_of(made))
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))
     assert metrics["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_one_by_one_and_a_head_of_its_own_change_no_gradient(tied, shape):
+    config = dataclasses.replace(CONFIG, layers=2, windows=(24, 90), tied=tied)
+    params = decoder.init(config, jax.random.key(1))
+    mesh = Mesh(np.asarray(jax.devices()[: int(np.prod(shape))]).reshape(shape), sharding.AXES)
+    batch = batch_of(trajectories(2, 4, 40, 90), share_prefix=True, pack_rows=4)
+    scanned, _ = gradient(params, batch, config=config, mesh=mesh)
+    unrolled, _ = gradient(params, batch, config=config, mesh=mesh, unroll=True)
+    assert_close(unrolled, scanned)
+    assert np.abs(unrolled["embed"]["embedding"]).max() > 1e-3
 
 
 def test_the_form_of_attention_changes_no_gradient(params):

@@ -1,4 +1,6 @@
-"""Products with weights whose gradients are float32 whatever the compute dtype is.
+"""Products with weights whose gradients are summed in float32 whatever the compute dtype is.
+
+All of a model's but those of a tied head that has no matrix of its own (`decoder.logits`).
 
 Gradients are summed over micro-batches in float32, so rounding each of them to bfloat16 first would only lose bits. And
 on CPU, XLA multiplies bfloat16 at twice float32's speed except where the left operand is read by columns, as every
@@ -49,19 +51,25 @@ linear.defvjp(_forward, _backward)
 
 def weight_gradient(x: jax.Array, dy: jax.Array, inputs: int, outputs: int) -> jax.Array:
     """Returns the float32 product of x and dy over all but the last `inputs` axes of x and `outputs` of dy."""
+    forms = {"cpu": functools.partial(by_rows, inputs=inputs, outputs=outputs)}
+    return jax.lax.platform_dependent(
+        x, dy, **forms, default=functools.partial(plain, inputs=inputs)
+    )
 
-    def plain(x: jax.Array, dy: jax.Array) -> jax.Array:
-        shared = tuple(range(x.ndim - inputs))
-        dims = ((shared, shared), ((), ()))
-        return jax.lax.dot_general(x, dy, dims, preferred_element_type=jnp.float32)
 
-    def by_rows(x: jax.Array, dy: jax.Array) -> jax.Array:
-        x_MD = x.reshape(-1, math.prod(x.shape[x.ndim - inputs :]))
-        dy_MF = dy.reshape(x_MD.shape[0], -1)
-        dw_DF = jnp.dot(transposed(x_MD), dy_MF, preferred_element_type=jnp.float32)
-        return dw_DF.reshape(*x.shape[x.ndim - inputs :], *dy.shape[dy.ndim - outputs :])
+def plain(x: jax.Array, dy: jax.Array, *, inputs: int) -> jax.Array:
+    """Returns the weight gradient as one product over the leading axes."""
+    shared = tuple(range(x.ndim - inputs))
+    dims = ((shared, shared), ((), ()))
+    return jax.lax.dot_general(x, dy, dims, preferred_element_type=jnp.float32)
 
-    return jax.lax.platform_dependent(x, dy, cpu=by_rows, default=plain)
+
+def by_rows(x: jax.Array, dy: jax.Array, *, inputs: int, outputs: int) -> jax.Array:
+    """Returns the weight gradient from x transposed in memory."""
+    x_MD = x.reshape(-1, math.prod(x.shape[x.ndim - inputs :]))
+    dy_MF = dy.reshape(x_MD.shape[0], -1)
+    dw_DF = jnp.dot(transposed(x_MD), dy_MF, preferred_element_type=jnp.float32)
+    return dw_DF.reshape(*x.shape[x.ndim - inputs :], *dy.shape[dy.ndim - outputs :])
 
 
 def transposed(x_MD: jax.Array) -> jax.Array:

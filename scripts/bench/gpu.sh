@@ -37,7 +37,8 @@ for model in $trained; do
   bench update "$model" "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}"
   # cuDNN's attention beside ours: the same loss and gradient norm, and which one is faster. It runs on NVIDIA GPUs only.
   for form in ${FORMS:-plain cudnn}; do
-    bench update "$model" "--attention=$form" --forms=packed "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}"
+    bench update "$model" "--attention=$form" --forms=packed "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}" ||
+      echo "attention $form: failed" >&2
   done
   bench step "$model"
 done
