@@ -739,3 +739,25 @@ def test_a_given_field_wins_over_the_preset_and_none_does_not():
 def test_unknown_presets_fields_and_values_are_refused(preset, overrides, words):
     with pytest.raises(ValueError, match=words):
         grpo.resolve_preset(preset, overrides)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("grpo", "gspo", "fireworks_gspo_token"), ("dapo", "cispo", "fireworks_dapo")],
+)
+def test_presets_that_part_only_where_the_ratio_is_not_one_have_one_gradient_at_first(names):
+    rng = np.random.default_rng(3)
+    logprobs = jnp.asarray(-rng.exponential(size=(6, 9)), jnp.float32)
+    mask = jnp.asarray(np.arange(9)[None] < rng.integers(1, 10, size=(6, 1)))
+    rewards, groups = [1.0, 0.0, 0.0, 2.0, 1.0, 1.0], [0, 0, 0, 1, 1, 1]
+    gradients = []
+    for name in names:
+        fields = grpo.resolve_preset(name)
+        scaled = grpo.advantages(rewards, groups, **{k: fields[k] for k in grpo.ADVANTAGE_DEFAULTS})
+        loss = {k: fields[k] for k in grpo.LOSS_DEFAULTS}
+        gradients.append(
+            jax.grad(lambda x, a=scaled, f=loss: grpo.policy_loss(x, mask, a, **f)[0])(logprobs)
+        )
+    assert float(jnp.abs(gradients[0]).max()) > 0.01
+    for other in gradients[1:]:
+        np.testing.assert_allclose(other, gradients[0], atol=1e-6)
