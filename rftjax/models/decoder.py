@@ -278,6 +278,7 @@ def hidden(
         windows_L = jnp.asarray(windows, jnp.int32)
         x_RXD, _ = jax.lax.scan(body, x_RXD, (trees, windows_L))
     else:
+        body = jax.jit(body)  # traced once for all layers
         for index, window in enumerate(windows):
             tree = {name: layers[index] for name, layers in trees.items()}
             x_RXD, _ = body(x_RXD, (tree, window))

@@ -124,18 +124,24 @@ def _layers(
     length = cache[0][0].shape[2]
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
     back_BTS = positions_BT[:, :, None] - jnp.arange(length)[None, None, :]
-    written = []
-    for index, (keys, values) in enumerate(cache):
-        tree = {"params": params["layers"][index]}
+
+    @jax.jit  # traced once for all layers
+    def layer(tree: Params, x_BTD: jax.Array, cached: tuple, window: Any) -> tuple:
         q, k, v = block.apply(tree, x_BTD, turn, method="before")
-        keys = keys.at[at_B[:, None], :, positions_BT, :].set(k, mode="drop")
-        values = values.at[at_B[:, None], :, positions_BT, :].set(v, mode="drop")
-        written.append((keys, values))
+        keys = cached[0].at[at_B[:, None], :, positions_BT, :].set(k, mode="drop")
+        values = cached[1].at[at_B[:, None], :, positions_BT, :].set(v, mode="drop")
+        written = keys, values
         if rows_B is not None:
             keys, values = keys[rows_B], values[rows_B]
-        window = config.windows[index] if config.windows else FULL
         mask_BTS = (back_BTS >= 0) & (back_BTS < window)
-        x_BTD = block.apply(tree, x_BTD, _attend(q, keys, values, mask_BTS), method="after")
+        attended = _attend(q, keys, values, mask_BTS)
+        return block.apply(tree, x_BTD, attended, method="after"), written
+
+    written = []
+    for index, cached in enumerate(cache):
+        window = config.windows[index] if config.windows else FULL
+        x_BTD, new = layer({"params": params["layers"][index]}, x_BTD, cached, window)
+        written.append(new)
     return x_BTD, written
 
 
