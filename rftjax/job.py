@@ -151,7 +151,8 @@ def check_lengths(
 
 
 def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
-    """Returns the sampler of the config, with rows for conversations that wait where there is an environment."""
+    """Returns the sampler of the config on the model's mesh, with rows for conversations that wait where there is an
+    environment."""
     section = config.sampler
     pool = section.pool or section.slots * (2 if config.environment else 1)
     return Engine(
@@ -165,6 +166,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
         dispatch_steps=section.dispatch_steps,
         prefill_rows=section.prefill_rows,
         prefill_chunk=section.prefill_chunk,
+        mesh=model.mesh,
     )
 
 
@@ -351,7 +353,7 @@ class Job:
     def set_weights(self, state: TrainState, *, keep: bool = False) -> None:
         """Hands the state's weights to the sampler, with `keep` in buffers that do not go with the state's."""
         params, adapters = update.weights(state, self.lora_scale)
-        weights = _sampler_params(self.policy.config, params, adapters)
+        weights = _sampler_params(self.policy.config, params, adapters, mesh=self.mesh)
         weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self.rollout.engine.set_params(weights)
         self.rollout.policy_version = int(state.step)
@@ -433,9 +435,7 @@ class Job:
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sampler_params(config: Any, params: Any, adapters: Any) -> Any:
-    return device.sampler_params(config, params, adapters)
+_sampler_params = jax.jit(device.sampler_params, static_argnames=("config", "mesh"))
 
 
 def load_adapters(path: str, model: Any, alpha: float) -> Params:

@@ -123,8 +123,9 @@ def check(config: ConfigDict, workdir: Path) -> None:
         print(f"mesh        {shape} on {jax.device_count()} {jax.devices()[0].platform} devices")
         for name in parts.replicated:
             print(f"            {name}")
+        each = " a device" if jax.device_count() > 1 else ""
         for name, size in memory(parts).items():
-            print(f"memory      {size / 2**30:7.2f} GiB  {name}")
+            print(f"memory      {size / 2**30:7.2f} GiB{each}  {name}")
         params = parts.policy.params
         parts.set_weights(TrainState(np.int32(0), params, {}, ()))
         stream = TaskStream(parts.train_tasks, seed=config.seed)
@@ -174,31 +175,35 @@ def check_heldout(parts: Job) -> None:
 
 
 def memory(parts: Job) -> dict[str, float]:
-    """Returns estimates in bytes of the training state, the gradient, the sampler and the update's largest arrays."""
-    config, model = parts.config, parts.policy.config
-    whole = sum(leaf.size for leaf in jax.tree.leaves(parts.policy.params))
-    count = sum(leaf.size for leaf in jax.tree.leaves(parts.adapters())) or whole
+    """Returns estimates of what one device holds, in bytes: training state, sampler, the update's largest arrays."""
+    config, model, mesh = parts.config, parts.policy.config, parts.mesh
+    params, adapters = parts.policy.params, parts.adapters()
+    base = sharding.device_size(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    count = base
+    if adapters is not None:
+        count = sharding.device_size(adapters, jax.tree.map(lambda leaf: leaf.sharding, adapters))
+    sampler = sharding.device_size(params, sharding.decode_shardings(mesh, params))
     item = np.dtype(model.dtype).itemsize
     rows = parts.rollout.engine.rows
-    cache = 2 * model.layers * model.kv_heads * model.channels * item
+    place = sharding.cache_sharding(mesh, model.kv_heads)
+    here, heads = place.shard_shape((rows, model.kv_heads))
+    cache = 2 * model.layers * heads * model.channels * item * here * config.rollout.max_length
     tokens = config.batch.pack_tokens * config.batch.pack_rows
     width = 8 * model.width + 3 * model.ffn
     if model.attention == "plain":  # the others keep no scores
         width += 2 * model.heads * config.batch.pack_tokens
     kept = 1 if config.model.remat else model.layers
     chunk = min(tokens, update.HEAD_CHUNK * config.batch.pack_rows)
-    everywhere = tokens * sharding.row_multiple(parts.mesh)
+    everywhere = tokens * sharding.row_multiple(mesh)
     whole_logits = not config.model.remat and 4 * model.vocab * everywhere <= update.HEAD_BYTES
-    kept_bytes: dict[str, float] = {"frozen base": float(item * whole)} if count < whole else {}
-    if config.grpo.kl_weight > 0 and not kept_bytes:
-        kept_bytes["reference"] = float(item * whole)
+    kept_bytes: dict[str, float] = {} if adapters is None else {"frozen base": float(item * base)}
+    if config.grpo.kl_weight > 0 and adapters is None:
+        kept_bytes["reference"] = float(item * base)
     return kept_bytes | {
         "trained parameters and optimizer (float32)": 12.0 * count,
         "gradient (float32)": 4.0 * count,
-        "sampler's weights": float(item * whole),
-        f"cache of {rows} rows of {config.rollout.max_length} tokens at most": float(
-            rows * config.rollout.max_length * cache
-        ),
-        f"activations of {tokens} tokens a device": float(tokens * width * kept * item),
+        "sampler's weights": float(item * sampler),
+        f"cache of {here} rows of {config.rollout.max_length} tokens at most": float(cache),
+        f"activations of {tokens} tokens": float(tokens * width * kept * item),
         "logits": 4.0 * model.vocab * (tokens if whole_logits else chunk),
     }

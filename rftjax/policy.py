@@ -23,8 +23,16 @@ from rftjax.types import Message, Pack, Params, Task, Trajectory
 class Policy:
     """A language model with its parameters (float32, nested dict) and, once asked for, its tokenizer."""
 
-    def __init__(self, path: str, config: Config, params: Params, fields: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str,
+        config: Config,
+        params: Params,
+        fields: dict[str, Any],
+        mesh: Mesh | None = None,
+    ) -> None:
         self.path, self.config, self.params, self.fields = path, config, params, fields
+        self.mesh = mesh
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -100,8 +108,9 @@ class Policy:
             stops=stops,
             seed=seed,
             limit=limit,
+            mesh=self.mesh,
         )
-        engine.set_params(device.sampler_params(self.config, self.params))
+        engine.set_params(device.sampler_params(self.config, self.params, mesh=self.mesh))
         for index, ids in enumerate(tokens):
             for sample in range(samples):
                 sampling = Sampling((0, index, sample), temperature, top_p, top_k)
@@ -167,7 +176,7 @@ def load(
     place = sharding.placer(mesh) if mesh is not None else None
     config, params, fields = hf.load(path, dtype=dtype, init=init, seed=seed, place=place)
     config = dataclasses.replace(config, attention=attention)
-    return Policy(path, config, params, fields)
+    return Policy(path, config, params, fields, mesh)
 
 
 def _rows(tokens_BT: jax.Array) -> Pack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rftjax.types import Batch, Params
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = (
+    "data",
+    "fsdp",
+)  # the axes that share out rows: of a micro-batch, and of the sampler's cache
 
 # Logical axes by the end of a parameter's path; a leading "layers" axis is put in front where the tree is stacked.
 LOGICAL: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -33,13 +37,16 @@ LOGICAL: dict[tuple[str, ...], tuple[str, ...]] = {
     ("down", "bias"): ("width",),
 }
 
-RULES = {
+Rules = Mapping[str, str | None]
+RULES: Rules = {
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
     "width": "fsdp",
 }
+# Decoding reads every weight in each of its steps: too often to gather them from other devices.
+DECODE_RULES: Rules = {**RULES, "width": None}
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -64,9 +71,18 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return Mesh(np.asarray(jax.devices()).reshape(tuple(sizes.values())), AXES)
 
 
-def partition(path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition(
+    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
+) -> PartitionSpec:
     """Returns the partition of one parameter; an axis that the mesh does not divide is replicated."""
-    return PartitionSpec(*(axis for axis, _ in _axes(path, shape, mesh)))
+    return _spec([axis for axis, _ in _axes(path, shape, mesh, rules)])
+
+
+def _spec(axes: list[Any]) -> PartitionSpec:
+    """Returns the shortest way to say a partition: two ways would compile a function twice."""
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
 
 
 def replicated_axes(mesh: Mesh, params: Params) -> list[str]:
@@ -80,14 +96,14 @@ def replicated_axes(mesh: Mesh, params: Params) -> list[str]:
 
 
 def _axes(
-    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh
+    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
 ) -> list[tuple[str | None, str]]:
     """Returns for each axis of a parameter the mesh axis that divides it, and why there is none against the rules."""
     logical = LOGICAL.get(path[-2:], ())
     logical = ("",) * (len(shape) - len(logical)) + logical
     axes: list[tuple[str | None, str]] = []
     for name, size in zip(logical, shape, strict=True):
-        axis = RULES.get(name)
+        axis = rules.get(name)
         devices = mesh.shape[axis] if axis else 1
         problem = ""
         if size % devices:
@@ -119,13 +135,62 @@ def shard_tree(mesh: Mesh, tree: Params) -> Params:
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Returns the batch on the mesh: packed rows over data and fsdp, the small arrays of the loss everywhere."""
-    rows = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+    rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
     everywhere = NamedSharding(mesh, PartitionSpec())
     pack = jax.tree.map(lambda leaf: jax.device_put(leaf, rows), batch.pack)
     rest = batch._replace(pack=None)
     return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), rest)._replace(pack=pack)
 
 
-def row_multiple(mesh: Mesh) -> int:
-    """Returns the number of devices that a micro-batch's packed rows are divided over."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_multiple(mesh: Mesh | None) -> int:
+    """Returns the number of devices that rows are divided over (those of a micro-batch, and the sampler's)."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+
+
+def decode_shardings(mesh: Mesh, params: Params) -> Params:
+    """Returns where decoding has its weights: whole on every device but for the axis `tensor`."""
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return NamedSharding(mesh, partition(names, leaf.shape, mesh, DECODE_RULES))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def device_size(params: Params, shardings: Params) -> int:
+    """Returns how many numbers of a tree lie on one device."""
+    sizes = jax.tree.map(lambda leaf, at: np.prod(at.shard_shape(leaf.shape)), params, shardings)
+    return int(sum(jax.tree.leaves(sizes)))
+
+
+def row_sharding(mesh: Mesh, *others: str | None) -> NamedSharding:
+    """Returns where an array with a first axis of rows lies, further axes as given."""
+    rows = tuple(axis for axis in ROWS if mesh.shape[axis] > 1)
+    return NamedSharding(mesh, _spec([rows[0] if len(rows) == 1 else rows or None, *others]))
+
+
+def cache_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding:
+    """Returns where a KV cache (rows, K, S, C) lies: rows over data and fsdp, heads over tensor if it divides them."""
+    tensor = mesh.shape["tensor"]
+    return row_sharding(mesh, "tensor" if tensor > 1 and kv_heads % tensor == 0 else None)
+
+
+def over_rows(
+    mesh: Mesh | None, function: Callable[..., Any], inputs: Any, outputs: Any
+) -> Callable[..., Any]:
+    """Returns the function as each device runs it on its own rows; the axis `tensor` stays the compiler's.
+
+    `inputs` and `outputs` say of each argument and result whether its first axis is one of rows; the others are the
+    same everywhere.
+    """
+    if row_multiple(mesh) == 1:
+        return function
+    specs = {True: PartitionSpec(ROWS), False: PartitionSpec()}
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=jax.tree.map(specs.__getitem__, inputs),
+        out_specs=jax.tree.map(specs.__getitem__, outputs),
+        axis_names=set(ROWS),
+        check_vma=False,
+    )

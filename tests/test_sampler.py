@@ -1,14 +1,18 @@
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import policy
+from rftjax import policy, sharding
 from rftjax.models import decoder
 from rftjax.models.decoder import FULL, Config, Rope
 from rftjax.models.distribution import draw, uniforms
 from rftjax.sampler import device
-from rftjax.sampler.engine import Engine, Sampling, cache_length
+from rftjax.sampler.engine import Engine, Sampling
+from rftjax.sampler.pool import cache_length
 
 CONFIG = Config(
     family="llama",
@@ -194,6 +198,70 @@ def test_parking_changes_no_bit(weights):
         assert tokens[start : start + len(alone[index])] == alone[index]
 
 
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (2, 2, 2), (1, 2, 4)]
+
+
+def mesh_of(data, fsdp, tensor):
+    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
+    return jax.sharding.Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
+
+
+def engine_on(mesh, params, config=CONFIG, **settings):
+    settings = {"slots": 6, "parked": 6, "max_length": 120, "prefill_chunk": 8} | settings
+    engine = Engine(config, mesh=mesh, **settings)
+    engine.set_params(device.sampler_params(config, sharding.shard_tree(mesh, params), mesh=mesh))
+    return engine
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_devices_share_out_the_rows_and_each_call_compiles_once(params, weights, shape):
+    prompts = random_prompts(12)
+    prompts[7] = prompts[2]  # a row that another device copies
+    expected = converse(new_engine(weights, slots=6, parked=6, stops=[STOP]), prompts, turns=3)
+    calls = (device.prefill, device.decode, device.copy_rows)  # the last within and between caches
+    before = [call._cache_size() for call in calls]
+    engine = engine_on(mesh_of(*shape), params, stops=[STOP])
+    found = converse(engine, prompts, turns=3)
+    compiled = [call._cache_size() - size for call, size in zip(calls, before, strict=True)]
+    assert compiled == [1, 1, 2]
+    assert engine.slots == -(-6 // (shape[0] * shape[1])) * shape[0] * shape[1]
+    assert {key: parts[0] for key, parts in found.items()} == {
+        key: parts[0] for key, parts in expected.items()
+    }
+    gap = np.concatenate([gaps(params, *sequence, 0.9) for sequence in found.values()])
+    assert gap.mean() < 1e-5 and gap.max() < 1e-4
+    keys = engine._pool.cache[0][0]
+    heads = CONFIG.kv_heads // 2 if shape[2] == 2 else CONFIG.kv_heads
+    here = engine.slots // (shape[0] * shape[1])
+    assert keys.sharding.shard_shape(keys.shape)[:2] == (here, heads)
+
+
+def test_bfloat16_rows_are_copied_between_devices(params):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    engine = engine_on(mesh_of(2, 2, 2), params, config, slots=4, parked=4)
+    open_all(engine, [[5, 6, 7, 8]] * 4)
+    assert len(finish(engine)) == 4 and engine.counters.copied_rows == 3
+
+
+def test_no_device_computes_or_fetches_the_rows_of_others(params):
+    def decode_of(mesh):
+        engine = engine_on(mesh, params, slots=32, parked=0)
+        rows = device.idle_rows(32, mesh)
+        given_B, stops_E = np.zeros(32, bool), np.zeros(16, np.int32)
+        cache = device.new_cache(CONFIG, 32, 256, mesh)
+        return device.decode.lower(
+            CONFIG, engine._params, cache, rows, rows, given_B, stops_E, np.uint32(0), np.int32(0),
+            steps=16, filtered=False, limit=0, mesh=mesh,
+        ).compile()  # fmt: skip
+
+    alone, shared = decode_of(mesh_of(1, 1, 1)), decode_of(mesh_of(4, 2, 1))
+    assert shared.cost_analysis()["flops"] < alone.cost_analysis()["flops"] / 6
+    text = shared.as_text()
+    assert "all-gather" not in text and "all-to-all" not in text and "permute" not in text
+    # How many rows are active is all that the devices tell each other.
+    assert set(re.findall(r"= (\S+) all-reduce", text)) == {"s32[]"}
+
+
 def test_noise_differs_by_seed_stream_draw_and_sample(weights):
     def sampled(noise, seed=0):
         engine = new_engine(weights, seed=seed)
@@ -298,6 +366,40 @@ def test_a_dispatch_ends_early_only_while_others_wait(weights):
 
     assert steps_of_first_dispatch(8) == 16
     assert steps_of_first_dispatch(9) == 2
+
+
+def test_the_next_dispatch_is_under_way_before_the_last_one_is_looked_at(weights):
+    engine = new_engine(weights, slots=2, dispatch_steps=4)
+    open_all(engine, random_prompts(2), budget=10)
+    for _ in range(3):
+        assert engine.busy
+        engine.step()
+        assert (engine._flight is not None) == engine.busy
+    assert not engine.busy and engine.counters.decode_steps == 10
+
+
+@pytest.mark.parametrize("steps", [3, 16])
+def test_a_conversation_closed_while_it_samples_leaves_nothing_behind(weights, steps):
+    prompts = random_prompts(4)
+    alone = new_engine(weights, dispatch_steps=steps)
+    open_all(alone, prompts, budget=30)
+    expected = finish(alone)
+    engine = new_engine(weights, slots=2, dispatch_steps=steps)
+    sampling = [Sampling((0, *divmod(index, 2))) for index in range(4)]
+    for index in (0, 1):
+        engine.open(divmod(index, 2), prompts[index], 60, sampling[index])
+    engine.step()
+    engine.close((0, 0))
+    engine.step()  # its row stays idle
+    engine.open((1, 0), prompts[2], 30, sampling[2])  # takes it over
+    engine.step()
+    engine.close((0, 1))
+    for index in (0, 1, 3):  # two under keys of closed ones
+        engine.open(divmod(index, 2), prompts[index], 30, sampling[index])
+    found = finish(engine)
+    assert {key: turn.tokens for key, turn in found.items()} == {
+        key: turn.tokens for key, turn in expected.items()
+    }
 
 
 def test_a_conversation_outgrows_its_first_cache(params, weights):

@@ -37,8 +37,8 @@ def test_parameters_lie_on_the_mesh_by_the_rules(tiny_dir):
     mesh = mesh_of(2, 2, 2)
     params = rftjax.load(str(tiny_dir), mesh=mesh).params
     query = params["layers"]["attention"]["query"]
-    assert query["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "tensor", None)
-    assert query["bias"].sharding.spec == PartitionSpec(None, "tensor", None)
+    assert query["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert query["bias"].sharding.spec == PartitionSpec(None, "tensor")
     assert params["embed"]["embedding"].sharding.spec == PartitionSpec("tensor", "fsdp")
     assert params["layers"]["mlp"]["down"]["kernel"].sharding.spec == PartitionSpec(
         None, "tensor", "fsdp"
@@ -60,7 +60,7 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     mesh = mesh_of(1, 1, 4)  # 4 query heads, 2 key and value heads
     params = rftjax.load(str(tiny_dir), mesh=mesh).params
     attention = params["layers"]["attention"]
-    assert attention["query"]["kernel"].sharding.spec == PartitionSpec(None, None, "tensor", None)
+    assert attention["query"]["kernel"].sharding.spec == PartitionSpec(None, None, "tensor")
     assert attention["key"]["kernel"].sharding.is_fully_replicated
     found = sharding.replicated_axes(mesh, params)
     assert len(found) == 4  # kernel and bias of key and value
@@ -70,7 +70,21 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4)])
+def test_decoding_finds_its_weights_whole_but_for_the_tensor_axis(tiny_dir):
+    mesh = mesh_of(2, 2, 2)
+    params = rftjax.load(str(tiny_dir), mesh=mesh).params
+    places = sharding.decode_shardings(mesh, params)
+    assert places["layers"]["attention"]["query"]["kernel"].spec == PartitionSpec(
+        None, None, "tensor"
+    )
+    assert places["final_norm"]["scale"].is_fully_replicated
+    own = jax.tree.map(lambda leaf: leaf.sharding, params)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    masters, weights = (sharding.device_size(params, at) for at in (own, places))
+    assert whole / 4 <= masters < whole / 3.5 and whole / 2 <= weights < whole / 1.9
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 4), (2, 2, 2)])
 def test_the_mesh_changes_neither_logits_nor_samples(tiny_dir, shape):
     tokens = np.arange(24).reshape(2, 12)
     plain = rftjax.load(str(tiny_dir))

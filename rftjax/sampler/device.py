@@ -2,6 +2,7 @@
 
 The cache is one (keys, values) pair a layer, each (rows, K, S, C). A row's keys lie at the positions of its tokens.
 What a row computes depends on nothing but its own tokens: call shapes are constant, S only adds masked positions.
+On a mesh, each device of the axes data and fsdp has whole rows of its own and computes nothing for the others.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from rftjax import sharding
 from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
 from rftjax.models.distribution import Settings, adjust, draw, uniforms
 from rftjax.types import Params
@@ -30,8 +33,10 @@ class Rows(NamedTuple):
     settings: Settings
 
 
-def sampler_params(config: Config, params: Params, adapters: Params | None = None) -> Params:
-    """Returns what decode reads: compute dtype, one tree a layer, adapters (already scaled) merged.
+def sampler_params(
+    config: Config, params: Params, adapters: Params | None = None, mesh: Mesh | None = None
+) -> Params:
+    """Returns what decode reads: compute dtype, one tree a layer, adapters (already scaled) merged, laid out for it.
 
     Nothing else hands weights to the sampler.
     """
@@ -42,7 +47,10 @@ def sampler_params(config: Config, params: Params, adapters: Params | None = Non
         for index in range(config.layers)
     ]
     rest = {name: tree for name, tree in params.items() if name != "layers"}
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": layers}
+    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": layers}
+    if mesh is None:
+        return weights
+    return jax.lax.with_sharding_constraint(weights, sharding.decode_shardings(mesh, weights))
 
 
 def merge(tree: Params, adapters: Params) -> Params:
@@ -64,33 +72,78 @@ def merge(tree: Params, adapters: Params) -> Params:
     return merged
 
 
-def new_cache(config: Config, rows: int, length: int) -> Cache:
+def new_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) -> Cache:
     """Returns an empty cache of `length` positions a row in the compute dtype."""
     shape = (rows, config.kv_heads, length, config.channels)
-    return [
-        (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-        for _ in range(config.layers)
-    ]
+    place = sharding.cache_sharding(mesh, config.kv_heads) if mesh is not None else None
+    empty = functools.partial(jnp.zeros, shape, config.dtype, device=place)
+    return [(empty(), empty()) for _ in range(config.layers)]
 
 
-@functools.partial(jax.jit, static_argnames=("length",))
-def grow(cache: Cache, *, length: int) -> Cache:
+@functools.partial(jax.jit, static_argnames=("slots", "mesh"))
+def idle_rows(slots: int, mesh: Mesh | None = None) -> Rows:
+    """Returns rows that sample nothing."""
+    nothing_B, ones_B = jnp.zeros(slots, jnp.int32), jnp.ones(slots, jnp.float32)
+    settings = Settings(ones_B, ones_B, nothing_B)
+    noise_B3 = jnp.zeros((slots, 3), jnp.int32)
+    return _pin_rows(Rows(nothing_B, nothing_B, nothing_B, noise_B3, settings), mesh)
+
+
+def _pin_cache(cache: Cache, mesh: Mesh | None) -> Cache:
+    """Keeps the cache where `new_cache` put it, so that no call compiles a second time for another place."""
+    if mesh is None:
+        return cache
+    place = sharding.cache_sharding(mesh, cache[0][0].shape[1])
+    return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda _: place, cache))
+
+
+def _pin_rows(rows: Rows, mesh: Mesh | None) -> Rows:
+    if mesh is None:
+        return rows
+    place = sharding.row_sharding(mesh)
+    return jax.lax.with_sharding_constraint(rows, jax.tree.map(lambda _: place, rows))
+
+
+@functools.partial(jax.jit, static_argnames=("length", "mesh"))
+def grow(cache: Cache, *, length: int, mesh: Mesh | None = None) -> Cache:
     """Returns the cache with room for `length` positions."""
-    return jax.tree.map(
+    grown = jax.tree.map(
         lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, length - leaf.shape[2]), (0, 0))), cache
     )
+    return _pin_cache(grown, mesh)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def copy_rows(cache: Cache, source: Cache | None, to_B: jax.Array, from_B: jax.Array) -> Cache:
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+def copy_rows(
+    cache: Cache,
+    source: Cache | None,
+    to_B: jax.Array,
+    from_B: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+) -> Cache:
     """Copies rows of `source` (None: the cache itself) into the cache; a target beyond its rows is dropped."""
-    origin = cache if source is None else source
+    shards = sharding.row_multiple(mesh)
 
-    def copy(target: jax.Array, leaf: jax.Array) -> jax.Array:
-        length = min(target.shape[2], leaf.shape[2])
-        return target.at[to_B, :, :length].set(leaf[from_B, :, :length], mode="drop")
+    def copy(cache: Cache, source: Cache | None, to_B: jax.Array, from_B: jax.Array) -> Cache:
+        shard = jax.lax.axis_index(sharding.ROWS) if shards > 1 else 0
 
-    return jax.tree.map(copy, cache, origin)
+        def copy_leaf(target: jax.Array, leaf: jax.Array) -> jax.Array:
+            length = min(target.shape[2], leaf.shape[2])
+            mine_B = from_B // leaf.shape[0] == shard
+            taken = leaf[jnp.where(mine_B, from_B % leaf.shape[0], 0), :, :length]
+            if shards > 1:
+                # The device that has the row hands it to the others; XLA's CPU compiler cannot add bfloat16 here.
+                wide = jnp.where(mine_B[:, None, None, None], taken.astype(jnp.float32), 0.0)
+                taken = jax.lax.psum(wide, sharding.ROWS).astype(leaf.dtype)
+            rows = target.shape[0]
+            at_B = jnp.where(to_B // rows == shard, to_B % rows, rows)
+            return target.at[at_B, :, :length].set(taken, mode="drop")
+
+        return jax.tree.map(copy_leaf, cache, cache if source is None else source)
+
+    run = sharding.over_rows(mesh, copy, (True, True, False, False), True)
+    return _pin_cache(run(cache, source, to_B, from_B), mesh)
 
 
 def _attend(
@@ -145,7 +198,7 @@ def _layers(
     return x_BTD, written
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
 def prefill(
     config: Config,
     params: Params,
@@ -154,18 +207,75 @@ def prefill(
     tokens_BT: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
+    *,
+    mesh: Mesh | None = None,
 ) -> Cache:
-    """Writes `count_B` tokens a row at positions from `start_B` on; rows with a count of 0 are padding."""
-    steps_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    far = cache[0][0].shape[2]
-    positions_BT = jnp.where(steps_BT < count_B[:, None], start_B[:, None] + steps_BT, far)
-    return _layers(config, params, cache, tokens_BT, positions_BT, rows_B)[1]
+    """Writes `count_B` tokens a row at positions from `start_B` on; rows with a count of 0 are padding.
+
+    On a mesh, each device takes its share of B, whose `rows_B` count from its own first row.
+    """
+
+    def run(params, cache, rows_B, tokens_BT, start_B, count_B) -> Cache:
+        steps_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+        far = cache[0][0].shape[2]
+        positions_BT = jnp.where(steps_BT < count_B[:, None], start_B[:, None] + steps_BT, far)
+        return _layers(config, params, cache, tokens_BT, positions_BT, rows_B)[1]
+
+    run = sharding.over_rows(mesh, run, (False, True, True, True, True, True), True)
+    return _pin_cache(run(params, cache, rows_B, tokens_BT, start_B, count_B), mesh)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "steps", "filtered", "limit"), donate_argnames="cache"
+    jax.jit,
+    static_argnames=("config", "steps", "filtered", "limit", "mesh"),
+    donate_argnames="cache",
 )
 def decode(
+    config: Config,
+    params: Params,
+    cache: Cache,
+    rows: Rows,
+    given: Rows,
+    given_B: jax.Array,
+    stops_E: jax.Array,
+    seed: jax.Array,
+    enough: jax.Array,
+    *,
+    steps: int,
+    filtered: bool,
+    limit: int,
+    mesh: Mesh | None = None,
+) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
+    """Samples up to `steps` tokens a row; returns cache, rows, tokens_BT (-1: none), logprobs_BT and steps taken.
+
+    `rows` are those that the call before returned, but where `given_B` is true those of `given`. A row goes idle after
+    a stop token or at the end of its budget. The dispatch ends early when no more than `enough` rows are still active.
+    """
+
+    def run(params, cache, rows, given, given_B, stops_E, seed, enough) -> tuple:
+        rows = jax.tree.map(
+            lambda new, old: jnp.where(given_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old),
+            given,
+            rows,
+        )
+        return _decode(
+            config, params, cache, rows, stops_E, seed, enough,
+            steps=steps, filtered=filtered, limit=limit, mesh=mesh,
+        )  # fmt: skip
+
+    run = sharding.over_rows(
+        mesh,
+        run,
+        (False, True, True, True, True, False, False, False),
+        (True, True, True, True, False),
+    )
+    cache, rows, tokens_BT, logprobs_BT, taken = run(
+        params, cache, rows, given, given_B, stops_E, seed, enough
+    )
+    return _pin_cache(cache, mesh), _pin_rows(rows, mesh), tokens_BT, logprobs_BT, taken
+
+
+def _decode(
     config: Config,
     params: Params,
     cache: Cache,
@@ -177,24 +287,23 @@ def decode(
     steps: int,
     filtered: bool,
     limit: int,
+    mesh: Mesh | None,
 ) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
-    """Samples up to `steps` tokens a row; returns cache, rows, tokens_BT (-1: none), logprobs_BT and steps taken.
-
-    A row goes idle after a stop token or at the end of its budget. The dispatch ends early when no more than `enough`
-    rows are still active.
-    """
+    """Runs the loop over steps, on a mesh for the rows of one device; all of them take the same number of steps."""
     B = rows.token_B.shape[0]
     far = cache[0][0].shape[2]
-    nothing_BT = jnp.full((B, steps), -1, jnp.int32)
-    start = (cache, rows, nothing_BT, jnp.zeros((B, steps)), jnp.zeros((), jnp.int32))
     final_norm: Any = Norm(config)
 
+    def count(budget_B: jax.Array) -> jax.Array:
+        active = jnp.sum(budget_B > 0)
+        return jax.lax.psum(active, sharding.ROWS) if sharding.row_multiple(mesh) > 1 else active
+
     def going(carry) -> jax.Array:
-        _, rows, _, _, step = carry
-        return (step < steps) & (jnp.sum(rows.budget_B > 0) > enough)
+        *_, step, active = carry
+        return (step < steps) & (active > enough)
 
     def step_once(carry):
-        cache, rows, tokens_BT, logprobs_BT, step = carry
+        cache, rows, tokens_BT, logprobs_BT, step, _ = carry
         active_B = rows.budget_B > 0
         positions_B1 = jnp.where(active_B, rows.position_B, far)[:, None]
         x_B1D, cache = _layers(config, params, cache, rows.token_B[:, None], positions_B1, None)
@@ -213,6 +322,8 @@ def decode(
             position_B=rows.position_B + active_B,
             budget_B=budget_B,
         )
-        return cache, rows, tokens_BT, logprobs_BT, step + 1
+        return cache, rows, tokens_BT, logprobs_BT, step + 1, count(budget_B)
 
-    return jax.lax.while_loop(going, step_once, start)
+    nothing_BT, zero = jnp.full((B, steps), -1, jnp.int32), jnp.zeros((), jnp.int32)
+    start = (cache, rows, nothing_BT, jnp.zeros((B, steps)), zero, count(rows.budget_B))
+    return jax.lax.while_loop(going, step_once, start)[:-1]
