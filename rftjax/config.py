@@ -85,7 +85,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
 )
 _CHOICES = {
-    "model.attention": ("blocked", "plain", "cudnn"),
+    "model.attention": ("blocked", "plain", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "model.init": ("pretrained", "random"),
     "optim.schedule": ("constant", "linear", "cosine"),

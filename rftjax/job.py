@@ -113,9 +113,11 @@ def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
 
 def check_attention(config: ConfigDict) -> None:
     """Raises ValueError where the devices have no such attention."""
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+    form = config.model.attention
+    needed = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}.get(form)
+    if needed and jax.default_backend() != needed[0]:
         raise ValueError(
-            f"model.attention='cudnn': needs an NVIDIA GPU, there is {jax.devices()[0].platform}; set it to 'blocked'"
+            f"model.attention={form!r}: needs {needed[1]}, there is {jax.devices()[0].platform}; set it to 'blocked'"
         )
 
 
@@ -303,7 +305,10 @@ class Job:
             self.mesh,
             self.make_update(optimizer, state),
             update.make_scorer(
-                self.policy.config, unroll=jax.default_backend() == "cpu", **self._distribution
+                self.policy.config,
+                unroll=jax.default_backend() == "cpu",
+                mesh=self.mesh,
+                **self._distribution,
             ),
             self.config.batch.prompts,
             self.config.sampler.max_new_tokens * self.config.rollout.max_turns,
@@ -334,6 +339,7 @@ class Job:
             remat=self.config.model.remat,
             unroll=jax.default_backend() == "cpu",
             lora_scale=self.lora_scale,
+            mesh=self.mesh,
             **self._distribution,
             shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
         )

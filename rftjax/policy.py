@@ -67,12 +67,17 @@ class Policy:
     def logits(self, tokens: Any) -> jax.Array:
         """Returns float32 logits (B, T, V) of (B, T) token ids, without padding."""
         tokens_BT = jnp.asarray(tokens, jnp.int32)
-        return _logits(self.config, self.params, tokens_BT)
+        return _logits(self._portable, self.params, tokens_BT)
 
     def logprobs(self, tokens: Any, temperature: float = 1.0) -> jax.Array:
         """Returns (B, T) log-probabilities: `[:, t]` scores token t given those before it, `[:, 0]` is 0."""
         tokens_BT = jnp.asarray(tokens, jnp.int32)
-        return _logprobs(self.config, self.params, tokens_BT, temperature)
+        return _logprobs(self._portable, self.params, tokens_BT, temperature)
+
+    @property
+    def _portable(self) -> Config:
+        """The config with an attention for any number of rows, wherever they lie."""
+        return dataclasses.replace(self.config, attention="blocked")
 
     def sample(
         self,

@@ -194,3 +194,23 @@ def over_rows(
         axis_names=set(ROWS),
         check_vma=False,
     )
+
+
+def over_heads(
+    mesh: Mesh | None, function: Callable[..., jax.Array], kv_heads: int
+) -> Callable[..., jax.Array]:
+    """Returns attention (q_BTHC, k_BTKC, v_BTKC, mask_BTT) as each device runs it on its own rows and heads.
+
+    For kernels that the compiler cannot share out. Heads that `tensor` does not divide are computed on each of its
+    devices.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    heads = PartitionSpec(ROWS, None, "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, PartitionSpec(ROWS)),
+        out_specs=heads,
+        check_vma=False,
+    )

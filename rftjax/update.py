@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from rftjax import grpo
 from rftjax.models import decoder
@@ -50,6 +51,7 @@ def logprobs(
     top_k: int = 0,
     limit: int = 0,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats.
 
@@ -66,6 +68,7 @@ def logprobs(
         pack.segments_RX,
         lora=adapters,
         remat=remat,
+        mesh=mesh,
     )
     used_RM = pack.places_RM != NOWHERE
     filtered = top_p < 1 or top_k > 0
@@ -168,9 +171,9 @@ def micro_batch(pack: Pack, index: jax.Array | int) -> Pack:
 
 
 def make_scorer(
-    config: Config, *, unroll: bool = False, **sampling: Any
+    config: Config, *, unroll: bool = False, **settings: Any
 ) -> Callable[..., jax.Array]:
-    """Builds `score(params, adapters, batch) -> logprobs_BT` without gradient; `sampling` as `logprobs` takes it.
+    """Builds `score(params, adapters, batch) -> logprobs_BT` without gradient; `settings` as `logprobs` takes them.
 
     `adapters` are scaled ones or None; `unroll` runs the layers one by one instead of in a scan.
     """
@@ -183,7 +186,7 @@ def make_scorer(
 
         def one(index: jax.Array, total_BT: jax.Array) -> jax.Array:
             pack = micro_batch(batch.pack, index)
-            logprobs_RM, _ = logprobs(config, params, adapters, pack, **sampling)
+            logprobs_RM, _ = logprobs(config, params, adapters, pack, **settings)
             return total_BT + to_rows(logprobs_RM, pack.places_RM, total_BT)
 
         zeros_BT = jnp.zeros(batch.sampled_BT.shape)
@@ -213,14 +216,14 @@ def make_update(
     remat: bool = False,
     unroll: bool = False,
     shardings: Any = None,
-    **sampling: Any,
+    **settings: Any,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
 
     The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
     does not change the gradient. `shardings` (a TrainState of them) is where the new state lies; `unroll`
     runs the layers one by one instead of in a scan. `loss_fields` are
-    `grpo.policy_loss`'s, `sampling` is `logprobs`'s.
+    `grpo.policy_loss`'s, `settings` are `logprobs`'s.
     """
 
     def micro_loss(
@@ -229,7 +232,7 @@ def make_update(
         params, adapters = weights(TrainState(0, trainable, frozen, None), lora_scale)
         pack = micro_batch(batch.pack, index)
         logprobs_RM, entropies_RM = logprobs(
-            config, params, adapters, pack, remat=remat, **sampling
+            config, params, adapters, pack, remat=remat, **settings
         )
         like_BT = batch.sampled_BT
         scored_RM = (pack.places_RM != NOWHERE).astype(jnp.int32)

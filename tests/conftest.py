@@ -3,6 +3,7 @@
 The environment is set before anything imports JAX; worker processes inherit it.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def array_names_tell_shapes(watch: shapes.Watch):
     yield
     faults = watch.take()
     assert not faults, "array names and shapes differ:\n" + "\n".join(faults)
+
+
+@pytest.fixture
+def splash_on_cpu(monkeypatch: pytest.MonkeyPatch):
+    """Runs the attention kernel for TPUs step by step on the CPU, where it cannot be compiled."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    name = "make_splash_mqa_single_device"
+    monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
 
 
 @pytest.fixture(scope="session")

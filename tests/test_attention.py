@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from rftjax.models import attention
 from rftjax.models.decoder import packed_mask
@@ -71,3 +72,25 @@ def test_a_block_computes_no_score_beyond_its_end():
     q, k, v, mask = inputs(1024, rows=1)
     text = str(jax.make_jaxpr(attention.blocked)(q, k, v, mask))
     assert "1024,1024" not in text.replace("bool[1,1024,1024]", "")
+
+
+@pytest.mark.parametrize("T", [40, 300])
+def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(T, splash_on_cpu):
+    q, k, v, mask = inputs(T, rows=1)
+    used = np.asarray(jnp.any(mask, axis=-1))
+    found = np.asarray(attention.splash(q, k, v, mask))
+    grads = gradients(attention.splash, q, k, v, mask)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[used], attention.plain(q, k, v, mask)[used], atol=2e-6)
+    for got, expected in zip(grads, gradients(attention.plain, q, k, v, mask), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("channels", [64, 80, 128])
+def test_the_kernel_for_tpus_compiles_for_them(channels, dtype):
+    q, k = (jax.ShapeDtypeStruct((2, 500, heads, channels), dtype) for heads in (6, 2))
+    mask = jax.ShapeDtypeStruct((2, 500, 500), bool)
+    grad = jax.jit(lambda q, k, v, mask: gradients(attention.splash, q, k, v, mask))
+    text = export.export(grad, platforms=["tpu"])(q, k, k, mask).mlir_module()
+    assert text.count("tpu_custom_call") >= 3  # forward, queries, and keys with values

@@ -328,8 +328,10 @@ def test_attention_that_the_devices_do_not_have_is_refused(config, tmp_path):
     ):
         modes.run("train", config, {}, tmp_path, 0)
     config.model.dtype = "bfloat16"
-    with pytest.raises(ValueError, match="needs an NVIDIA GPU, there is cpu; set it to 'blocked'"):
-        modes.run("train", config, {}, tmp_path, 0)
+    for form, needed in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")):
+        config.model.attention = form
+        with pytest.raises(ValueError, match=f"needs {needed}, there is cpu; set it to 'blocked'"):
+            modes.run("train", config, {}, tmp_path / form, 0)
 
 
 def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tmp_path):

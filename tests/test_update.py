@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.sharding import Mesh
 
 from rftjax import grpo, policy, sharding, update
@@ -107,7 +108,7 @@ def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False
     step = sharding.shard_tree(mesh, jnp.zeros((), jnp.int32))
     state = TrainState(step, placed, {}, optimizer.init(placed))
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    apply = update.make_update(config, optimizer, loss, shardings=where, unroll=unroll)
+    apply = update.make_update(config, optimizer, loss, shardings=where, unroll=unroll, mesh=mesh)
     after, metrics = apply(state, sharding.put_batch(mesh, batch))
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(), after, where)
     changes = jax.tree.map(
@@ -152,6 +153,30 @@ def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, shape):
     batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
     found, _ = gradient(params, batch, mesh=mesh)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 4)])  # the heads divide over 2
+def test_the_attention_kernel_for_tpus_does_not_change_the_gradient(
+    params, uneven, expected, shape, splash_on_cpu
+):
+    devices = np.asarray(jax.devices()[: int(np.prod(shape))])
+    mesh = Mesh(devices.reshape(shape), sharding.AXES)
+    batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
+    config = dataclasses.replace(CONFIG, attention="splash")
+    found, _ = gradient(params, batch, mesh=mesh, config=config, unroll=True)
+    assert_close(found, expected)
+
+
+def test_an_update_on_a_mesh_of_tpus_is_lowered_for_them(params, uneven):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
+    config = dataclasses.replace(CONFIG, attention="splash")
+    placed = sharding.shard_tree(mesh, jax.tree.map(jnp.array, params))
+    batch = sharding.put_batch(mesh, batch_of(uneven, pack_rows=4))
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jnp.zeros((), jnp.int32), placed, {}, optimizer.init(placed))
+    apply = update.make_update(config, optimizer, LOSS, mesh=mesh)
+    lowered = export.export(apply, platforms=["tpu"])(state, batch)
+    assert "tpu_custom_call" in lowered.mlir_module()
 
 
 def test_shared_prefixes_and_packed_neighbours_do_not_change_the_gradient(params):

@@ -1,23 +1,39 @@
-"""Attention under a causal mask: plain, in blocks of queries that keep nothing of size T by T, or cuDNN's."""
+"""Attention under a causal mask: plain, in blocks of queries that keep nothing of size T by T, cuDNN's or for TPUs."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rftjax import sharding
 
 # A finite floor keeps rows of padding, which attend to nothing, free of NaN.
 FLOOR = -1e30
 BLOCK = 128  # queries of a block, and at most BLOCKS of them
 BLOCKS = 8
-FORMS = ("blocked", "plain", "cudnn")
+TILE = 128  # what `splash` rounds T up to
+FORMS = ("blocked", "plain", "cudnn", "splash")
 
 
 def attend(
-    form: str, q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+    form: str,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    mask_BTT: jax.Array,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16."""
+    """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `splash` on TPUs only.
+
+    On a mesh, B lies over data and fsdp and is a multiple of their devices; only `splash` needs to know.
+    """
+    if form == "splash":
+        run = sharding.over_heads(mesh, splash, k_BTKC.shape[2])
+        return run(q_BTHC, k_BTKC, v_BTKC, mask_BTT)
     if form == "cudnn":
         return jax.nn.dot_product_attention(
             q_BTHC, k_BTKC, v_BTKC, mask=mask_BTT[:, None], implementation="cudnn"
@@ -36,6 +52,37 @@ def plain(
     scores = jnp.where(mask_BTS[:, None, None], scores, FLOOR)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
     return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C)
+
+
+def splash(
+    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+) -> jax.Array:
+    """Returns what `plain` does, for tokens that attend to any, by the kernel that JAX has for TPUs (splash attention).
+
+    It leaves out the tiles of the mask that are empty, here the shared prompts' and completions' as well.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    B, T, H, C = q_BTHC.shape
+    K, spare = k_BTKC.shape[2], -T % TILE
+    U = T + spare
+
+    def pad(x_BTHC: jax.Array) -> jax.Array:
+        return jnp.pad(x_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    def row(q_HUC: jax.Array, k_KUC: jax.Array, v_KUC: jax.Array, mask_UU: jax.Array) -> jax.Array:
+        kernel = kernels.make_splash_mqa_single_device(mask_UU[None])
+        for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
+            # The flag was made an array on the way, which cannot be asked while a function is traced.
+            setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
+        heads: Any = jax.vmap(jax.vmap(kernel, in_axes=(0, None, None)))
+        return heads(q_HUC.reshape(K, H // K, 1, U, C), k_KUC, v_KUC).reshape(H, U, C)
+
+    q_BHUC, k_BKUC, v_BKUC = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
+    # The kernel gives NaN for padding that attends to nothing; the others see themselves anyhow.
+    mask_BUU = jnp.pad(mask_BTT, ((0, 0), (0, spare), (0, spare))) | jnp.eye(U, dtype=bool)[None]
+    rows = [row(q_BHUC[at], k_BKUC[at], v_BKUC[at], mask_BUU[at]) for at in range(B)]
+    return jnp.stack(rows).swapaxes(1, 2)[:, :T]
 
 
 @jax.custom_vjp

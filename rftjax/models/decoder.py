@@ -23,6 +23,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rftjax.models.attention import attend, plain
 from rftjax.models.linear import linear
@@ -254,8 +255,9 @@ def hidden(
     *,
     lora: Params | None = None,
     remat: bool = False,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Returns the last layer's normed output x_RXD for packed rows (see `types.Batch`)."""
+    """Returns the last layer's normed output x_RXD for packed rows (see `types.Batch`), which lie on the mesh."""
     block: Any = Block(config)
     final_norm: Any = Norm(config)
     turn = rotation(config, positions_RX)
@@ -266,9 +268,8 @@ def hidden(
         tree, window = inputs
         q, k, v = block.apply(tree, x_RXD, turn, method="before")
         mask = mask_RXX & (distance_RXX < window) if config.windowed else mask_RXX
-        return block.apply(
-            tree, x_RXD, attend(config.attention, q, k, v, mask), method="after"
-        ), None
+        attended = attend(config.attention, q, k, v, mask, mesh)
+        return block.apply(tree, x_RXD, attended, method="after"), None
 
     trees = {"params": params["layers"]} | ({"lora": lora["layers"]} if lora else {})
     windows = config.windows or (FULL,) * config.layers
