@@ -375,6 +375,14 @@ class Job:
         prompts = self.config.batch.prompts
         return Sampling(stream, prompts, self.set_weights, sample, release, **self.config.overlap)
 
+    def evictions(self) -> dict[str, float]:
+        """Returns as a metric how many waiting conversations gave up their cache rows since the call before."""
+        if not self.config.environment:
+            return {}
+        counters = self.rollout.engine.counters
+        evicted, counters.evicted_rows = counters.evicted_rows, 0
+        return {"throughput/evicted_rows": evicted}
+
     def heldout_due(self, step: int) -> bool:
         """Whether the held-out tasks are evaluated after this step: at the start, the end, and every so often."""
         every = self.config.eval.every

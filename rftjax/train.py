@@ -65,7 +65,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                     sampling.begin(state, last=ends or evaluates or checkpoints.due(step))
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
-                metrics |= choice | rollout_metrics(trajectories)
+                metrics |= choice | rollout_metrics(trajectories) | job.evictions()
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
                 host = {"stream": sampling.position()}
                 results = heldout(step) if evaluates else {}

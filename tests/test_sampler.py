@@ -182,10 +182,11 @@ def test_the_order_of_opening_and_the_slot_change_no_bit(weights):
 def test_parking_changes_no_bit(weights):
     prompts = random_prompts(6)
     wanted = None
-    for parked, delay in ((6, 1), (3, 2), (0, 0)):
+    for parked, delay, evicted in ((6, 1, False), (3, 2, True), (1, 2, True), (0, 0, False)):
         engine = new_engine(weights, slots=3, parked=parked, stops=[STOP])
         found = converse(engine, prompts, turns=3, delay=delay)
         assert (engine.counters.copied_rows > 0) == (parked > 0)
+        assert (engine.counters.evicted_rows > 0) == evicted
         wanted = wanted or found
         assert found == wanted
     alone = {}
@@ -196,6 +197,19 @@ def test_parking_changes_no_bit(weights):
     for index, (tokens, _, _) in wanted.items():
         start = len(prompts[index])
         assert tokens[start : start + len(alone[index])] == alone[index]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_comes_back_from_the_hosts_memory_as_it_was(params, shape, dtype):
+    prompts = random_prompts(12)
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    found = []
+    for parked in (12, 0):
+        engine = engine_on(mesh_of(*shape), params, config, slots=4, parked=parked, stops=[STOP])
+        found.append(converse(engine, prompts, turns=3, delay=2))
+        assert (engine.counters.evicted_rows > 0) == (parked == 0)
+    assert found[0] == found[1]
 
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (2, 2, 2), (1, 2, 4)]

@@ -2,7 +2,8 @@
 
 A conversation is opened once with its prompt and then alternates between sampling a turn (`busy`) and waiting for its
 environment. Its keys and values stay on the device in between, so each token is computed once. Waiting conversations
-give their decode slot to others when there are any, and move to parked rows.
+give their decode slot to others when there are any, and move to parked rows; where those are all taken, to the host's
+memory, from which they come back as they were.
 
 The device does not wait for the host: while it works on one dispatch, the next one is already launched, with what came
 in until then, and only then the host looks at the first one's tokens. A row that ended in the first is idle in the
@@ -23,7 +24,7 @@ from rftjax import sharding
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import Settings
 from rftjax.sampler import device
-from rftjax.sampler.pool import GRANULE, Piece, Pool
+from rftjax.sampler.pool import GRANULE, Piece, Pool, Saved
 from rftjax.types import Params
 
 STOPS = 16  # room for stop ids; constant, so that their number is not a shape
@@ -65,6 +66,7 @@ class _Conversation:
     budget: int = 0  # tokens that this turn may still sample; 0 while the environment thinks
     slot: int = -1
     parked: int = -1
+    saved: Saved | None = None  # its row, in the host's memory
     given: bool = False  # the device has this turn's row and goes on with it by itself
     turn_tokens: list[int] = dataclasses.field(default_factory=list)
     turn_logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -89,6 +91,7 @@ class Counters:
     sampled_tokens: int = 0
     prefilled_tokens: int = 0
     copied_rows: int = 0
+    evicted_rows: int = 0
     dispatches: int = 0
 
 
@@ -257,7 +260,10 @@ class Engine:
                 shared, near = self._pool.nearest(conversation.group, slot, copies)
             self._pool.hold(slot, conversation.group)
             conversation.slot = slot
-            if not fresh:
+            if conversation.saved is not None:
+                self._pool.restore(slot, conversation.saved)
+                conversation.saved = None
+            elif not fresh:
                 self._pool.unpark(slot, conversation.parked)
                 self.counters.copied_rows += 1
                 self._free_parked.append(conversation.parked)
@@ -270,16 +276,18 @@ class Engine:
         return copies
 
     def _park_one(self) -> bool:
-        """Moves one conversation that waits for its environment to a parked row; false where there is none."""
-        if not self._free_parked:
-            return False
+        """Moves one conversation that waits for its environment out of its slot; false where none waits."""
         for conversation in self._open.values():
             if conversation.slot >= 0 and conversation.budget == 0:
-                row = self._free_parked.pop()
-                self._pool.park(row, conversation.slot)
-                self.counters.copied_rows += 1
+                if self._free_parked:
+                    conversation.parked = self._free_parked.pop()
+                    self._pool.park(conversation.parked, conversation.slot)
+                    self.counters.copied_rows += 1
+                else:
+                    conversation.saved = self._pool.evict(conversation.slot)
+                    self.counters.evicted_rows += 1
                 self._free.append(conversation.slot)
-                conversation.slot, conversation.parked = -1, row
+                conversation.slot = -1
                 return True
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,6 +17,7 @@ COPIES = 8  # rows a copying call moves; constant, so that it compiles once
 GRANULE = 128  # cache lengths are multiples of this
 Prompt = tuple[int, ...]
 Piece = tuple[int, int, list[int]]  # a row, the position of its first new token, and the new tokens
+Saved = list[tuple[np.ndarray, np.ndarray]]  # keys and values (K, S, C) of one row, a layer each
 
 
 class Pool:
@@ -94,6 +96,29 @@ class Pool:
         """Copies a parked row to a decoding one."""
         assert self.cache is not None
         self.cache = self._move(self.cache, self._store, [(slot, row)])
+
+    def evict(self, slot: int) -> Saved:
+        """Returns a decoding row as a copy in the host's memory, bit for bit what it holds."""
+        assert self.cache is not None
+        # One row a device is the least that a mesh can lay out; the first one is used.
+        block = device.new_cache(self.config, self.shards, self.cache[0][0].shape[2], self.mesh)
+        taken = jax.device_get(self._move(block, self.cache, [(0, slot)]))
+        return [(keys[0].copy(), values[0].copy()) for keys, values in taken]
+
+    def restore(self, slot: int, saved: Saved) -> None:
+        """Puts what `evict` returned into a decoding row."""
+        assert self.cache is not None
+
+        def place(row_KSC: np.ndarray) -> jax.Array:
+            block = np.zeros((self.shards, *row_KSC.shape), row_KSC.dtype)
+            block[0] = row_KSC
+            where = None
+            if self.mesh is not None:
+                where = sharding.cache_sharding(self.mesh, self.config.kv_heads)
+            return jax.device_put(block, where)
+
+        block = [(place(keys), place(values)) for keys, values in saved]
+        self.cache = self._move(self.cache, block, [(slot, 0)])
 
     def fill(self, params: Params, pieces: list[Piece]) -> None:
         """Computes new tokens into their rows, each in chunks of its own, whoever shares the calls."""

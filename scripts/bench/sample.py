@@ -179,6 +179,7 @@ def turns(config: Config, params: Params, flags: argparse.Namespace) -> dict[str
         "new_tokens": new,
         "prefilled_over_new": counters.prefilled_tokens / new,
         "copied_rows": counters.copied_rows,
+        "evicted_rows": counters.evicted_rows,
     }
 
 
