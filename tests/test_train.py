@@ -4,17 +4,21 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from ml_collections import ConfigDict
 
 import rftjax
 from rftjax import config as configs
 from rftjax import modes
 from rftjax.checkpoint import Checkpoints
+from rftjax.job import Job
+from rftjax.sampler.engine import Counters
 from rftjax.scoring import EvaluatorError
 
 STEPS = 4
@@ -332,6 +336,18 @@ def test_attention_that_the_devices_do_not_have_is_refused(config, tmp_path):
         config.model.attention = form
         with pytest.raises(ValueError, match=f"needs {needed}, there is cpu; set it to 'blocked'"):
             modes.run("train", config, {}, tmp_path / form, 0)
+
+
+def test_evicted_rows_are_counted_from_step_to_step(config):
+    counters = Counters(evicted_rows=3)
+    engine = types.SimpleNamespace(counters=counters)
+    rollout = types.SimpleNamespace(engine=engine)
+    environment = {"environment": "file.py:name"}
+    part = types.SimpleNamespace(config=ConfigDict(environment), rollout=rollout)
+    assert Job.evictions(part) == {"throughput/evicted_rows": 3}
+    assert Job.evictions(part) == {"throughput/evicted_rows": 0}
+    part.config.environment = ""
+    assert Job.evictions(part) == {}
 
 
 def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tmp_path):

@@ -59,29 +59,29 @@ def splash(
 ) -> jax.Array:
     """Returns what `plain` does, for tokens that attend to any, by the kernel that JAX has for TPUs (splash attention).
 
-    It leaves out the tiles of the mask that are empty, here the shared prompts' and completions' as well.
+    Empty tiles of the mask cost nothing, so a completion does not pay for its neighbours.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
     B, T, H, C = q_BTHC.shape
     K, spare = k_BTKC.shape[2], -T % TILE
-    U = T + spare
+    X = T + spare
 
     def pad(x_BTHC: jax.Array) -> jax.Array:
         return jnp.pad(x_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    def row(q_HUC: jax.Array, k_KUC: jax.Array, v_KUC: jax.Array, mask_UU: jax.Array) -> jax.Array:
-        kernel = kernels.make_splash_mqa_single_device(mask_UU[None])
+    def row(q_HXC: jax.Array, k_KXC: jax.Array, v_KXC: jax.Array, mask_XX: jax.Array) -> jax.Array:
+        kernel = kernels.make_splash_mqa_single_device(mask_XX[None])
         for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
             # The flag was made an array on the way, which cannot be asked while a function is traced.
             setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
         heads: Any = jax.vmap(jax.vmap(kernel, in_axes=(0, None, None)))
-        return heads(q_HUC.reshape(K, H // K, 1, U, C), k_KUC, v_KUC).reshape(H, U, C)
+        return heads(q_HXC.reshape(K, H // K, 1, X, C), k_KXC, v_KXC).reshape(H, X, C)
 
-    q_BHUC, k_BKUC, v_BKUC = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
+    q_BHXC, k_BKXC, v_BKXC = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
     # The kernel gives NaN for padding that attends to nothing; the others see themselves anyhow.
-    mask_BUU = jnp.pad(mask_BTT, ((0, 0), (0, spare), (0, spare))) | jnp.eye(U, dtype=bool)[None]
-    rows = [row(q_BHUC[at], k_BKUC[at], v_BKUC[at], mask_BUU[at]) for at in range(B)]
+    mask_BXX = jnp.pad(mask_BTT, ((0, 0), (0, spare), (0, spare))) | jnp.eye(X, dtype=bool)[None]
+    rows = [row(q_BHXC[at], k_BKXC[at], v_BKXC[at], mask_BXX[at]) for at in range(B)]
     return jnp.stack(rows).swapaxes(1, 2)[:, :T]
 
 
