@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import logging
 import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -381,7 +379,7 @@ class Job:
             return {}
         counters = self.rollout.engine.counters
         evicted, counters.evicted_rows = counters.evicted_rows, 0
-        return {"throughput/evicted_rows": evicted}
+        return {"throughput/evicted_rows": float(evicted)}
 
     def heldout_due(self, step: int) -> bool:
         """Whether the held-out tasks are evaluated after this step: at the start, the end, and every so often."""
@@ -471,31 +469,3 @@ def load_adapters(path: str, model: Any, alpha: float) -> Params:
     finally:
         checkpoints.close()
     return update.scale_adapters(adapters, run.lora.alpha / alpha)
-
-
-class Interruption:
-    """Notes SIGTERM and SIGINT, so that the step under way can end and be saved; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received:
-            self._restore()
-            signal.raise_signal(number)
-        self.received = True
-        log.warning("%s: the step under way ends first", signal.Signals(number).name)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()

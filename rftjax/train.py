@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rftjax.job import Interruption, Job
+from rftjax.interruption import Interruption
+from rftjax.job import Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.scoring import EvaluatorError
 from rftjax.tasks import TaskStream
