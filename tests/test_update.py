@@ -155,6 +155,17 @@ def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, shape):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    ("aggregate", "expected"), [("token_mean", 3), ("sequence_mean", 2), ("constant", 20)]
+)
+def test_the_denominator_counts_what_the_whole_step_trains_on(aggregate, expected):
+    batch = batch_of(trajectories(1, 1, 70, LENGTH))
+    sampled_BT = np.zeros((4, 5), bool)  # two of four rows are trained on
+    sampled_BT[0, 1:3] = sampled_BT[2, 4] = True
+    found = update.normalizers(batch._replace(sampled_BT=sampled_BT), aggregate, 10)
+    assert [int(value) for value in found] == [expected, 3]
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 4)])  # the heads divide over 2
 def test_the_attention_kernel_for_tpus_does_not_change_the_gradient(
     params, uneven, expected, shape, splash_on_cpu
