@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rftjax import grpo
 from rftjax.models import decoder
 from rftjax.models.decoder import Config
-from rftjax.models.distribution import GONE, Settings, adjust
+from rftjax.models.distribution import GONE, Settings, adjust, by_rows
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
 # Logits of a micro-batch that take no more bytes exist at once and are kept for the backward pass.
@@ -122,16 +122,21 @@ def log_likelihood(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[jax.Arra
 
 
 def _log_likelihood(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[tuple, tuple]:
-    top_B = jnp.max(logits_BV, axis=-1)
-    weights_BV = jnp.exp(logits_BV - top_B[:, None])
-    sum_B = jnp.sum(weights_BV, axis=-1)
-    finite_BV = jnp.where(logits_BV > GONE, logits_BV, top_B[:, None]) - top_B[:, None]
-    # Of logits measured from the largest, so that no digits are lost to their common part.
-    entropies_B = jnp.log(sum_B) - jnp.sum(weights_BV * finite_BV, axis=-1) / sum_B
-    chosen_B = jnp.take_along_axis(logits_BV, targets_B[:, None], axis=-1)[:, 0]
-    total_B = top_B + jnp.log(sum_B)
-    logprobs_B = (chosen_B - top_B) - jnp.log(sum_B)
+    logprobs_B, entropies_B, total_B = by_rows(_statistics, logits_BV, targets_B)
     return (logprobs_B, entropies_B), (logits_BV, targets_B, total_B, entropies_B)
+
+
+def _statistics(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns logprobs_B, entropies_B and the logarithm of the summed exponentials."""
+    top_B = jnp.max(logits_BV, axis=-1)
+    # Logits measured from the largest, so that no digits are lost to their common part.
+    below_BV = logits_BV - top_B[:, None]
+    weights_BV = jnp.exp(below_BV)
+    sum_B = jnp.sum(weights_BV, axis=-1)
+    # A logit of GONE adds nothing: its weight is 0, and it is finite.
+    entropies_B = jnp.log(sum_B) - jnp.sum(weights_BV * below_BV, axis=-1) / sum_B
+    chosen_B = jnp.take_along_axis(logits_BV, targets_B[:, None], axis=-1)[:, 0]
+    return (chosen_B - top_B) - jnp.log(sum_B), entropies_B, top_B + jnp.log(sum_B)
 
 
 def _log_likelihood_gradient(saved: tuple, gradients: tuple) -> tuple:
