@@ -89,8 +89,20 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
         raise ValueError(
             f"model.path={path}: GGUF files need the gguf package: pip install 'rftjax[gguf]'"
         ) from error
+
+    class Reader(gguf.GGUFReader):
+        """Reads through a plain view of the mapped file: slices of a memmap itself take three times as long."""
+
+        @property
+        def data(self) -> np.ndarray:
+            return self._view
+
+        @data.setter
+        def data(self, mapped: np.ndarray) -> None:
+            self._view = np.asarray(mapped)
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
     except Exception as error:  # the reader raises whatever NumPy meets in a damaged file
         raise ValueError(
             f"model.path={path}: not a whole GGUF file of {size_bytes} bytes ({error});"

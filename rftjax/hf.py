@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 import os
@@ -158,8 +159,8 @@ def load(
 ) -> tuple[Config, Params, dict[str, Any]]:
     """Returns config, float32 parameters and Hugging Face fields of a directory, hub name or GGUF.
 
-    `dtype` is what the model computes in. Leaves are read one after the other and handed to
-    `place(path, array)`, which puts them on devices. `init="random"` needs a config.json alone.
+    `dtype` is what the model computes in. Leaves are read one after the other, the next one while
+    `place(path, array)` puts the last on devices. `init="random"` needs a config.json alone.
     """
     put = place or (lambda _, leaf: jnp.asarray(leaf))
     fields = read_fields(path)
@@ -186,7 +187,16 @@ def load(
             f" missing: {_few(missing)}; unknown: {_few(extra)}"
         )
     leaves = ((name.path, _read_leaf(found, config, name, readers)) for name in _table(config))
-    return config, _tree((at, put(at, leaf)) for at, leaf in leaves), fields
+    return config, _tree((at, put(at, leaf)) for at, leaf in _prefetched(leaves)), fields
+
+
+def _prefetched(leaves: Iterator[Any]) -> Iterator[Any]:
+    """Yields the same; one more is read while the caller works on the last."""
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, leaves, None)
+        while (leaf := pending.result()) is not None:
+            pending = reader.submit(next, leaves, None)
+            yield leaf
 
 
 def _table(config: Config) -> list[Name]:
