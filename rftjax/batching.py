@@ -19,6 +19,20 @@ class _Row(NamedTuple):
 
     index: int  # row of the loss
     sequence: types.Sequence
+    scored: int  # tokens to train on
+
+
+class _Room(NamedTuple):
+    """What a packed row takes: tokens, and positions whose output scores one."""
+
+    tokens: int
+    scored: int
+
+    def holds(self, other: _Room) -> bool:
+        return other.tokens <= self.tokens and other.scored <= self.scored
+
+    def without(self, other: _Room) -> _Room:
+        return _Room(self.tokens - other.tokens, self.scored - other.scored)
 
 
 class _Bundle(NamedTuple):
@@ -28,8 +42,9 @@ class _Bundle(NamedTuple):
     rows: list[_Row]
 
     @property
-    def tokens(self) -> int:
-        return self.prefix + sum(len(row.sequence.tokens) - self.prefix for row in self.rows)
+    def needs(self) -> _Room:
+        tokens = self.prefix + sum(len(row.sequence.tokens) - self.prefix for row in self.rows)
+        return _Room(tokens, sum(row.scored for row in self.rows))
 
 
 def make_batch(
@@ -38,6 +53,7 @@ def make_batch(
     rows: int,
     max_length: int,
     pack_tokens: int = 512,
+    pack_scored: int = 0,
     pack_rows: int = 1,
     share_prefix: bool = True,
     mask_truncated: bool = False,
@@ -45,11 +61,11 @@ def make_batch(
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
 
-    A packed row takes `pack_tokens` tokens, or as many as the longest sequence needs; a micro-batch has `pack_rows` of
-    them. Shapes depend on the settings alone while no trajectory has several sequences and `pack_tokens` holds the
-    longest one. `mask_truncated` trains on nothing of a trajectory that a token limit cut. `lean` leaves sequences of
-    advantage 0 out of the packed rows, as those without a token to train on always are: they still count in the
-    loss's denominators, which are taken from `sampled_BT`.
+    A packed row takes `pack_tokens` tokens, or as many as the longest sequence needs, and `pack_scored` of them may be
+    trained on (0: all; see `most_scored`); a micro-batch has `pack_rows` of them. Shapes depend on the settings alone
+    while no trajectory has several sequences and both hold the longest one. `mask_truncated` trains on nothing of a
+    trajectory that a token limit cut. `lean` leaves sequences of advantage 0 out of the packed rows, as those without
+    a token to train on always are: they still count in the loss's denominators, which are taken from `sampled_BT`.
     """
     used: list[tuple[int, types.Sequence]] = []
     advantages, weights, trained = [], [], []
@@ -72,16 +88,31 @@ def make_batch(
             sampled_BT[index, :count] = sequence.sampled
         sampler_logprobs_BT[index, :count] = sequence.logprobs
         advantages_B[index], weights_B[index] = advantages[index], weights[index]
+    scored = sampled_BT.sum(axis=1).tolist()
     longest = max((len(sequence.tokens) for _, sequence in used), default=1)
-    budget = max(pack_tokens, -(-longest // 128) * 128)
+    tokens = _at_least(pack_tokens, longest)
+    room = _Room(tokens, min(tokens, _at_least(pack_scored or tokens, max(scored))))
     packed = [
-        (draw, _Row(index, sequence))
+        (draw, _Row(index, sequence, scored[index]))
         for index, (draw, sequence) in enumerate(used)
-        if sampled_BT[index].any() and not (lean and advantages[index] == 0)
+        if scored[index] and not (lean and advantages[index] == 0)
     ]
-    bundles = list(_bundles(packed, budget, share_prefix))
-    pack, count = _lay_out(bundles, budget, pack_rows, sampled_BT)
+    bundles = list(_bundles(packed, room, share_prefix))
+    pack, count = _lay_out(bundles, room, pack_rows, sampled_BT)
     return Batch(pack, np.int32(count), sampled_BT, sampler_logprobs_BT, advantages_B, weights_B)
+
+
+def most_scored(pack_tokens: int, *, prompt: int, sampled: int) -> int:
+    """Returns how many tokens of a packed row can be sampled ones at most, so that the head computes no more.
+
+    For groups whose prompts have at least `prompt` tokens and that sample at most `sampled` in all.
+    """
+    return -(-pack_tokens * sampled // (prompt + sampled))
+
+
+def _at_least(setting: int, needed: int) -> int:
+    """Returns the setting where it holds what is needed, else that in multiples of 128: few shapes."""
+    return setting if needed <= setting else -(-needed // 128) * 128
 
 
 def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) -> None:
@@ -102,9 +133,9 @@ def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) ->
 
 
 def _bundles(
-    packed: Sequence[tuple[int, _Row]], budget: int, share_prefix: bool
+    packed: Sequence[tuple[int, _Row]], room: _Room, share_prefix: bool
 ) -> Iterator[_Bundle]:
-    """Yields bundles of at most `budget` tokens: a draw's sequences with their common prefix of given tokens."""
+    """Yields bundles that fit into a row: a draw's sequences with their common prefix of given tokens."""
     draws: dict[int, list[_Row]] = {}
     for draw, row in packed:
         draws.setdefault(draw if share_prefix else row.index, []).append(row)
@@ -112,11 +143,11 @@ def _bundles(
         prefix = _common_prefix([row.sequence for row in members]) if len(members) > 1 else 0
         bundle = _Bundle(prefix, [])
         for row in members:
-            grown = bundle.tokens + len(row.sequence.tokens) - prefix
-            if bundle.rows and grown > budget:
+            grown = _Bundle(prefix, [*bundle.rows, row])
+            if bundle.rows and not room.holds(grown.needs):
                 yield bundle
-                bundle = _Bundle(prefix, [])
-            bundle.rows.append(row)
+                grown = _Bundle(prefix, [row])
+            bundle = grown
         yield bundle
 
 
@@ -133,34 +164,33 @@ def _common_prefix(sequences: Sequence[types.Sequence]) -> int:
     return limit
 
 
-def _fill(bundles: Sequence[_Bundle], budget: int) -> list[list[_Bundle]]:
-    """Returns rows of bundles of at most `budget` tokens: first fit, the longest first."""
+def _fill(bundles: Sequence[_Bundle], room: _Room) -> list[list[_Bundle]]:
+    """Returns rows of bundles that fit into them: first fit, the longest first."""
     filled: list[list[_Bundle]] = []
-    room: list[int] = []
-    for bundle in sorted(bundles, key=lambda bundle: -bundle.tokens):
-        row = next((i for i, left in enumerate(room) if bundle.tokens <= left), len(room))
-        if row == len(room):
+    left: list[_Room] = []
+    for bundle in sorted(bundles, key=lambda bundle: -bundle.needs.tokens):
+        needs = bundle.needs
+        row = next((i for i, free in enumerate(left) if free.holds(needs)), len(left))
+        if row == len(left):
             filled.append([])
-            room.append(budget)
+            left.append(room)
         filled[row].append(bundle)
-        room[row] -= bundle.tokens
+        left[row] = left[row].without(needs)
     return filled
 
 
 def _lay_out(
-    bundles: Sequence[_Bundle], budget: int, pack_rows: int, sampled_BT: np.ndarray
+    bundles: Sequence[_Bundle], room: _Room, pack_rows: int, sampled_BT: np.ndarray
 ) -> tuple[Pack, int]:
     """Returns the packed arrays with a leading micro-batch axis, and how many micro-batches hold anything."""
-    filled = _fill(bundles, budget)
+    filled = _fill(bundles, room)
     count = max(1, -(-len(filled) // pack_rows))
     # Room for one row a sequence, the most there can be: another number of rows is no other shape.
     N = max(1, -(-sampled_BT.shape[0] // pack_rows))
-    shape = (N * pack_rows, budget)
     T = sampled_BT.shape[1]
-    tokens, positions, groups, segments, sources, targets = (
-        np.zeros(shape, np.int32) for _ in range(6)
-    )
-    places = np.full(shape, types.NOWHERE, np.int32)
+    tokens, positions, groups, segments = np.zeros((4, N * pack_rows, room.tokens), np.int32)
+    sources, targets = np.zeros((2, N * pack_rows, room.scored), np.int32)
+    places = np.full(sources.shape, types.NOWHERE, np.int32)
     for row, bundles_of_row in enumerate(filled):
         at = scored = 0
         for group, bundle in enumerate(bundles_of_row, start=1):
@@ -185,4 +215,4 @@ def _lay_out(
                 places[row, scored:last] = member.index * T + prefix + picked
                 at, scored = end, last
     arrays = (tokens, positions, groups, segments, sources, targets, places)
-    return Pack(*(array.reshape(N, pack_rows, budget) for array in arrays)), count
+    return Pack(*(array.reshape(N, pack_rows, -1) for array in arrays)), count

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rftjax.types import Message
+from rftjax.types import Message, Task
 
 MARK = "8c1f0e5d7a"  # stands for an assistant's content while the text behind it is looked up
 
@@ -55,6 +55,19 @@ def render(
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
     """Returns the ids of a text without a template, with the tokenizer's own special tokens."""
     return list(tokenizer.encode(text))
+
+
+def prompt(
+    tokenizer: Any,
+    task: Task,
+    messages: list[Message] | None = None,
+    *,
+    tools: list[Any] | None = None,
+) -> list[int]:
+    """Returns the ids that the first turn of a task goes on from; `messages` are more than the task's own."""
+    if task.prompt is not None:
+        return encode_plain(tokenizer, task.prompt)
+    return render(tokenizer, messages or task.messages, generation_prompt=True, tools=tools)
 
 
 def decode(

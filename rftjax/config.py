@@ -59,6 +59,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "grpo.kl_refresh_steps grpo.dynamic_prompts "
         "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay",
     ),
+    (
+        "must be at least 0, or -1 to choose by the device",
+        lambda value: value >= -1,
+        "sampler.bridge_steps",
+    ),
     ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),
     (
@@ -238,6 +243,8 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
     if values.get("model.attention") == "cudnn" and values.get("model.dtype") == "float32":
         yield "model.attention", "must be 'blocked' or 'plain' with model.dtype='float32'"
+    if values.get("model.attention") == "cudnn" and (values.get("batch.pack_tokens") or 0) % 2:
+        yield "batch.pack_tokens", "must be even with model.attention='cudnn'"
     if (found := given("sampler.max_new_tokens", "rollout.max_length")) and found[0] >= found[1]:
         yield (
             "sampler.max_new_tokens",

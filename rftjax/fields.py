@@ -69,6 +69,7 @@ def base_config() -> ConfigDict:
                 "slots": 64,  # rows that decode at once
                 "stop": (),  # stop tokens beside the model's own, as text or ids
                 "dispatch_steps": 16,  # decode steps between two looks of the host
+                "bridge_steps": -1,  # of a short dispatch while slots are refilled; 0: none; -1: by the device
                 "prefill_rows": 8,
                 "prefill_chunk": 64,  # tokens
                 "pool": 0,  # rows of the KV cache; 0: chosen from `slots`

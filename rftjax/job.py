@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,23 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rftjax import alarms, chat, grpo, lora, metrics, optim, policy, sharding, tasks, update
+from rftjax import (
+    alarms,
+    batching,
+    chat,
+    checks,
+    grpo,
+    lora,
+    metrics,
+    optim,
+    policy,
+    sharding,
+    tasks,
+    update,
+)
 from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
+from rftjax.compilation import Compilations, compile_all
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
 from rftjax.learner import Learner, initial_reference
@@ -29,8 +44,6 @@ from rftjax.scoring import Scorer
 from rftjax.types import Params, Task, TrainState, Trajectory
 
 log = logging.getLogger(__name__)
-
-LENGTH_CHECKS = 5000  # prompts whose length is checked before anything costs time
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -94,69 +107,20 @@ def set_field(name: str) -> str:
     return "tasks.heldout" if name == MAIN else f"eval.sets[{name}]"
 
 
-def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
-    """Returns the config with `rollout.max_length` no longer than the model's context; says where it was."""
-    context = model.config.max_positions
-    if config.rollout.max_length <= context:
-        return config
-    log.warning(
-        "rollout.max_length=%d: the model's context has %d tokens, which is the limit then",
-        config.rollout.max_length,
-        context,
-    )
-    fitted = config.copy_and_resolve_references()
-    fitted.rollout.max_length = context
-    return fitted
-
-
-def check_attention(config: ConfigDict) -> None:
-    """Raises ValueError where the devices have no such attention."""
-    form = config.model.attention
-    needed = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}.get(form)
-    if needed and jax.default_backend() != needed[0]:
-        raise ValueError(
-            f"model.attention={form!r}: needs {needed[1]}, there is {jax.devices()[0].platform}; set it to 'blocked'"
-        )
-
-
-def check_lengths(
-    config: ConfigDict, model: policy.Policy, named: dict[str, list[Task]], tools: list[Any]
-) -> None:
-    """Raises ValueError listing the prompts that leave no room for an answer, out of up to 5,000 a set.
-
-    Warns where the chat template rewrites history, which costs a new sequence a turn.
-    """
-    tokenizer = model.tokenizer
-    templated = any(task.prompt is None for rows in named.values() for task in rows)
-    reason = chat.instability(tokenizer) if templated and config.rollout.max_turns > 1 else ""
-    if reason:
-        log.warning("%s; such conversations go on in a new sequence a turn", reason)
-    long = []
-    for field, rows in named.items():
-        for task in rows[:: max(1, len(rows) // LENGTH_CHECKS)]:
-            if task.prompt is not None:
-                count = len(chat.encode_plain(tokenizer, task.prompt))
-            else:
-                ids = chat.render(
-                    tokenizer, task.messages, generation_prompt=True, tools=tools or None
-                )
-                count = len(ids)
-            if count >= config.rollout.max_length:
-                long.append(f"{field}: task {task.id!r} has a prompt of {count} tokens")
-    if long:
-        raise ValueError(
-            f"rollout.max_length={config.rollout.max_length}: {len(long)} prompts leave no room for an answer;"
-            " raise it (up to the model's context) or drop the rows:\n  " + "\n  ".join(long[:20])
-        )
-
-
 def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     """Returns the sampler of the config on the model's mesh, with rows for conversations that wait where there is an
     environment."""
     section = config.sampler
     pool = section.pool or section.slots * (2 if config.environment else 1)
+    shape = model.config
+    if shape.attention == "cudnn" and config.mesh.tensor != 1:
+        # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
+        shape = dataclasses.replace(shape, attention="plain")
+    bridge = section.bridge_steps
+    if bridge < 0:
+        bridge = 0 if jax.default_backend() == "cpu" else section.dispatch_steps // 4
     return Engine(
-        model.config,
+        shape,
         slots=section.slots,
         parked=pool - section.slots,
         max_length=config.rollout.max_length,
@@ -164,6 +128,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
         seed=config.seed,
         limit=model.vocabulary,
         dispatch_steps=section.dispatch_steps,
+        bridge_steps=bridge,
         prefill_rows=section.prefill_rows,
         prefill_chunk=section.prefill_chunk,
         mesh=model.mesh,
@@ -185,6 +150,8 @@ class Job:
     mesh: jax.sharding.Mesh
     rollout: Rollout
     replicated: list[str]
+    shortest_prompt: int  # tokens, of the training tasks
+    compilations: Compilations = dataclasses.field(default_factory=Compilations)
 
     @classmethod
     def build(cls, config: ConfigDict, workdir: Path) -> Job:
@@ -202,7 +169,7 @@ class Job:
             environments = Environments(config.environment, **config.environments)
             workers.callback(environments.close)
             mesh = sharding.make_mesh(**config.mesh)
-            check_attention(config)
+            checks.check_attention(config)
             model = policy.load(
                 config.model.path,
                 dtype=config.model.dtype,
@@ -211,12 +178,14 @@ class Job:
                 init=config.model.init,
                 seed=config.seed,
             )
-            config = fit_context(config, model)
+            config = checks.fit_context(config, model)
             replicated = sharding.replicated_axes(mesh, model.params)
             for name in replicated:
                 log.warning("%s", name)
             named = {set_field(name): found for name, found in heldout.items()}
-            check_lengths(config, model, {"tasks.train": train_tasks} | named, environments.tools)
+            shortest = checks.check_lengths(
+                config, model, {"tasks.train": train_tasks} | named, environments.tools
+            )
             engine = make_engine(config, model)
             workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
@@ -232,10 +201,12 @@ class Job:
             mesh,
             rollout,
             replicated,
+            shortest,
         )
 
     def close(self) -> None:
         """Ends the worker processes."""
+        self.compilations.close()
         self.scorer.close()
         self.heldout_scorer.close()
         self.environments.close()
@@ -345,11 +316,15 @@ class Job:
     @property
     def batch_shape(self) -> dict[str, Any]:
         """What `batching.make_batch` takes beside the trajectories."""
-        section = self.config.batch
+        section, limits = self.config.batch, self.limits()
+        sampled = section.group_size * limits.max_new_tokens * limits.max_turns
         return {
             "rows": -(-section.prompts * section.group_size // self.config.grpo.minibatches),
             "max_length": self.config.rollout.max_length,
             "pack_tokens": section.pack_tokens,
+            "pack_scored": batching.most_scored(
+                section.pack_tokens, prompt=self.shortest_prompt, sampled=sampled
+            ),
             "pack_rows": section.pack_rows * sharding.row_multiple(self.mesh),
             "mask_truncated": self.config.grpo.mask_truncated,
         }
@@ -362,6 +337,24 @@ class Job:
         self.rollout.engine.set_params(weights)
         self.rollout.policy_version = int(state.step)
 
+    def compile(self, learner: Learner, state: TrainState, stream: tasks.TaskStream) -> str:
+        """Compiles what the next step calls, before anything is sampled; says how many programs and how long."""
+        began_s = time.monotonic()
+        self.set_weights(state)
+        ahead = range(stream.draw, stream.draw + self.config.batch.prompts)
+        tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
+        prompts = [chat.prompt(tokenizer, stream.task(draw), tools=tools) for draw in ahead]
+        limits = self.limits()
+        filtered = limits.top_p < 1 or limits.top_k > 0
+        engine = self.rollout.engine
+        sampling = engine.programs(max(map(len, prompts)), limits.max_new_tokens, filtered=filtered)
+        compile_all([*learner.programs(state), *sampling])
+        found = self.compilations.take()
+        return (
+            f"compiled {found['compile/programs']:.0f} programs in {time.monotonic() - began_s:.1f} s,"
+            f" {found['compile/cached']:.0f} of them from the cache"
+        )
+
     def sampling(self, stream: tasks.TaskStream) -> Sampling:
         """Returns what samples the training batches of the stream."""
 
@@ -373,13 +366,15 @@ class Job:
         prompts = self.config.batch.prompts
         return Sampling(stream, prompts, self.set_weights, sample, release, **self.config.overlap)
 
-    def evictions(self) -> dict[str, float]:
-        """Returns as a metric how many waiting conversations gave up their cache rows since the call before."""
-        if not self.config.environment:
-            return {}
-        counters = self.rollout.engine.counters
-        evicted, counters.evicted_rows = counters.evicted_rows, 0
-        return {"throughput/evicted_rows": float(evicted)}
+    def counts(self) -> dict[str, float]:
+        """Returns metrics of what happened since the last call: programs compiled, and waiting conversations that gave
+        up their cache rows."""
+        metrics = self.compilations.take()
+        if self.config.environment:
+            counters = self.rollout.engine.counters
+            metrics["throughput/evicted_rows"] = float(counters.evicted_rows)
+            counters.evicted_rows = 0
+        return metrics
 
     def heldout_due(self, step: int) -> bool:
         """Whether the held-out tasks are evaluated after this step: at the start, the end, and every so often."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from rftjax import grpo, sharding, update
 from rftjax.batching import make_batch
+from rftjax.compilation import Program
 from rftjax.reports import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
 
@@ -119,6 +120,19 @@ class Learner:
         if jax.tree.leaves(state.reference) and every and step % every == 0:
             state = state._replace(reference=copy(state.trainable, self._reference_dtype(state)))
         return state, mean_metrics(jax.device_get(made)) | skipped
+
+    def programs(self, state: TrainState) -> list[Program]:
+        """Returns the calls of a step's updates, to compile them before there are samples."""
+        batch = self._lay_out([])
+        compared = self.fields["kl_weight"] > 0
+        in_reward = compared and self.fields["kl_in_reward"]
+        many = self.fields["updates_per_batch"] * self.fields["minibatches"] > 1
+        rows_BT = batch.sampler_logprobs_BT
+        measured = rows_BT if many else None, rows_BT if compared and not in_reward else None
+        programs = [Program(self.apply, (state, batch, *measured))]
+        if many or in_reward:
+            programs.append(Program(self.score, (*update.weights(state, self.lora_scale), batch)))
+        return programs
 
     def _reference_dtype(self, state: TrainState) -> str:
         return "float32" if state.frozen else self.dtype

@@ -174,6 +174,10 @@ class Recorder:
                 log.warning("step %d: alarm %s: %s", step, name, words)
         self._progress.show(line)
 
+    def say(self, text: str) -> None:
+        """Prints a line of its own beside the progress."""
+        self._progress.say(text)
+
     @property
     def lines(self) -> Sequence[Mapping[str, Any]]:
         """The metrics of every step that was flushed, those before a resume too."""
@@ -249,6 +253,13 @@ class Progress:
         else:
             sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        self.close()
+        if not self._quiet:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
 
     def close(self) -> None:
         """Leaves the line standing, so that what is printed next starts on a new one."""

@@ -193,8 +193,9 @@ def memory(parts: Job) -> dict[str, float]:
     if model.attention == "plain":  # the others keep no scores
         width += 2 * model.heads * config.batch.pack_tokens
     kept = 1 if config.model.remat else model.layers
-    chunk = min(tokens, update.HEAD_CHUNK * config.batch.pack_rows)
-    everywhere = tokens * sharding.row_multiple(mesh)
+    scored = parts.batch_shape["pack_scored"] * config.batch.pack_rows
+    chunk = min(scored, update.HEAD_CHUNK * config.batch.pack_rows)
+    everywhere = scored * sharding.row_multiple(mesh)
     whole_logits = not config.model.remat and 4 * model.vocab * everywhere <= update.HEAD_BYTES
     kept_bytes: dict[str, float] = {} if adapters is None else {"frozen base": float(item * base)}
     if config.grpo.kl_weight > 0 and adapters is None:
@@ -205,5 +206,5 @@ def memory(parts: Job) -> dict[str, float]:
         "sampler's weights": float(item * sampler),
         f"cache of {here} rows of {config.rollout.max_length} tokens at most": float(cache),
         f"activations of {tokens} tokens": float(tokens * width * kept * item),
-        "logits": 4.0 * model.vocab * (tokens if whole_logits else chunk),
+        "logits": 4.0 * model.vocab * (scored if whole_logits else chunk),
     }

@@ -136,13 +136,8 @@ class Rollout:
         return self._continue(episode, history, turn.messages, limits, stream)
 
     def _prompt(self, trajectory: Trajectory) -> list[int]:
-        if trajectory.task.prompt is not None:
-            return chat.encode_plain(self.tokenizer, trajectory.task.prompt)
-        return self._render(trajectory)
-
-    def _render(self, trajectory: Trajectory) -> list[int]:
         tools = self.environments.tools or None
-        return chat.render(self.tokenizer, trajectory.messages, generation_prompt=True, tools=tools)
+        return chat.prompt(self.tokenizer, trajectory.task, trajectory.messages, tools=tools)
 
     def _open(self, episode: _Episode, prompt: list[int], limits: Limits, stream: int) -> str:
         """Starts a token sequence with a prompt."""
@@ -183,7 +178,7 @@ class Rollout:
             except chat.ChatTemplateError:
                 self.engine.close(episode.key)
                 episode.open = False
-                return self._open(episode, self._render(episode.trajectory), limits, stream)
+                return self._open(episode, self._prompt(episode.trajectory), limits, stream)
         room = self.engine.max_length - len(sequence.tokens) - len(tokens)
         if room < 1 or not tokens:
             return "length"

@@ -37,6 +37,9 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         recorder = job.recorder(start)
         sampling = job.sampling(stream)
         last = min(config.steps, stop_after or config.steps)
+        if start < last:
+            with recorder.time("startup", in_step=False):
+                recorder.say(job.compile(learner, state, stream))
 
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
@@ -66,7 +69,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                     sampling.begin(state, last=ends or evaluates or checkpoints.due(step))
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
-                metrics |= choice | rollout_metrics(trajectories) | job.evictions()
+                metrics |= choice | rollout_metrics(trajectories) | job.counts()
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
                 host = {"stream": sampling.position()}
                 results = heldout(step) if evaluates else {}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rftjax.batching import make_batch
+from rftjax.batching import make_batch, most_scored
 from rftjax.types import NOWHERE, Score, Sequence, Task, Trajectory
 
 EOS = 0  # the id that arrays are padded with, on purpose
@@ -147,3 +147,42 @@ def test_no_valid_sample_at_all_gives_a_batch_of_padding():
     batch = make_batch([], rows=4, max_length=8)
     assert batch.sampled_BT.shape == (4, 8) and not batch.sampled_BT.any()
     assert not scored_tokens(batch)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_row_scores_no_more_than_it_has_room_for(share_prefix):
+    rng = np.random.default_rng(4)
+    made = [
+        trajectory(draw, sample, [draw + 1] * 6, rng.integers(1, 60, rng.integers(1, 21)).tolist())
+        for draw in range(6)
+        for sample in range(4)
+    ]
+    settings = {"rows": 24, "max_length": 32, "pack_tokens": 128, "share_prefix": share_prefix}
+    wide = make_batch(made, **settings)
+    narrow = make_batch(made, pack_scored=40, **settings)
+    assert wide.pack.sources_RM.shape[-1] == 128
+    assert narrow.pack.sources_RM.shape == narrow.pack.targets_RM.shape == (24, 1, 40)
+    assert narrow.pack.tokens_RX.shape == wide.pack.tokens_RX.shape
+    assert narrow.micro_batches >= -(-int(narrow.sampled_BT.sum()) // 40) > 1
+    assert scored_tokens(narrow) == scored_tokens(wide)
+
+
+def test_the_most_that_a_row_scores_leaves_the_packing_as_it_is():
+    made = [
+        trajectory(draw, sample, list(range(1, 9 + draw % 2)), [7] * 5)
+        for draw in range(5)
+        for sample in range(4)
+    ]
+    settings = {"rows": 20, "max_length": 32, "pack_tokens": 64}
+    room = most_scored(64, prompt=8, sampled=4 * 5)
+    assert room == 46
+    wide, narrow = make_batch(made, **settings), make_batch(made, pack_scored=room, **settings)
+    assert wide.micro_batches == narrow.micro_batches
+    np.testing.assert_array_equal(wide.pack.tokens_RX, narrow.pack.tokens_RX)
+
+
+def test_a_sequence_that_scores_more_than_a_row_has_room_for_makes_all_rows_wider():
+    one = trajectory(0, 0, [1, 2], [3] * 50)
+    batch = make_batch([one], rows=1, max_length=64, pack_tokens=128, pack_scored=40)
+    assert batch.pack.sources_RM.shape[-1] == 128
+    assert len(scored_tokens(batch)[0]) == 50

@@ -348,7 +348,11 @@ def run(config, workdir, stop_after=0):
     modes.run("train", config, {}, workdir, stop_after)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: x for name, x in line.items() if not name.startswith(("time/", "throughput/"))}
+        {
+            name: x
+            for name, x in line.items()
+            if not name.startswith(("time/", "compile/", "throughput/"))
+        }
         for line in lines
     ]
 

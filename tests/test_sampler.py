@@ -264,8 +264,8 @@ def test_no_device_computes_or_fetches_the_rows_of_others(params):
         given_B, stops_E = np.zeros(32, bool), np.zeros(16, np.int32)
         cache = device.new_cache(CONFIG, 32, 256, mesh)
         return device.decode.lower(
-            CONFIG, engine._params, cache, rows, rows, given_B, stops_E, np.uint32(0), np.int32(0),
-            steps=16, filtered=False, limit=0, mesh=mesh,
+            CONFIG, engine._params, cache, rows, rows, given_B, stops_E, np.uint32(0), np.int32(16),
+            np.int32(0), steps=16, filtered=False, limit=0, mesh=mesh,
         ).compile()  # fmt: skip
 
     alone, shared = decode_of(mesh_of(1, 1, 1)), decode_of(mesh_of(4, 2, 1))
@@ -392,13 +392,33 @@ def test_the_next_dispatch_is_under_way_before_the_last_one_is_looked_at(weights
     assert not engine.busy and engine.counters.decode_steps == 10
 
 
+@pytest.mark.parametrize("parked", [0, 3])
+def test_a_bridge_is_under_way_while_slots_are_refilled_and_changes_no_token(weights, parked):
+    prompts = random_prompts(9)
+    settings = {"stops": [STOP], "dispatch_steps": 8, "parked": parked}
+    expected = converse(new_engine(weights, slots=3, **settings), prompts, turns=3)
+    engine = new_engine(weights, slots=3, bridge_steps=2, **settings)
+    assert converse(engine, prompts, turns=3) == expected
+
+    engine = new_engine(weights, slots=3, bridge_steps=2, **settings)
+    open_all(engine, prompts, budget=20)
+    flights = []
+    while engine._queue or not flights:
+        for turn in engine.step():
+            engine.close(turn.key)
+        assert engine._flight is not None  # the device goes on while the host looks
+        flights.append(engine._flight.most)
+    assert flights[:3] == [2, 8, 2]
+
+
+@pytest.mark.parametrize("bridge", [0, 1])
 @pytest.mark.parametrize("steps", [3, 16])
-def test_a_conversation_closed_while_it_samples_leaves_nothing_behind(weights, steps):
+def test_a_conversation_closed_while_it_samples_leaves_nothing_behind(weights, steps, bridge):
     prompts = random_prompts(4)
     alone = new_engine(weights, dispatch_steps=steps)
     open_all(alone, prompts, budget=30)
     expected = finish(alone)
-    engine = new_engine(weights, slots=2, dispatch_steps=steps)
+    engine = new_engine(weights, slots=2, dispatch_steps=steps, bridge_steps=bridge)
     sampling = [Sampling((0, *divmod(index, 2))) for index in range(4)]
     for index in (0, 1):
         engine.open(divmod(index, 2), prompts[index], 60, sampling[index])

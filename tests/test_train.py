@@ -136,7 +136,7 @@ def without_times(lines):
         {
             name: value
             for name, value in line.items()
-            if not name.startswith(("time/", "throughput/"))
+            if not name.startswith(("time/", "compile/", "throughput/"))
         }
         for line in lines
     ]
@@ -343,11 +343,14 @@ def test_evicted_rows_are_counted_from_step_to_step(config):
     engine = types.SimpleNamespace(counters=counters)
     rollout = types.SimpleNamespace(engine=engine)
     environment = {"environment": "file.py:name"}
-    part = types.SimpleNamespace(config=ConfigDict(environment), rollout=rollout)
-    assert Job.evictions(part) == {"throughput/evicted_rows": 3}
-    assert Job.evictions(part) == {"throughput/evicted_rows": 0}
+    compilations = types.SimpleNamespace(take=lambda: {"compile/programs": 1.0})
+    part = types.SimpleNamespace(
+        config=ConfigDict(environment), rollout=rollout, compilations=compilations
+    )
+    assert Job.counts(part) == {"compile/programs": 1.0, "throughput/evicted_rows": 3}
+    assert Job.counts(part) == {"compile/programs": 1.0, "throughput/evicted_rows": 0}
     part.config.environment = ""
-    assert Job.evictions(part) == {}
+    assert Job.counts(part) == {"compile/programs": 1.0}
 
 
 def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tmp_path):
@@ -358,3 +361,37 @@ def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tm
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "error:" in out and "optim.lr" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_compiles_nothing_that_was_not_compiled_before_it(
+    config, tmp_path, monkeypatch, updates
+):
+    """But for calls of a few instructions outside of jitted functions."""
+    compiled, steps = [], []
+
+    def note(event, duration_secs, **facts):
+        if event.endswith("backend_compile_duration") and steps:
+            compiled.append(facts.get("fun_name", ""))
+
+    compile = Job.compile
+
+    def compile_and_note(*arguments):
+        said = compile(*arguments)
+        steps.append(said)
+        return said
+
+    monkeypatch.setattr(Job, "compile", compile_and_note)
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        one = config.copy_and_resolve_references()
+        one.eval.every, one.steps, one.export = 0, 2, False
+        one.grpo.updates_per_batch, one.grpo.kl_weight = updates, 0.1 * (updates - 1)
+        modes.run("train", one, {}, tmp_path, 0)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert len(steps) == 1 and steps[0].startswith("compiled ")
+    large = ("update", "score", "decode", "prefill", "copy_rows", "sampler_params", "idle_rows")
+    assert not [name for name in compiled if any(one in name for one in large)]
+    assert all(line["compile/programs"] >= 0 for line in lines_of(tmp_path))

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax import sharding
+from rftjax.models.cached import attend
 from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
-from rftjax.models.distribution import Settings, adjust, draw, uniforms
+from rftjax.models.distribution import Settings, adjust, by_rows, draw, uniforms
 from rftjax.types import Params
 
 Cache = list[tuple[jax.Array, jax.Array]]
@@ -146,19 +147,6 @@ def copy_rows(
     return _pin_cache(run(cache, source, to_B, from_B), mesh)
 
 
-def _attend(
-    q_BTHC: jax.Array, keys_BKSC: jax.Array, values_BKSC: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    B, T, H, C = q_BTHC.shape
-    K = keys_BKSC.shape[1]
-    q_BKGTC = (q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BTS[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values_BKSC.dtype)
-    attended = jnp.einsum("BKGTS,BKSC->BKGTC", weights, values_BKSC)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
-
-
 def _layers(
     config: Config,
     params: Params,
@@ -174,9 +162,7 @@ def _layers(
     block: Any = Block(config)
     turn = rotation(config, positions_BT)
     x_BTD = embed(config, params, tokens_BT)
-    length = cache[0][0].shape[2]
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
-    back_BTS = positions_BT[:, :, None] - jnp.arange(length)[None, None, :]
 
     @jax.jit  # traced once for all layers
     def layer(tree: Params, x_BTD: jax.Array, cached: tuple, window: Any) -> tuple:
@@ -186,8 +172,7 @@ def _layers(
         written = keys, values
         if rows_B is not None:
             keys, values = keys[rows_B], values[rows_B]
-        mask_BTS = (back_BTS >= 0) & (back_BTS < window)
-        attended = _attend(q, keys, values, mask_BTS)
+        attended = attend(config.attention, q, keys, values, positions_BT, window)
         return block.apply(tree, x_BTD, attended, method="after"), written
 
     written = []
@@ -239,6 +224,7 @@ def decode(
     given_B: jax.Array,
     stops_E: jax.Array,
     seed: jax.Array,
+    most: jax.Array,
     enough: jax.Array,
     *,
     steps: int,
@@ -246,31 +232,32 @@ def decode(
     limit: int,
     mesh: Mesh | None = None,
 ) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
-    """Samples up to `steps` tokens a row; returns cache, rows, tokens_BT (-1: none), logprobs_BT and steps taken.
+    """Samples up to `most` (of `steps`) tokens a row; returns cache, rows, tokens_BT (-1: none), logprobs_BT and the
+    steps taken.
 
     `rows` are those that the call before returned, but where `given_B` is true those of `given`. A row goes idle after
     a stop token or at the end of its budget. The dispatch ends early when no more than `enough` rows are still active.
     """
 
-    def run(params, cache, rows, given, given_B, stops_E, seed, enough) -> tuple:
+    def run(params, cache, rows, given, given_B, stops_E, seed, most, enough) -> tuple:
         rows = jax.tree.map(
             lambda new, old: jnp.where(given_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old),
             given,
             rows,
         )
         return _decode(
-            config, params, cache, rows, stops_E, seed, enough,
+            config, params, cache, rows, stops_E, seed, most, enough,
             steps=steps, filtered=filtered, limit=limit, mesh=mesh,
         )  # fmt: skip
 
     run = sharding.over_rows(
         mesh,
         run,
-        (False, True, True, True, True, False, False, False),
+        (False, True, True, True, True, False, False, False, False),
         (True, True, True, True, False),
     )
     cache, rows, tokens_BT, logprobs_BT, taken = run(
-        params, cache, rows, given, given_B, stops_E, seed, enough
+        params, cache, rows, given, given_B, stops_E, seed, most, enough
     )
     return _pin_cache(cache, mesh), _pin_rows(rows, mesh), tokens_BT, logprobs_BT, taken
 
@@ -282,6 +269,7 @@ def _decode(
     rows: Rows,
     stops_E: jax.Array,
     seed: jax.Array,
+    most: jax.Array,
     enough: jax.Array,
     *,
     steps: int,
@@ -300,7 +288,11 @@ def _decode(
 
     def going(carry) -> jax.Array:
         *_, step, active = carry
-        return (step < steps) & (active > enough)
+        return (step < most) & (active > enough)
+
+    def choose(logits_BV: jax.Array, uniform_B: jax.Array, settings: Settings) -> tuple:
+        adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit)
+        return draw(adjusted_BV, uniform_B, settings.temperature_B)
 
     def step_once(carry):
         cache, rows, tokens_BT, logprobs_BT, step, _ = carry
@@ -308,11 +300,9 @@ def _decode(
         positions_B1 = jnp.where(active_B, rows.position_B, far)[:, None]
         x_B1D, cache = _layers(config, params, cache, rows.token_B[:, None], positions_B1, None)
         x_BD = final_norm.apply({"params": params["final_norm"]}, x_B1D[:, 0])
-        adjusted_BV = adjust(
-            logits(config, params, x_BD), rows.settings, filtered=filtered, limit=limit
-        )
         uniform_B = uniforms(seed, rows.noise_B3, rows.position_B + 1)
-        ids_B, chosen_B = draw(adjusted_BV, uniform_B, rows.settings.temperature_B)
+        logits_BV = logits(config, params, x_BD)
+        ids_B, chosen_B = by_rows(choose, logits_BV, uniform_B, rows.settings)
         stopped_B = jnp.any(ids_B[:, None] == stops_E[None, :], axis=-1)
         budget_B = jnp.where(stopped_B | ~active_B, 0, rows.budget_B - 1)
         tokens_BT = tokens_BT.at[:, step].set(jnp.where(active_B, ids_B, -1))

@@ -7,7 +7,8 @@ memory, from which they come back as they were.
 
 The device does not wait for the host: while it works on one dispatch, the next one is already launched, with what came
 in until then, and only then the host looks at the first one's tokens. A row that ended in the first is idle in the
-second. Only where conversations wait for a slot does the host look first, to give them the slots that came free.
+second. Where conversations wait for a slot that is a waste, so the second is a short one then, a bridge of a few steps
+until the host has given them the slots that came free; without a bridge the host looks first and the device waits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rftjax import sharding
+from rftjax.compilation import Program
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import Settings
 from rftjax.sampler import device
@@ -77,6 +79,7 @@ class _Flight:
     """A dispatch that the device works on: the conversations it runs with their slots, and what it will return."""
 
     running: list[tuple[_Conversation, int]]
+    most: int  # steps
     enough: int
     tokens_BT: jax.Array
     logprobs_BT: jax.Array
@@ -99,8 +102,9 @@ class Engine:
     """Schedules conversations over `slots` decoding rows and `parked` waiting ones.
 
     `limit` is the number of ids that may be sampled (0: the whole vocabulary). `max_length` bounds every conversation,
-    in tokens. The same seed, weights and noise keys give the same tokens whatever the order of arrival or the slot.
-    With a mesh, its devices share out the rows; both counts of rows are rounded up to a multiple of theirs.
+    in tokens; `dispatch_steps` and `bridge_steps` (0: none) are decode steps of a call. The same seed, weights and
+    noise keys give the same tokens whatever the order of arrival or the slot. With a mesh, its devices share out the
+    rows; both counts of rows are rounded up to a multiple of theirs.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Engine:
         seed: int = 0,
         limit: int = 0,
         dispatch_steps: int = 16,
+        bridge_steps: int = 0,
         prefill_rows: int = 8,
         prefill_chunk: int = 64,
         mesh: Mesh | None = None,
@@ -123,7 +128,8 @@ class Engine:
         shards = sharding.row_multiple(mesh)
         slots, parked = (-(-count // shards) * shards for count in (slots, parked))
         self.config, self.slots, self.max_length = config, slots, max_length
-        self.limit, self.steps, self.mesh = limit, dispatch_steps, mesh
+        self.limit, self.mesh = limit, mesh
+        self.steps, self.bridge = dispatch_steps, min(bridge_steps, dispatch_steps)
         self.stops = set(stops)
         self.counters = Counters()
         self._stops_E = jnp.asarray(list(stops) + [-2] * (STOPS - len(stops)), jnp.int32)
@@ -161,6 +167,13 @@ class Engine:
         """Frees the cache, for whoever needs the memory between two rounds of sampling."""
         assert not self._open, "conversations are open"
         self._reset()
+
+    def programs(self, prompt: int, budget: int, *, filtered: bool = False) -> list[Program]:
+        """Returns the calls that sampling begins with, to compile them before: for prompts of up to `prompt` tokens
+        and turns of up to `budget`."""
+        assert self._params is not None, "set_params comes first"
+        self._pool.reserve(min(prompt + min(budget, self._ahead), self.max_length))
+        return [self._decode([], self.steps, 0, filtered), *self._pool.programs(self._params)]
 
     def open(self, key: Key, tokens: list[int], budget: int, sampling: Sampling) -> None:
         """Starts a conversation: its first turn samples up to `budget` tokens after the prompt's.
@@ -221,13 +234,12 @@ class Engine:
         if not running:
             self._flight = None  # its rows are idle
             return []
-        # What lies in the air may have sampled `steps` more than is known here.
-        ahead = max(GRANULE, 2 * self.steps)
-        self._pool.reserve(max(len(c.tokens) + min(c.budget, ahead) for c in running))
+        self._pool.reserve(max(len(c.tokens) + min(c.budget, self._ahead) for c in running))
         self._fill(running, copies)
-        flight = self._flight or self._launch(running)
+        flight = self._flight or self._launch(running, self.steps)
         left = [c for c in running if not self._surely_ends(c, flight)]
-        self._flight = self._launch(left) if left and not self._queue else None
+        most = self._steps_behind(flight)
+        self._flight = self._launch(left, most) if left and most else None
         return self._land(flight)
 
     def _admit(self) -> dict[int, int]:
@@ -310,10 +322,32 @@ class Engine:
 
     def _surely_ends(self, c: _Conversation, flight: _Flight) -> bool:
         """Whether the flight samples all that the turn may have."""
-        return c.given and flight.enough == 0 and c.budget <= self.steps
+        return c.given and flight.enough == 0 and c.budget <= flight.most
 
-    def _launch(self, running: list[_Conversation]) -> _Flight:
-        """Starts one dispatch; the host gives it the rows that are new or abandoned, the device has the others."""
+    def _steps_behind(self, flight: _Flight) -> int:
+        """How many steps the next dispatch takes if it is launched before the host has looked at this one."""
+        if not self._queue:
+            return self.steps
+        return self.steps if flight.most < self.steps else self.bridge
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens that a row has room for beyond those known here; what lies in the air may have sampled `steps`."""
+        return max(GRANULE, 2 * self.steps)
+
+    def _launch(self, running: list[_Conversation], most: int) -> _Flight:
+        """Starts one dispatch of at most so many steps."""
+        # With others waiting, a dispatch ends once an eighth of its rows is idle instead of decoding for the few left.
+        enough = len(running) * 7 // 8 if self._queue else 0
+        filtered = any(c.sampling.filtered for c in running)
+        call = self._decode(running, most, enough, filtered)
+        self._pool.cache, self._rows, *sampled = call.run()
+        return _Flight([(c, c.slot) for c in running], most, enough, *sampled)
+
+    def _decode(
+        self, running: list[_Conversation], most: int, enough: int, filtered: bool
+    ) -> Program:
+        """Returns a dispatch; the host gives it the rows that are new or abandoned, the device has the others."""
         B = self.slots
         given_B = np.zeros(B, bool)
         token_B, position_B, budget_B = (np.zeros(B, np.int32) for _ in range(3))
@@ -332,9 +366,7 @@ class Engine:
         given = device.Rows(
             token_B, position_B, budget_B, noise_B3, Settings(temperature_B, top_p_B, top_k_B)
         )
-        # With others waiting, a dispatch ends once an eighth of its rows is idle instead of decoding for the few left.
-        enough = len(running) * 7 // 8 if self._queue else 0
-        self._pool.cache, self._rows, tokens_BT, logprobs_BT, steps = device.decode(
+        arguments = (
             self.config,
             self._params,
             self._pool.cache,
@@ -343,14 +375,11 @@ class Engine:
             given_B,
             self._stops_E,
             self._seed,
+            np.int32(most),
             np.int32(enough),
-            steps=self.steps,
-            filtered=any(c.sampling.filtered for c in running),
-            limit=self.limit,
-            mesh=self.mesh,
         )
-        slots = [(c, c.slot) for c in running]
-        return _Flight(slots, enough, tokens_BT, logprobs_BT, steps)
+        settings = {"steps": self.steps, "filtered": filtered, "limit": self.limit}
+        return Program(device.decode, arguments, settings | {"mesh": self.mesh})
 
     def _land(self, flight: _Flight) -> list[SampledTurn]:
         """Waits for a dispatch and takes its tokens; returns the turns that it ended."""

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rftjax import sharding
+from rftjax.compilation import Program
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.types import Params
@@ -145,6 +146,19 @@ class Pool:
                 count_B,
                 mesh=self.mesh,
             )
+
+    def programs(self, params: Params) -> list[Program]:
+        """Returns the calls that fill rows and copy them, as they are made on a cache of today's length."""
+        B, mesh = self.shards * self.rows, self.mesh
+        nothing_B = np.zeros(B, np.int32)
+        tokens_BT = np.zeros((B, self.chunk), np.int32)
+        filling = (self.config, params, self.cache, nothing_B, tokens_BT, nothing_B, nothing_B)
+        copying = (self.cache, None, np.zeros(COPIES, np.int32), np.zeros(COPIES, np.int32))
+        settings = {"mesh": mesh}
+        return [
+            Program(device.prefill, filling, settings),
+            Program(device.copy_rows, copying, settings),
+        ]
 
     def _sized(self, cache: device.Cache | None, rows: int, length: int) -> device.Cache:
         if cache is None:

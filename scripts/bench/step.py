@@ -20,7 +20,7 @@ import numpy as np
 import workload
 
 from rftjax import grpo, optim, update
-from rftjax.batching import make_batch
+from rftjax.batching import make_batch, most_scored
 from rftjax.models.decoder import Config
 from rftjax.sampler.engine import Engine
 from rftjax.types import Params, TrainState, Trajectory
@@ -94,6 +94,9 @@ def one_step(
         rows=flags.prompts * flags.group,
         max_length=flags.prompt_tokens + flags.new_tokens,
         pack_tokens=pack_tokens(flags),
+        pack_scored=most_scored(
+            pack_tokens(flags), prompt=flags.prompt_tokens, sampled=flags.group * flags.new_tokens
+        ),
         pack_rows=flags.pack_rows,
     )
     state, metrics = step(state, batch)

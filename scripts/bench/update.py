@@ -19,7 +19,7 @@ import numpy as np
 import step as whole_step
 import workload
 
-from rftjax.batching import make_batch
+from rftjax.batching import make_batch, most_scored
 from rftjax.models.decoder import Config
 from rftjax.types import Batch, TrainState
 
@@ -37,11 +37,15 @@ def random_batch(config: Config, flags: argparse.Namespace, *, packed: bool) -> 
     whole_step.set_advantages(trajectories)
     length = flags.prompt_tokens + flags.new_tokens
     budget = whole_step.pack_tokens(flags)
+    tokens, sampled = (
+        (budget, flags.group * flags.new_tokens) if packed else (length, flags.new_tokens)
+    )
     return make_batch(
         trajectories,
         rows=flags.prompts * flags.group,
         max_length=length,
-        pack_tokens=budget if packed else length,
+        pack_tokens=tokens,
+        pack_scored=most_scored(tokens, prompt=flags.prompt_tokens, sampled=sampled),
         pack_rows=flags.pack_rows if packed else max(1, flags.pack_rows * budget // length),
         share_prefix=packed,
     )

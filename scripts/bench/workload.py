@@ -103,6 +103,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the sampler's flags, with the spec's defaults."""
     parser.add_argument("--slots", type=int, default=64, help="rows that decode at once")
     parser.add_argument("--dispatch_steps", type=int, default=16)
+    parser.add_argument("--bridge_steps", type=int, default=0, help="0: none")
     parser.add_argument("--prefill_rows", type=int, default=8)
     parser.add_argument("--prefill_chunk", type=int, default=64)
 
@@ -129,6 +130,7 @@ def make_engine(
         max_length=max_length,
         seed=flags.seed,
         dispatch_steps=flags.dispatch_steps,
+        bridge_steps=flags.bridge_steps,
         prefill_rows=flags.prefill_rows,
         prefill_chunk=flags.prefill_chunk,
     )

@@ -1,0 +1,133 @@
+"""Attention of new tokens over a KV cache: plain, or on NVIDIA GPUs cuDNN's for prompts and a kernel for decoding."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rftjax.models import attention
+
+TILE = 64  # cache positions that the kernel looks at together
+LEAST = 16  # query heads a product takes at least
+
+
+def attend(
+    form: str,
+    q_BTHC: jax.Array,
+    keys_BKSC: jax.Array,
+    values_BKSC: jax.Array,
+    positions_BT: jax.Array,
+    window: Any,
+) -> jax.Array:
+    """Returns attended values (B, T, H, C): a token at position p sees those of its row from p - window + 1 to p.
+
+    `form` is one of `attention.FORMS`; all but cudnn are the same here. What a token beyond the cache gets is not used.
+    """
+    if form == "cudnn" and q_BTHC.shape[1] == 1 and suits(keys_BKSC):
+        return single(q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window)[:, None]
+    back_BTS = positions_BT[:, :, None] - jnp.arange(keys_BKSC.shape[2])[None, None, :]
+    mask_BTS = (back_BTS >= 0) & (back_BTS < window)
+    if form == "cudnn":
+        return attention.cudnn(
+            q_BTHC, keys_BKSC.swapaxes(1, 2), values_BKSC.swapaxes(1, 2), mask_BTS
+        )
+    return plain(q_BTHC, keys_BKSC, values_BKSC, mask_BTS)
+
+
+def plain(
+    q_BTHC: jax.Array, keys_BKSC: jax.Array, values_BKSC: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Returns attended values by two products, the form that the others are compared with."""
+    B, T, H, C = q_BTHC.shape
+    K = keys_BKSC.shape[1]
+    q_BKGTC = (q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTS[:, None, None], scores, attention.FLOOR)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values_BKSC.dtype)
+    attended = jnp.einsum("BKGTS,BKSC->BKGTC", weights, values_BKSC)
+    return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
+
+
+def suits(keys_BKSC: jax.Array) -> bool:
+    """Whether the kernel takes such a cache: its tiles have sides that are powers of two."""
+    S, C = keys_BKSC.shape[2:]
+    return S % TILE == 0 and C >= 16 and C & (C - 1) == 0
+
+
+def single(
+    q_BHC: jax.Array,
+    keys_BKSC: jax.Array,
+    values_BKSC: jax.Array,
+    position_B: jax.Array,
+    window: Any,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns attended values (B, H, C) of one token a row, which reads no more of the cache than it sees.
+
+    One program a row and key head, over tiles of positions with a running maximum and sum (Dao et al. 2022), written in
+    Pallas for Triton. `interpret` runs it step by step on any device.
+    """
+    from jax.experimental import pallas
+    from jax.experimental.pallas import triton
+
+    B, H, C = q_BHC.shape
+    K, S = keys_BKSC.shape[1:3]
+    G = H // K
+    end_B = jnp.minimum(position_B + 1, S).astype(jnp.int32)
+    start_B = jnp.maximum(position_B + 1 - window, 0).astype(jnp.int32)
+    # Query heads of a key head side by side, filled up to what a product takes.
+    spare = max(LEAST, 1 << (G - 1).bit_length()) - G
+    q_BKGC = jnp.pad(q_BHC.reshape(B, K, G, C), ((0, 0), (0, 0), (0, spare), (0, 0)))
+
+    def heads(rows: int) -> Any:
+        return pallas.BlockSpec((None, None, rows, C), lambda row, head: (row, head, 0, 0))
+
+    one = pallas.BlockSpec((1,), lambda row, head: (row,))
+    attended = pallas.pallas_call(
+        functools.partial(_kernel, scale=C**-0.5),
+        grid=(B, K),
+        in_specs=[one, one, heads(G + spare), heads(S), heads(S)],
+        out_specs=heads(G + spare),
+        out_shape=jax.ShapeDtypeStruct(q_BKGC.shape, q_BHC.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="decode_attention",
+    )(start_B, end_B, q_BKGC, keys_BKSC, values_BKSC)
+    return attended[:, :, :G].reshape(B, H, C)
+
+
+def _kernel(
+    start: Any, end: Any, query: Any, keys: Any, values: Any, attended: Any, *, scale: float
+) -> None:
+    """Computes one row's query heads of one key head; the arguments are references to memory."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import triton
+
+    first, behind = start[0], end[0]
+    q = query[...]
+
+    def tile(index: Any, carry: tuple) -> tuple:
+        top, total, output = carry
+        at = index * TILE
+        found = pallas.ds(at, TILE)
+        places = at + jnp.arange(TILE)
+        scores = triton.dot(q, keys[found, :].T).astype(jnp.float32) * scale
+        scores = jnp.where(
+            ((places >= first) & (places < behind))[None, :], scores, attention.FLOOR
+        )
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.exp(scores - new_top[:, None])
+        fading = jnp.exp(top - new_top)
+        product = triton.dot(weights.astype(q.dtype), values[found, :]).astype(jnp.float32)
+        total = total * fading + jnp.sum(weights, axis=1)
+        return new_top, total, output * fading[:, None] + product
+
+    rows = q.shape[0]
+    nothing = jnp.full(rows, attention.FLOOR), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
+    tiles = (behind + TILE - 1) // TILE
+    _, total, output = jax.lax.fori_loop(first // TILE, tiles, tile, nothing)
+    attended[...] = (output / total[:, None]).astype(q.dtype)

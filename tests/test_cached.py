@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from rftjax.models import attention, cached
+
+FULL = 1 << 30
+
+
+def inputs(T, heads, C, dtype="float32", S=256):
+    """Queries of six rows at the edges of the kernel's tiles, and two key heads."""
+    rng = np.random.default_rng(T)
+    q = jnp.asarray(rng.normal(size=(6, T, heads, C)), dtype)
+    keys, values = (jnp.asarray(rng.normal(size=(6, 2, S, C)), dtype) for _ in range(2))
+    first = np.asarray([0, 5, cached.TILE - 1, cached.TILE, S - T, S // 2])
+    return q, keys, values, jnp.asarray(first[:, None] + np.arange(T), jnp.int32)
+
+
+def masked(positions, window, S=256):
+    back = positions[:, :, None] - np.arange(S)
+    return (back >= 0) & (back < window)
+
+
+@pytest.mark.parametrize("window", [10, 100, FULL])
+@pytest.mark.parametrize(
+    ("heads", "dtype", "bound"),
+    [(2, "float32", 1e-6), (14, "float32", 1e-6), (6, "bfloat16", 1e-2)],
+)
+def test_the_decoding_kernel_gives_what_the_plain_form_gives(heads, dtype, bound, window):
+    q, keys, values, positions = inputs(1, heads, 32, dtype)
+    wanted = cached.attend("plain", q, keys, values, positions, window)
+    # What a row does not see is not read into its result.
+    seen = jnp.asarray(masked(np.asarray(positions), window))[:, 0, None, :, None]
+    spoilt = [jnp.where(seen, x, jnp.asarray(1e4, dtype)) for x in (keys, values)]
+    found = cached.single(q[:, 0], *spoilt, positions[:, 0], window, interpret=True)
+    assert found.dtype == q.dtype
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), wanted[:, 0].astype(jnp.float32), atol=bound
+    )
+
+
+def test_a_row_beyond_the_cache_gets_numbers():
+    q, keys, values, positions = inputs(1, 6, 32)
+    found = cached.single(q[:, 0], keys, values, positions[:, 0] + 256, FULL, interpret=True)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("window", [10, FULL])
+def test_prompts_are_given_to_the_library_as_the_plain_form_has_them(window, monkeypatch):
+    # The same call as on a GPU, computed by what JAX has for any device.
+    monkeypatch.setattr(attention, "CUDNN", "xla")
+    q, keys, values, positions = inputs(16, 6, 8)
+    found = cached.attend("cudnn", q, keys, values, positions, window)
+    wanted = cached.attend("blocked", q, keys, values, positions, window)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+@pytest.mark.parametrize(("heads", "C"), [(14, 64), (12, 128)])
+def test_decoding_on_an_nvidia_gpu_is_one_kernel(heads, C):
+    device = AbstractDevice("NVIDIA H100", None, "gpu")
+    mesh = AbstractMesh((1,), ("one",), abstract_device=device)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(1, heads, C, "bfloat16")]
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda *given: cached.attend("cudnn", *given, FULL)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton") == 1 and "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize(
+    ("C", "S", "suits"), [(64, 256, True), (80, 256, False), (64, 100, False), (8, 128, False)]
+)
+def test_the_kernel_is_used_where_its_tiles_fit(C, S, suits):
+    assert cached.suits(jnp.zeros((1, 1, S, C))) == suits

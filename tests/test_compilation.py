@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rftjax.compilation import Compilations, Program, compile_all
+
+
+@pytest.fixture
+def compilations():
+    counting = Compilations()
+    yield counting
+    counting.close()
+
+
+def test_programs_compiled_ahead_are_there_when_they_are_called(compilations):
+    one = jax.jit(lambda x_BT, *, power: x_BT**power, static_argnames="power")
+    two = jax.jit(lambda x_BT: x_BT.sum() + 3.25, donate_argnums=0)
+    x_BT = jnp.ones((3, 5))
+    programs = [Program(one, (x_BT,), {"power": 7}), Program(two, (x_BT,))]
+    compilations.take()
+    compile_all(programs)
+    found = compilations.take()
+    assert found["compile/programs"] == 2 and found["time/compile_s"] > 0
+    assert found["compile/cached"] == 0  # the tests have no cache on disk
+    assert float(programs[0].run().sum()) == 15.0 and float(programs[1].run()) == 18.25
+    assert compilations.take()["compile/programs"] == 1  # the sum here, and neither of them
+
+
+def test_an_error_in_one_program_is_not_lost():
+    bad = jax.jit(lambda x_B: x_B @ jnp.ones((7, 2)))
+    with pytest.raises(TypeError):
+        compile_all([Program(jax.jit(jnp.sin), (jnp.ones(3),)), Program(bad, (jnp.ones(3),))])
+
+
+def test_compilations_are_counted_until_the_end():
+    counting = Compilations()
+    counting.close()
+    jax.block_until_ready(jax.jit(lambda x_B: x_B * 1.125)(jnp.ones(4)))
+    assert counting.take() == {"compile/programs": 0, "compile/cached": 0, "time/compile_s": 0}
