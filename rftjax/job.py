@@ -113,7 +113,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     section = config.sampler
     pool = section.pool or section.slots * (2 if config.environment else 1)
     shape = model.config
-    if shape.attention == "cudnn" and config.mesh.tensor != 1:
+    if shape.attention == "cudnn" and model.mesh is not None and model.mesh.shape["tensor"] > 1:
         # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
         shape = dataclasses.replace(shape, attention="plain")
     bridge = section.bridge_steps

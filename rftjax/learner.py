@@ -132,7 +132,18 @@ class Learner:
         programs = [Program(self.apply, (state, batch, *measured))]
         if many or in_reward:
             programs.append(Program(self.score, (*update.weights(state, self.lora_scale), batch)))
+        if compared:
+            programs.append(Program(self.score, (*self._reference(state), batch)))
         return programs
+
+    def _reference(self, state: TrainState) -> tuple[Params, Params | None]:
+        """Returns the parameters and scaled adapters that a KL is measured against."""
+        if not state.frozen:
+            return state.reference, None
+        adapters = state.reference or None
+        if adapters is not None:
+            adapters = update.scale_adapters(adapters, self.lora_scale)
+        return state.frozen, adapters
 
     def _reference_dtype(self, state: TrainState) -> str:
         return "float32" if state.frozen else self.dtype
@@ -160,12 +171,7 @@ class Learner:
         old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
         if not compared:
             return old_BT, None
-        if not state.frozen:
-            return old_BT, self.score(state.reference, None, batch)
-        adapters = state.reference or None
-        if adapters is not None:
-            adapters = update.scale_adapters(adapters, self.lora_scale)
-        return old_BT, self.score(state.frozen, adapters, batch)
+        return old_BT, self.score(*self._reference(state), batch)
 
     def _kl_of(
         self, part: Sequence[Trajectory], old_BT: Any, reference_BT: Any

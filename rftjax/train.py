@@ -37,9 +37,6 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
         recorder = job.recorder(start)
         sampling = job.sampling(stream)
         last = min(config.steps, stop_after or config.steps)
-        if start < last:
-            with recorder.time("startup", in_step=False):
-                recorder.say(job.compile(learner, state, stream))
 
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
@@ -51,6 +48,9 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
 
         step, results = start, {}
         try:
+            if start < last and not job.stop_reason(recorder.lines):
+                with recorder.time("startup", in_step=False):
+                    recorder.say(job.compile(learner, state, stream))
             if start == 0 and job.heldout_due(0):
                 heldout(0)
                 recorder.flush(0)

@@ -81,17 +81,43 @@ def test_packed_and_unpacked_updates_do_the_same_work(bench):
     assert said["peak_operations_per_s"] > 0 and said["peak_bytes"] > 0
 
 
-def test_two_starts_share_nothing_but_the_cache():
-    flags = [MODEL, *SMALL, "--slots=4"]
+def two_starts(*flags: str) -> dict[str, Any]:
     command = [sys.executable, str(BENCH / "startup.py"), *flags]
     alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    ran = subprocess.run(command, capture_output=True, text=True, env=alone)
+    ran = subprocess.run(command, capture_output=True, text=True, env=alone, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
-    said = json.loads(ran.stdout.splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_two_starts_share_nothing_but_the_cache():
+    said = two_starts(MODEL, *SMALL, "--slots=4")
     first, second = said["starts"]
     assert first["programs"] == second["programs"] > 0
     assert said["cache_files"] >= said["starts"][0]["programs"]
     assert said["second_s"] == pytest.approx(second["first_step_s"], abs=1e-3)
+
+
+def test_a_job_reaches_its_first_step_when_all_is_compiled(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2 w3"}\n{"prompt": "w4 w5 w6"}\n')
+    fields = {
+        "model.path": MODEL.partition("=")[2],
+        "tasks.train": tmp_path / "rows.jsonl",
+        "evaluator": "rftjax.evaluators.random_reward:evaluate",
+        "batch.prompts": 2,
+        "batch.group_size": 2,
+        "sampler.slots": 4,
+        "sampler.max_new_tokens": 4,
+        "rollout.max_length": 16,
+        "steps": 2,
+        "eval.every": 0,
+    }
+    spec = f"--config={ROOT / 'experiments' / 'rft.py'}"
+    said = two_starts(spec, *(f"--config.{name}={value}" for name, value in fields.items()))
+    for start in said["starts"]:
+        assert 0 < start["time/startup_s"] < start["reached_s"] < start["first_step_s"]
+        assert start["first_step_s"] <= start["whole_s"]
+    assert said["second_s"] == pytest.approx(said["starts"][1]["reached_s"], abs=1e-3)
+    assert said["cache_files"] > 0
 
 
 def talker(log: Path, name: str, value: float) -> str:

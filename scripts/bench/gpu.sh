@@ -5,8 +5,10 @@
 #   PYTHON     interpreter with rftjax and an accelerator's JAX (.venv/bin/python)
 #   BANDWIDTH  bytes a second that the memory reaches (4.3e12, an H200; H100 SXM: 3.0e12; 0: measured by a copy)
 #   PEAK       dense bfloat16 operations a second (790e12, H100 and H200; 0: measured by a product)
-#   FORMS      of attention in the update beside the blocked one (plain cudnn)
+#   FORMS      of attention beside the blocked one: in the update, and in the sampler, where all but cudnn are one (plain cudnn)
 #   MODELS, SLOTS, TRAINED, LENGTH  what is sampled, rows at once, what is trained, tokens of prompt and completion
+#   PEER, PEER_MODEL  a peer's command for a whole step, run in turn with ours on the Hugging Face directory PEER_MODEL:
+#     PEER="peer/bin/python trl_grpo.py MODEL_DIR 4 8 8 64 64 bfloat16" PEER_MODEL=MODEL_DIR
 # Proof on any machine that it runs:
 #   MODELS=--model=tests/data/tiny TRAINED=--model=tests/data/tiny SLOTS=8 LENGTH=16 BANDWIDTH=0 PEAK=0 FORMS=plain ./scripts/bench/gpu.sh
 set -euo pipefail
@@ -30,7 +32,10 @@ bench() {
 
 for model in $models; do
   for slots in ${SLOTS:-64 256}; do
-    bench sample "$model" "--slots=$slots" --forms=fixed --repeats=2 "--bandwidth=${BANDWIDTH:-4.3e12}"
+    for form in blocked ${FORMS:-cudnn}; do
+      bench sample "$model" "--slots=$slots" --forms=fixed --repeats=2 "--attention=$form" "--bandwidth=${BANDWIDTH:-4.3e12}" ||
+        echo "attention $form: failed" >&2
+    done
   done
 done
 for model in $trained; do
@@ -42,4 +47,12 @@ for model in $trained; do
   done
   bench step "$model"
 done
+# Mixed lengths: what the device gains where a short dispatch runs while the host refills slots.
+for bridge in 0 4; do
+  bench sample "${models%% *}" --forms=mixed --repeats=2 "--bridge_steps=$bridge"
+done
+if [[ -n "${PEER:-}" ]]; then
+  ours="$python scripts/bench/step.py --model=${PEER_MODEL:?a Hugging Face directory} --dtype=bfloat16"
+  "$python" scripts/bench/compare.py --rounds=2 "--peer=$PEER" "--ours=$ours" | tee /dev/stderr | tail -n 1 >>"$results"
+fi
 echo "results: $results"
