@@ -29,6 +29,15 @@ class Program(NamedTuple):
         """Traces what `run` would do, for `compile`; takes nothing away."""
         return self.function.lower(*self.arguments, **self.settings)
 
+    def outline(self) -> Any:
+        """Compiles it; returns the shapes and places of what `run` would return."""
+        lowered = self.lower()
+        return jax.tree.map(
+            lambda one, place: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place),
+            lowered.out_info,
+            lowered.compile().output_shardings,
+        )
+
 
 def compile_all(programs: Sequence[Program]) -> None:
     """Compiles the programs side by side, the largest best first; the calls that they stand for find them compiled."""

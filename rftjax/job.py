@@ -32,7 +32,7 @@ from rftjax import (
 )
 from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
-from rftjax.compilation import Compilations, compile_all
+from rftjax.compilation import Compilations, Program, compile_all
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
 from rftjax.learner import Learner, initial_reference
@@ -331,23 +331,28 @@ class Job:
 
     def set_weights(self, state: TrainState, *, keep: bool = False) -> None:
         """Hands the state's weights to the sampler, with `keep` in buffers that do not go with the state's."""
-        params, adapters = update.weights(state, self.lora_scale)
-        weights = _sampler_params(self.policy.config, params, adapters, mesh=self.mesh)
+        weights = self._weights(state).run()
         weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self.rollout.engine.set_params(weights)
         self.rollout.policy_version = int(state.step)
 
+    def _weights(self, state: TrainState) -> Program:
+        params, adapters = update.weights(state, self.lora_scale)
+        return Program(_sampler_params, (self.policy.config, params, adapters), {"mesh": self.mesh})
+
     def compile(self, learner: Learner, state: TrainState, stream: tasks.TaskStream) -> str:
         """Compiles what the next step calls, before anything is sampled; says how many programs and how long."""
         began_s = time.monotonic()
-        self.set_weights(state)
+        weights = self._weights(state).outline()
         ahead = range(stream.draw, stream.draw + self.config.batch.prompts)
         tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
         prompts = [chat.prompt(tokenizer, stream.task(draw), tools=tools) for draw in ahead]
         limits = self.limits()
         filtered = limits.top_p < 1 or limits.top_k > 0
         engine = self.rollout.engine
-        sampling = engine.programs(max(map(len, prompts)), limits.max_new_tokens, filtered=filtered)
+        sampling = engine.programs(
+            weights, max(map(len, prompts)), limits.max_new_tokens, filtered=filtered
+        )
         compile_all([*learner.programs(state), *sampling])
         found = self.compilations.take()
         return (

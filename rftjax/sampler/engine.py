@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,12 +169,17 @@ class Engine:
         assert not self._open, "conversations are open"
         self._reset()
 
-    def programs(self, prompt: int, budget: int, *, filtered: bool = False) -> list[Program]:
+    def programs(
+        self, params: Params, prompt: int, budget: int, *, filtered: bool = False
+    ) -> list[Program]:
         """Returns the calls that sampling begins with, to compile them before: for prompts of up to `prompt` tokens
-        and turns of up to `budget`."""
-        assert self._params is not None, "set_params comes first"
-        self._pool.reserve(min(prompt + min(budget, self._ahead), self.max_length))
-        return [self._decode([], self.steps, 0, filtered), *self._pool.programs(self._params)]
+        and turns of up to `budget`. Of the weights only shapes and places count, and no cache is made."""
+        tokens = min(prompt + min(budget, self._ahead), self.max_length)
+        cache = self._pool.outline(tokens)
+        return [
+            self._decode(params, cache, [], self.steps, 0, filtered),
+            *self._pool.programs(params, cache),
+        ]
 
     def open(self, key: Key, tokens: list[int], budget: int, sampling: Sampling) -> None:
         """Starts a conversation: its first turn samples up to `budget` tokens after the prompt's.
@@ -340,12 +346,18 @@ class Engine:
         # With others waiting, a dispatch ends once an eighth of its rows is idle instead of decoding for the few left.
         enough = len(running) * 7 // 8 if self._queue else 0
         filtered = any(c.sampling.filtered for c in running)
-        call = self._decode(running, most, enough, filtered)
+        call = self._decode(self._params, self._pool.cache, running, most, enough, filtered)
         self._pool.cache, self._rows, *sampled = call.run()
         return _Flight([(c, c.slot) for c in running], most, enough, *sampled)
 
     def _decode(
-        self, running: list[_Conversation], most: int, enough: int, filtered: bool
+        self,
+        params: Params,
+        cache: Any,
+        running: list[_Conversation],
+        most: int,
+        enough: int,
+        filtered: bool,
     ) -> Program:
         """Returns a dispatch; the host gives it the rows that are new or abandoned, the device has the others."""
         B = self.slots
@@ -368,8 +380,8 @@ class Engine:
         )
         arguments = (
             self.config,
-            self._params,
-            self._pool.cache,
+            params,
+            cache,
             self._rows or device.idle_rows(B, self.mesh),
             given,
             given_B,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -147,14 +148,21 @@ class Pool:
                 mesh=self.mesh,
             )
 
-    def programs(self, params: Params) -> list[Program]:
-        """Returns the calls that fill rows and copy them, as they are made on a cache of today's length."""
-        B, mesh = self.shards * self.rows, self.mesh
+    def outline(self, tokens: int) -> Any:
+        """Returns the shapes and places of what `reserve` makes for so many tokens."""
+        c = self.config
+        place = sharding.cache_sharding(self.mesh, c.kv_heads) if self.mesh is not None else None
+        shape = (self.slots, c.kv_heads, cache_length(tokens), c.channels)
+        leaf = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(c.dtype), sharding=place)
+        return [(leaf, leaf)] * c.layers
+
+    def programs(self, params: Params, cache: Any) -> list[Program]:
+        """Returns the calls that fill rows of such a cache and copy them."""
+        B, settings = self.shards * self.rows, {"mesh": self.mesh}
         nothing_B = np.zeros(B, np.int32)
         tokens_BT = np.zeros((B, self.chunk), np.int32)
-        filling = (self.config, params, self.cache, nothing_B, tokens_BT, nothing_B, nothing_B)
-        copying = (self.cache, None, np.zeros(COPIES, np.int32), np.zeros(COPIES, np.int32))
-        settings = {"mesh": mesh}
+        filling = (self.config, params, cache, nothing_B, tokens_BT, nothing_B, nothing_B)
+        copying = (cache, None, np.zeros(COPIES, np.int32), np.zeros(COPIES, np.int32))
         return [
             Program(device.prefill, filling, settings),
             Program(device.copy_rows, copying, settings),
