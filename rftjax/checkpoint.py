@@ -71,7 +71,7 @@ class Checkpoints:
         self.every = every
         self.best_metric = best_metric
         self._read_only = read_only
-        self._fixed = fixed
+        self.fixed = fixed
         _silence_orbax()
         if read_only and not self.directory.is_dir():
             raise ValueError(f"{self.directory} holds no checkpoints: no such directory")
@@ -119,7 +119,7 @@ class Checkpoints:
             trees = {
                 name: ocp.args.PyTreeSave(tree)
                 for name, tree in _as_trees(state).items()
-                if jax.tree.leaves(tree) and name not in self._fixed
+                if jax.tree.leaves(tree) and name not in self.fixed
             }
             args = ocp.args.Composite(**trees, host=ocp.args.JsonSave(dict(host)))
             ranked = {self.best_metric: best} if math.isfinite(best) else None
@@ -164,7 +164,7 @@ class Checkpoints:
         self.wait()
         trees: dict[str, Any] = {}
         for name, wanted in _as_trees(example).items():
-            if name in self._fixed:
+            if name in self.fixed:
                 trees[name] = wanted
                 continue
             found = self._metadata(step, name)
@@ -282,6 +282,11 @@ class Checkpoints:
             self._manager.reload()  # Orbax thinks that it deleted what this save was to replace
             for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)  # it holds space that is needed
+
+
+def exists(directory: Path) -> bool:
+    """Whether a folder of checkpoints has one, whole or not."""
+    return any(path.name.isdigit() for path in directory.glob("*"))
 
 
 def _as_trees(state: TrainState) -> dict[str, Any]:

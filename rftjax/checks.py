@@ -56,12 +56,13 @@ def check_lengths(
         log.warning("%s; such conversations go on in a new sequence a turn", reason)
     long, shortest = [], []
     for field, rows in named.items():
-        counts = []
-        for task in rows[:: max(1, len(rows) // LENGTH_CHECKS)]:
-            count = len(chat.prompt(tokenizer, task, tools=tools or None))
-            counts.append(count)
-            if count >= config.rollout.max_length:
-                long.append(f"{field}: task {task.id!r} has a prompt of {count} tokens")
+        checked = rows[:: max(1, len(rows) // LENGTH_CHECKS)]
+        counts = [len(ids) for ids in chat.prompts(tokenizer, checked, tools=tools or None)]
+        long += [
+            f"{field}: task {task.id!r} has a prompt of {count} tokens"
+            for task, count in zip(checked, counts, strict=True)
+            if count >= config.rollout.max_length
+        ]
         shortest.append(min(counts, default=1))
     if long:
         raise ValueError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # or taken from the cache on disk
 CACHED = "/jax/compilation_cache/cache_hits"
+MOST = 16  # programs that are compiled at the same time
 
 
 class Program(NamedTuple):
@@ -39,13 +41,21 @@ class Program(NamedTuple):
         )
 
 
-def compile_all(programs: Sequence[Program]) -> None:
-    """Compiles the programs side by side, the largest best first; the calls that they stand for find them compiled."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(programs))) as threads:
-        # Tracing holds Python, compiling does not.
-        compiling = [threads.submit(program.lower().compile) for program in programs]
-    for one in compiling:
-        one.result()
+@contextlib.contextmanager
+def compiling(programs: Iterable[Program]) -> Iterator[None]:
+    """Compiles the programs, the largest best first, side by side and beside what the caller does meanwhile.
+
+    The calls that they stand for find them compiled. Nothing is waited for where the caller fails.
+    """
+    threads = concurrent.futures.ThreadPoolExecutor(MOST)
+    # Tracing holds Python, compiling does not.
+    traced = threads.submit(lambda: [threads.submit(one.lower().compile) for one in programs])
+    try:
+        yield
+        for one in traced.result():
+            one.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Compilations:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ LLAMA3_SETTINGS = {
     "original_max_position_embeddings": 8192,
 }
 
+BLOCKS = 512  # of a quantised tensor that make a row while it is dequantised
+
 TENSORS = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -79,6 +82,16 @@ def read(path: str | os.PathLike[str]) -> File:
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
 
+def _in_long_rows(entry: Any) -> np.ndarray:
+    """Returns a tensor's bytes in rows of up to BLOCKS blocks: the gguf package dequantises 16 rows at a time."""
+    import gguf
+
+    values, type_bytes = gguf.GGML_QUANT_SIZES[entry.tensor_type]
+    if values == 1:  # not quantised
+        return entry.data
+    return entry.data.reshape(-1, type_bytes * math.gcd(entry.data.size // type_bytes, BLOCKS))
+
+
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
     # Parsing takes seconds, and weights and tokenizer are asked for in turn: keep the last file.
@@ -101,6 +114,31 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
         def data(self, mapped: np.ndarray) -> None:
             self._view = np.asarray(mapped)
 
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            """Reads a list, such as a vocabulary, in a tenth of the time that its own way takes, entry by entry."""
+            view, at = self._view, orig_offs + 12
+            if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+                return super()._get_field_parts(orig_offs, raw_type)
+            number, count = struct.unpack_from("<IQ", view, orig_offs)
+            kind = gguf.GGUFValueType(number)
+            parts = [view[orig_offs : orig_offs + 4], view[orig_offs + 4 : at]]
+            scalar = self.gguf_scalar_to_np.get(kind)
+            if scalar:
+                end = at + count * np.dtype(scalar).itemsize
+                parts.append(view[at:end].view(scalar))
+                at = end
+            elif kind == gguf.GGUFValueType.STRING:
+                for _ in range(count):
+                    text = at + 8
+                    end = text + struct.unpack_from("<Q", view, at)[0]
+                    parts += [view[at:text], view[text:end]]
+                    at = end
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            first, step = (2, 1) if scalar else (3, 2)
+            texts_or_numbers = list(range(first, len(parts), step))
+            return at - orig_offs, parts, texts_or_numbers, [gguf.GGUFValueType.ARRAY, kind]
+
     try:
         reader = Reader(path)
     except Exception as error:  # the reader raises whatever NumPy meets in a damaged file
@@ -117,7 +155,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
         if not math.prod(entry.shape) or entry.data_offset + entry.n_bytes > size_bytes:
             raise ValueError(f"model.path={path}: tensor {entry.name} ends beyond the file's end")
         try:
-            values = gguf.quants.dequantize(entry.data, entry.tensor_type)
+            values = gguf.quants.dequantize(_in_long_rows(entry), entry.tensor_type)
         except NotImplementedError as error:
             raise ValueError(
                 f"model.path={path}: tensor {entry.name} is quantised as {entry.tensor_type.name},"

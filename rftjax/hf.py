@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,20 @@ from rftjax.models.names import Name
 from rftjax.types import Params
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
+Leaves = Iterator[tuple[tuple[str, ...], np.ndarray]]
 Readers = dict[str, Callable[[], np.ndarray]]
+
+
+class Model(NamedTuple):
+    """A model whose files are open: its shape, its Hugging Face config, and what reads its float32 parameters.
+
+    `read(place)` reads leaf after leaf, the next one while `place(path, array)` puts the last on devices.
+    """
+
+    config: Config
+    fields: dict[str, Any]
+    read: Callable[[Place | None], Params]
+
 
 # Fields that never change what a decoder computes, whatever their value.
 HARMLESS = {
@@ -157,18 +170,31 @@ def load(
     seed: int = 0,
     place: Place | None = None,
 ) -> tuple[Config, Params, dict[str, Any]]:
-    """Returns config, float32 parameters and Hugging Face fields of a directory, hub name or GGUF.
+    """Returns config, float32 parameters and Hugging Face fields of what `open_model` opens."""
+    model = open_model(path, dtype=dtype, init=init, seed=seed)
+    return model.config, model.read(place), model.fields
 
-    `dtype` is what the model computes in. Leaves are read one after the other, the next one while
-    `place(path, array)` puts the last on devices. `init="random"` needs a config.json alone.
+
+def open_model(
+    path: str | os.PathLike[str], *, dtype: str = "float32", init: str = "pretrained", seed: int = 0
+) -> Model:
+    """Opens a directory, hub name or GGUF; raises ValueError where its tensors are not those of its config.
+
+    `dtype` is what the model computes in. `init="random"` needs a config.json alone.
     """
-    put = place or (lambda _, leaf: jnp.asarray(leaf))
     fields = read_fields(path)
     config = read_config(fields, dtype)
-    if init == "random":
+
+    def random_leaves() -> Leaves:
         fresh = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(seed))
-        leaves = [(name.path, _leaf(fresh, name.path)) for name in _table(config)]
-        return config, _tree((at, put(at, np.asarray(leaf))) for at, leaf in leaves), fields
+        return ((name.path, np.asarray(_leaf(fresh, name.path))) for name in _table(config))
+
+    def stored_leaves() -> Leaves:
+        leaves = ((name.path, _read_leaf(found, config, name, readers)) for name in _table(config))
+        return _prefetched(leaves)
+
+    if init == "random":
+        return Model(config, fields, functools.partial(_placed, random_leaves))
     if init != "pretrained":
         raise ValueError(f"model.init={init!r}: must be 'pretrained' or 'random'")
     found = locate(path)
@@ -186,11 +212,21 @@ def load(
             f"model.path={found}: the config asks for {len(expected)} tensors;"
             f" missing: {_few(missing)}; unknown: {_few(extra)}"
         )
-    leaves = ((name.path, _read_leaf(found, config, name, readers)) for name in _table(config))
-    return config, _tree((at, put(at, leaf)) for at, leaf in _prefetched(leaves)), fields
+    return Model(config, fields, functools.partial(_placed, stored_leaves))
 
 
-def _prefetched(leaves: Iterator[Any]) -> Iterator[Any]:
+def outline(config: Config) -> Params:
+    """Returns the shapes of the parameters that a model of this config has."""
+    shapes = ((name.path, _shape(config, name)) for name in _table(config))
+    return _tree((path, jax.ShapeDtypeStruct(shape, np.float32)) for path, shape in shapes)
+
+
+def _placed(leaves: Callable[[], Leaves], place: Place | None) -> Params:
+    put = place or (lambda _, leaf: jnp.asarray(leaf))
+    return _tree((path, put(path, leaf)) for path, leaf in leaves())
+
+
+def _prefetched(leaves: Leaves) -> Leaves:
     """Yields the same; one more is read while the caller works on the last."""
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         pending = reader.submit(next, leaves, None)
@@ -209,6 +245,11 @@ def _hf_names(config: Config, name: Name) -> list[str]:
     return [name.hf.format(layer=layer) for layer in range(config.layers)]
 
 
+def _shape(config: Config, name: Name) -> tuple[int, ...]:
+    """Returns the shape of our leaf, which holds all layers."""
+    return (config.layers, *name.shape) if "{layer}" in name.hf else name.shape
+
+
 def _hf_shape(name: Name) -> tuple[int, ...]:
     """Returns the shape in Hugging Face's layout: (outputs, inputs) for a kernel."""
     if not name.inputs:
@@ -219,8 +260,7 @@ def _hf_shape(name: Name) -> tuple[int, ...]:
 
 def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.ndarray:
     parts = _hf_names(config, name)
-    stacked = "{layer}" in name.hf
-    leaf = np.empty((len(parts), *name.shape) if stacked else name.shape, np.float32)
+    leaf = np.empty(_shape(config, name), np.float32)
     for index, hf in enumerate(parts):
         tensor = readers[hf]()
         if tensor.shape != _hf_shape(name):
@@ -229,7 +269,7 @@ def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.
                 f" the config asks for {_hf_shape(name)}"
             )
         ours = (tensor.T if name.inputs else tensor).reshape(name.shape)
-        leaf[index if stacked else ...] = ours
+        leaf[index if "{layer}" in name.hf else ...] = ours
     return leaf
 
 

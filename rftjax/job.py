@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from rftjax import (
     alarms,
     batching,
     chat,
+    checkpoint,
     checks,
     grpo,
     lora,
     metrics,
-    optim,
     policy,
     sharding,
     tasks,
@@ -32,16 +32,17 @@ from rftjax import (
 )
 from rftjax import config as configs
 from rftjax.checkpoint import Checkpoints
-from rftjax.compilation import Compilations, Program, compile_all
+from rftjax.compilation import Compilations, Program, compiling
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
-from rftjax.learner import Learner, initial_reference
+from rftjax.learner import Learner
+from rftjax.origin import Origin
 from rftjax.overlap import Sampling
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
 from rftjax.scoring import Scorer
-from rftjax.types import Params, Task, TrainState, Trajectory
+from rftjax.types import Task, TrainState, Trajectory
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class Job:
     train_tasks: list[Task]
     heldout: dict[str, list[Task]]
     policy: policy.Policy
+    origin: Origin
     mesh: jax.sharding.Mesh
     rollout: Rollout
     replicated: list[str]
@@ -155,7 +157,8 @@ class Job:
 
     @classmethod
     def build(cls, config: ConfigDict, workdir: Path) -> Job:
-        """Loads everything but the training state; raises ValueError for what the user can mend."""
+        """Builds everything but the training state, for which weights are read; raises ValueError for what the user
+        can mend."""
         train_tasks, heldout = load_tasks(config)
         with contextlib.ExitStack() as workers:
             scorer = Scorer(config.evaluator, seed=config.seed, **config.scoring)
@@ -170,7 +173,7 @@ class Job:
             workers.callback(environments.close)
             mesh = sharding.make_mesh(**config.mesh)
             checks.check_attention(config)
-            model = policy.load(
+            model = policy.open_model(
                 config.model.path,
                 dtype=config.model.dtype,
                 attention=config.model.attention,
@@ -178,14 +181,18 @@ class Job:
                 init=config.model.init,
                 seed=config.seed,
             )
+            workers.callback(model.close)
+            if not checkpoint.exists(workdir / "checkpoints"):
+                model.read_ahead()
             config = checks.fit_context(config, model)
-            replicated = sharding.replicated_axes(mesh, model.params)
+            replicated = sharding.replicated_axes(mesh, model.outline)
             for name in replicated:
                 log.warning("%s", name)
             named = {set_field(name): found for name, found in heldout.items()}
             shortest = checks.check_lengths(
                 config, model, {"tasks.train": train_tasks} | named, environments.tools
             )
+            origin = Origin(config, model, mesh)
             engine = make_engine(config, model)
             workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
@@ -198,6 +205,7 @@ class Job:
             train_tasks,
             heldout,
             model,
+            origin,
             mesh,
             rollout,
             replicated,
@@ -207,6 +215,7 @@ class Job:
     def close(self) -> None:
         """Ends the worker processes."""
         self.compilations.close()
+        self.policy.close()
         self.scorer.close()
         self.heldout_scorer.close()
         self.environments.close()
@@ -228,51 +237,19 @@ class Job:
             source.top_k,
         )
 
-    def initial_state(self, optimizer: Any) -> TrainState:
-        """Returns step 0, optimizer state laid out like what is trained: all parameters, or adapters on frozen ones."""
-        params, adapters = self.policy.params, self.adapters()
-        trainable, frozen = params, {}
-        if adapters is not None:
-            trainable, frozen = adapters, lora.freeze(self.policy.config, params)
-        reference = initial_reference(self.config.grpo, params, adapters, self.config.model.dtype)
-        opt_state = sharding.shard_tree(self.mesh, optimizer.init(trainable))
-        # All of it lies where an update leaves it: else the second update would compile again.
-        step = sharding.shard_tree(self.mesh, jnp.zeros((), jnp.int32))
-        return TrainState(step, trainable, frozen, opt_state, reference)
-
-    def adapters(self) -> Params | None:
-        """Returns the adapters to start from, None in full fine-tuning."""
-        section = self.config.lora
-        if not section.rank:
-            return None
-        model = self.policy.config
-        fresh = lora.init(model, rank=section.rank, targets=section.targets, seed=self.config.seed)
-        if section.path:
-            found = load_adapters(section.path, model, section.alpha)
-            lora.check_like(section.path, found, fresh)
-            fresh = found
-        return sharding.shard_tree(self.mesh, fresh)
-
     @property
     def lora_scale(self) -> float:
         """The factor on the adapters' product, 0 in full fine-tuning."""
         return lora.scale(self.config.lora.rank, self.config.lora.alpha)
 
-    def optimizer(self) -> Any:
-        """Returns the Optax chain of the config, its schedule stretched over all updates of the steps."""
-        section, settings = self.config.grpo, self.config.optim.to_dict()
-        updates = section.updates_per_batch * section.minibatches
-        settings["warmup_steps"] *= updates
-        return optim.make_optimizer(steps=self.config.steps * updates, **settings)
-
-    def learner(self, optimizer: Any, state: TrainState) -> Learner:
+    def learner(self) -> Learner:
         """Returns what turns scored trajectories into updates."""
         section = self.config.grpo
         return Learner(
             section.to_dict(),
             self.batch_shape,
             self.mesh,
-            self.make_update(optimizer, state),
+            self.make_update(),
             update.make_scorer(
                 self.policy.config,
                 unroll=jax.default_backend() == "cpu",
@@ -296,21 +273,21 @@ class Job:
             "limit": self.policy.vocabulary,
         }
 
-    def make_update(self, optimizer: Any, state: TrainState) -> Any:
+    def make_update(self) -> Any:
         """Returns the jitted update of the config; it leaves the state where it lies."""
         fields = {name: self.config.grpo[name] for name in grpo.LOSS_DEFAULTS}
         if self.config.grpo.kl_in_reward:
             fields["kl_weight"] = 0.0
         return update.make_update(
             self.policy.config,
-            optimizer,
+            self.origin.optimizer,
             fields,
             remat=self.config.model.remat,
             unroll=jax.default_backend() == "cpu",
             lora_scale=self.lora_scale,
             mesh=self.mesh,
             **self._distribution,
-            shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, self.origin.outline),
         )
 
     @property
@@ -331,33 +308,39 @@ class Job:
 
     def set_weights(self, state: TrainState, *, keep: bool = False) -> None:
         """Hands the state's weights to the sampler, with `keep` in buffers that do not go with the state's."""
-        weights = self._weights(state).run()
+        weights = self._weights(state, self.lora_scale).run()
         weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self.rollout.engine.set_params(weights)
         self.rollout.policy_version = int(state.step)
 
-    def _weights(self, state: TrainState) -> Program:
-        params, adapters = update.weights(state, self.lora_scale)
+    def _weights(self, state: TrainState, lora_scale: float = 1.0) -> Program:
+        params, adapters = update.weights(state, lora_scale)
         return Program(_sampler_params, (self.policy.config, params, adapters), {"mesh": self.mesh})
 
-    def compile(self, learner: Learner, state: TrainState, stream: tasks.TaskStream) -> str:
-        """Compiles what the next step calls, before anything is sampled; says how many programs and how long."""
+    @contextlib.contextmanager
+    def compiling(
+        self, learner: Learner, stream: tasks.TaskStream, recorder: metrics.Recorder
+    ) -> Iterator[None]:
+        """Compiles what the next step calls while the caller reads weights; says how many programs and how long."""
         began_s = time.monotonic()
-        weights = self._weights(state).outline()
-        ahead = range(stream.draw, stream.draw + self.config.batch.prompts)
-        tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
-        prompts = [chat.prompt(tokenizer, stream.task(draw), tools=tools) for draw in ahead]
-        limits = self.limits()
-        filtered = limits.top_p < 1 or limits.top_k > 0
-        engine = self.rollout.engine
-        sampling = engine.programs(
-            weights, max(map(len, prompts)), limits.max_new_tokens, filtered=filtered
-        )
-        compile_all([*learner.programs(state), *sampling])
+        with recorder.time("startup", in_step=False), compiling(self._programs(learner, stream)):
+            yield
         found = self.compilations.take()
-        return (
+        recorder.say(
             f"compiled {found['compile/programs']:.0f} programs in {time.monotonic() - began_s:.1f} s,"
             f" {found['compile/cached']:.0f} of them from the cache"
+        )
+
+    def _programs(self, learner: Learner, stream: tasks.TaskStream) -> Iterator[Program]:
+        yield from learner.programs(self.origin.outline)
+        weights = self._weights(self.origin.outline).outline()
+        ahead = range(stream.draw, stream.draw + self.config.batch.prompts)
+        tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
+        prompts = chat.prompts(tokenizer, [stream.task(draw) for draw in ahead], tools=tools)
+        limits = self.limits()
+        filtered = limits.top_p < 1 or limits.top_k > 0
+        yield from self.rollout.engine.programs(
+            weights, max(map(len, prompts)), limits.max_new_tokens, filtered=filtered
         )
 
     def sampling(self, stream: tasks.TaskStream) -> Sampling:
@@ -448,24 +431,3 @@ class Job:
 
 
 _sampler_params = jax.jit(device.sampler_params, static_argnames=("config", "mesh"))
-
-
-def load_adapters(path: str, model: Any, alpha: float) -> Params:
-    """Returns the adapters of a PEFT directory, or of the last checkpoint of a run's workdir, scaled for `alpha`."""
-    folder = Path(path).expanduser()
-    if (folder / "adapter_config.json").exists():
-        return lora.load_peft(folder, model, alpha=alpha)
-    if not (folder / "config.json").exists() or not (folder / "checkpoints").is_dir():
-        raise ValueError(
-            f"lora.path={path}: holds neither adapter_config.json nor a run's config.json and checkpoints"
-        )
-    run: Any = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    try:
-        step = checkpoints.latest_step()
-        if not run.lora.rank or step is None:
-            raise ValueError(f"lora.path={path}: that run has no adapters in a checkpoint")
-        adapters, _ = checkpoints.restore_params(step)
-    finally:
-        checkpoints.close()
-    return update.scale_adapters(adapters, run.lora.alpha / alpha)

@@ -122,7 +122,10 @@ class Learner:
         return state, mean_metrics(jax.device_get(made)) | skipped
 
     def programs(self, state: TrainState) -> list[Program]:
-        """Returns the calls of a step's updates, to compile them before there are samples."""
+        """Returns the calls of a step's updates, to compile them before there are samples.
+
+        Of the state only shapes and places count.
+        """
         batch = self._lay_out([])
         compared = self.fields["kl_weight"] > 0
         in_reward = compared and self.fields["kl_in_reward"]
@@ -131,19 +134,10 @@ class Learner:
         measured = rows_BT if many else None, rows_BT if compared and not in_reward else None
         programs = [Program(self.apply, (state, batch, *measured))]
         if many or in_reward:
-            programs.append(Program(self.score, (*update.weights(state, self.lora_scale), batch)))
+            programs.append(Program(self.score, (*update.weights(state), batch)))
         if compared:
-            programs.append(Program(self.score, (*self._reference(state), batch)))
+            programs.append(Program(self.score, (*_reference(state), batch)))
         return programs
-
-    def _reference(self, state: TrainState) -> tuple[Params, Params | None]:
-        """Returns the parameters and scaled adapters that a KL is measured against."""
-        if not state.frozen:
-            return state.reference, None
-        adapters = state.reference or None
-        if adapters is not None:
-            adapters = update.scale_adapters(adapters, self.lora_scale)
-        return state.frozen, adapters
 
     def _reference_dtype(self, state: TrainState) -> str:
         return "float32" if state.frozen else self.dtype
@@ -171,7 +165,7 @@ class Learner:
         old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
         if not compared:
             return old_BT, None
-        return old_BT, self.score(*self._reference(state), batch)
+        return old_BT, self.score(*_reference(state, self.lora_scale), batch)
 
     def _kl_of(
         self, part: Sequence[Trajectory], old_BT: Any, reference_BT: Any
@@ -214,6 +208,16 @@ def initial_reference(
     if adapters is None:
         return copy(params, dtype)
     return jax.tree.map(jnp.zeros_like, adapters) if fields["kl_refresh_steps"] else ()
+
+
+def _reference(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Params | None]:
+    """Returns the parameters and scaled adapters that a KL is measured against."""
+    if not state.frozen:
+        return state.reference, None
+    adapters = state.reference or None
+    if adapters is not None:
+        adapters = update.scale_adapters(adapters, lora_scale)
+    return state.frozen, adapters
 
 
 def has_variance(group: Iterable[Trajectory]) -> bool:

@@ -97,14 +97,14 @@ def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
             raise ValueError(
                 "tasks.heldout: no held-out tasks to evaluate; name some, set tasks.heldout_count or eval.sets"
             )
-        state = parts.initial_state(parts.optimizer())
         step = 0
         if (workdir / "checkpoints").is_dir():
             checkpoints: Checkpoints = parts.checkpoints(read_only=True)
             step = checkpoints.latest_step() or 0
-            if step:
-                state, _ = checkpoints.restore(step, state)
+            state = parts.origin.state(checkpoints, step)
             checkpoints.close()
+        else:
+            state = parts.origin.initial()
         parts.set_weights(state)
         metrics, _ = parts.evaluate()
     print(json.dumps({"step": step, **metrics}))
@@ -177,11 +177,11 @@ def check_heldout(parts: Job) -> None:
 def memory(parts: Job) -> dict[str, float]:
     """Returns estimates of what one device holds, in bytes: training state, sampler, the update's largest arrays."""
     config, model, mesh = parts.config, parts.policy.config, parts.mesh
-    params, adapters = parts.policy.params, parts.adapters()
-    base = sharding.device_size(params, jax.tree.map(lambda leaf: leaf.sharding, params))
-    count = base
-    if adapters is not None:
-        count = sharding.device_size(adapters, jax.tree.map(lambda leaf: leaf.sharding, adapters))
+    params, trainable = parts.policy.outline, parts.origin.outline.trainable
+    base, count = (
+        sharding.device_size(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+        for tree in (params, trainable)
+    )
     sampler = sharding.device_size(params, sharding.decode_shardings(mesh, params))
     item = np.dtype(model.dtype).itemsize
     rows = parts.rollout.engine.rows
@@ -197,8 +197,10 @@ def memory(parts: Job) -> dict[str, float]:
     chunk = min(scored, update.HEAD_CHUNK * config.batch.pack_rows)
     everywhere = scored * sharding.row_multiple(mesh)
     whole_logits = not config.model.remat and 4 * model.vocab * everywhere <= update.HEAD_BYTES
-    kept_bytes: dict[str, float] = {} if adapters is None else {"frozen base": float(item * base)}
-    if config.grpo.kl_weight > 0 and adapters is None:
+    kept_bytes: dict[str, float] = {}
+    if config.lora.rank:
+        kept_bytes["frozen base"] = float(item * base)
+    elif config.grpo.kl_weight > 0:
         kept_bytes["reference"] = float(item * base)
     return kept_bytes | {
         "trained parameters and optimizer (float32)": 12.0 * count,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rftjax import chat, hf, sharding, tokenizer, types, update
@@ -21,7 +24,10 @@ from rftjax.types import Message, Pack, Params, Task, Trajectory
 
 
 class Policy:
-    """A language model with its parameters (float32, nested dict) and, once asked for, its tokenizer."""
+    """A language model with its parameters (float32, nested dict) and, once asked for, its tokenizer.
+
+    Where `params` is a function it is called once they are asked for; setting `closed` lets it give up.
+    """
 
     def __init__(
         self,
@@ -30,9 +36,35 @@ class Policy:
         params: Params,
         fields: dict[str, Any],
         mesh: Mesh | None = None,
+        closed: threading.Event | None = None,
     ) -> None:
-        self.path, self.config, self.params, self.fields = path, config, params, fields
-        self.mesh = mesh
+        self.path, self.config, self.fields, self.mesh = path, config, fields, mesh
+        self._params = params
+        self._closed = closed or threading.Event()
+        self._ahead: concurrent.futures.Future[Params] | None = None
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters, float32."""
+        if self._ahead is not None:
+            return self._ahead.result()
+        return self._params() if callable(self._params) else self._params
+
+    def read_ahead(self) -> None:
+        """Begins to read the parameters while the caller does something else."""
+        reader = concurrent.futures.ThreadPoolExecutor(1)
+        self._ahead = reader.submit(lambda: self._params())
+        reader.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Ends what `read_ahead` began."""
+        self._closed.set()
+
+    @property
+    def outline(self) -> Params:
+        """Shapes and places of the parameters, which are not read for it."""
+        shapes = hf.outline(self.config)
+        return shapes if self.mesh is None else sharding.outline(self.mesh, shapes)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -178,10 +210,32 @@ def load(
 
     `attention` is one of `models.attention.FORMS`.
     """
-    place = sharding.placer(mesh) if mesh is not None else None
-    config, params, fields = hf.load(path, dtype=dtype, init=init, seed=seed, place=place)
-    config = dataclasses.replace(config, attention=attention)
-    return Policy(path, config, params, fields, mesh)
+    policy = open_model(path, dtype=dtype, attention=attention, mesh=mesh, init=init, seed=seed)
+    policy.params  # noqa: B018 - reads them
+    return policy
+
+
+def open_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "blocked",
+    mesh: Mesh | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+) -> Policy:
+    """Does what `load` does, but reads the parameters only once they are asked for."""
+    closed = threading.Event()
+    put = sharding.placer(mesh) if mesh is not None else lambda _, leaf: jnp.asarray(leaf)
+
+    def place(at: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        if closed.is_set():
+            raise concurrent.futures.CancelledError
+        return put(at, leaf)
+
+    model = hf.open_model(path, dtype=dtype, init=init, seed=seed)
+    config = dataclasses.replace(model.config, attention=attention)
+    return Policy(path, config, functools.partial(model.read, place), model.fields, mesh, closed)
 
 
 def _rows(tokens_BT: jax.Array) -> Pack:

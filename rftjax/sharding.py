@@ -124,13 +124,26 @@ def placer(mesh: Mesh) -> Callable[..., jax.Array]:
 
 def shard_tree(mesh: Mesh, tree: Params) -> Params:
     """Returns the tree with every leaf on the mesh; optimizer state follows the parameters that it mirrors."""
-    place = placer(mesh)
+    return jax.device_put(tree, shardings(mesh, tree))
 
-    def put(path: tuple, leaf: Any) -> jax.Array:
+
+def outline(mesh: Mesh, tree: Params) -> Params:
+    """Returns the shapes and places of what `shard_tree` returns for a tree of arrays or shapes."""
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        tree,
+        shardings(mesh, tree),
+    )
+
+
+def shardings(mesh: Mesh, tree: Params, rules: Rules = RULES) -> Params:
+    """Returns where each leaf lies by the rules; what is around the trees of parameters makes no difference."""
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return place(names, leaf)
+        return NamedSharding(mesh, partition(names, leaf.shape, mesh, rules))
 
-    return jax.tree_util.tree_map_with_path(put, tree)
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
@@ -149,12 +162,7 @@ def row_multiple(mesh: Mesh | None) -> int:
 
 def decode_shardings(mesh: Mesh, params: Params) -> Params:
     """Returns where decoding has its weights: whole on every device but for the axis `tensor`."""
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return NamedSharding(mesh, partition(names, leaf.shape, mesh, DECODE_RULES))
-
-    return jax.tree_util.tree_map_with_path(place, params)
+    return shardings(mesh, params, DECODE_RULES)
 
 
 def device_size(params: Params, shardings: Params) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -25,18 +26,17 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
     """
     with Job.build(config, workdir) as job, Interruption() as interruption:
         stream = TaskStream(job.train_tasks, seed=config.seed)
-        optimizer = job.optimizer()
-        state = job.initial_state(optimizer)
-        learner = job.learner(optimizer, state)
+        learner = job.learner()
         checkpoints = job.checkpoints()
         start = checkpoints.latest_step() or 0
-        host = {"stream": stream.state()}
-        if start:
-            state, host = checkpoints.restore(start, state)
-            stream.restore(host["stream"])
+        host = checkpoints.restore_host(start) if start else {"stream": stream.state()}
+        stream.restore(host["stream"])
         recorder = job.recorder(start)
         sampling = job.sampling(stream)
         last = min(config.steps, stop_after or config.steps)
+
+        def goes_on() -> bool:
+            return step < last and not (interruption.received or job.stop_reason(recorder.lines))
 
         def heldout(step: int) -> dict[str, float]:
             with recorder.time("eval", in_step=False):
@@ -48,13 +48,13 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
 
         step, results = start, {}
         try:
-            if start < last and not job.stop_reason(recorder.lines):
-                with recorder.time("startup", in_step=False):
-                    recorder.say(job.compile(learner, state, stream))
+            ahead = job.compiling(learner, stream, recorder)
+            with ahead if goes_on() else contextlib.nullcontext():
+                state = job.origin.state(checkpoints, start)
             if start == 0 and job.heldout_due(0):
                 heldout(0)
                 recorder.flush(0)
-            while step < last and not (interruption.received or job.stop_reason(recorder.lines)):
+            while goes_on():
                 trajectories = []
                 while wanted := learner.wanted(trajectories):
                     with recorder.time("sample"):

@@ -24,8 +24,11 @@ HEAD_CHUNK = 256  # scored positions a packed row whose logits exist at once bey
 Metrics = dict[str, jax.Array]
 
 
-def weights(state: TrainState, lora_scale: float = 0.0) -> tuple[Params, Params | None]:
-    """Returns the model's parameters and its scaled adapters (None in full fine-tuning)."""
+def weights(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Params | None]:
+    """Returns the model's parameters and its scaled adapters (None in full fine-tuning).
+
+    With a scale of 1 nothing is computed: the state may then be one of shapes.
+    """
     if not state.frozen:
         return state.trainable, None
     return state.frozen, scale_adapters(state.trainable, lora_scale)
@@ -33,6 +36,8 @@ def weights(state: TrainState, lora_scale: float = 0.0) -> tuple[Params, Params 
 
 def scale_adapters(adapters: Params, scale: float) -> Params:
     """Returns adapters whose product a @ b carries the factor alpha / rank."""
+    if scale == 1.0:
+        return adapters
 
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
         return leaf * scale if path[-1].key == "b" else leaf
@@ -285,8 +290,8 @@ def make_update(
             return total + loss, jax.tree.map(jnp.add, sums, grads), kept
 
         N = batch.pack.tokens_RX.shape[0]
-        shapes = jax.eval_shape(gradient, trainable, frozen, batch, 0, old_BT, reference_BT)
-        empty = {name: jnp.zeros(N, value.dtype) for name, value in shapes[0][1].items()}
+        _, shapes = jax.eval_shape(micro_loss, trainable, frozen, batch, 0, old_BT, reference_BT)
+        empty = {name: jnp.zeros(N, value.dtype) for name, value in shapes.items()}
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
         loss, grads, metrics_N = jax.lax.fori_loop(
             0, batch.micro_batches, one, (jnp.zeros(()), zeros, empty)

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rftjax import chat
+from rftjax.types import Task
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -179,6 +180,19 @@ def test_a_tokenizer_without_a_template_says_so():
 def test_plain_text_is_encoded_without_a_template():
     words = make("")
     assert chat.encode_plain(words, "ab") == ids(words, "ab")
+
+
+def test_prompts_encoded_together_are_those_encoded_alone():
+    words = make()
+    tasks = [
+        Task("a", [USER]),
+        Task("b", [], prompt="ab"),
+        Task("c", [USER, {"role": "assistant", "content": "b"}, USER]),
+        Task("d", [], prompt="a"),
+    ]
+    alone = [chat.prompt(words, task) for task in tasks]
+    assert chat.prompts(words, tasks) == alone and len(set(map(tuple, alone))) == len(tasks)
+    assert chat.prompts(words, tasks[1:2]) == alone[1:2] and chat.prompts(words, []) == []
 
 
 def test_decoding_drops_the_stop_token_and_keeps_what_is_asked_for():

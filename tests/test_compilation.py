@@ -1,8 +1,10 @@
+import threading
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from rftjax.compilation import Compilations, Program, compile_all
+from rftjax.compilation import Compilations, Program, compiling
 
 
 @pytest.fixture
@@ -18,7 +20,8 @@ def test_programs_compiled_ahead_are_there_when_they_are_called(compilations):
     x_BT = jnp.ones((3, 5))
     programs = [Program(one, (x_BT,), {"power": 7}), Program(two, (x_BT,))]
     compilations.take()
-    compile_all(programs)
+    with compiling(iter(programs)):
+        pass
     found = compilations.take()
     assert found["compile/programs"] == 2 and found["time/compile_s"] > 0
     assert found["compile/cached"] == 0  # the tests have no cache on disk
@@ -28,8 +31,34 @@ def test_programs_compiled_ahead_are_there_when_they_are_called(compilations):
 
 def test_an_error_in_one_program_is_not_lost():
     bad = jax.jit(lambda x_B: x_B @ jnp.ones((7, 2)))
-    with pytest.raises(TypeError):
-        compile_all([Program(jax.jit(jnp.sin), (jnp.ones(3),)), Program(bad, (jnp.ones(3),))])
+    programs = [Program(jax.jit(jnp.sin), (jnp.ones(3),)), Program(bad, (jnp.ones(3),))]
+    with pytest.raises(TypeError), compiling(programs):
+        pass
+
+
+def test_programs_compile_beside_what_the_caller_does():
+    meanwhile, compiled = threading.Event(), threading.Event()
+
+    def programs():
+        assert meanwhile.wait(60)
+        yield Program(jax.jit(lambda x_B: x_B - 0.875), (jnp.ones(3),))
+        compiled.set()
+
+    with compiling(programs()):
+        meanwhile.set()
+        assert compiled.wait(60)
+
+
+def test_nothing_is_waited_for_where_the_caller_fails():
+    failed = threading.Event()
+
+    def programs():
+        assert failed.wait(60)
+        yield Program(jax.jit(jnp.cos), (jnp.ones(3),))
+
+    with pytest.raises(ValueError, match="no weights"), compiling(programs()):
+        raise ValueError("no weights")
+    failed.set()
 
 
 def test_compilations_are_counted_until_the_end():

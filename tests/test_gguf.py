@@ -144,6 +144,41 @@ def test_quantised_tensors_are_dequantised(tmp_path: Path):
     assert 0 < np.abs(ours - theirs).max() < np.abs(theirs).max() / 100
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("shape", [(7, 32), (96, 576), (65, 2048)])
+def test_quantised_tensors_are_what_the_gguf_package_makes_of_them(kind, shape, tmp_path: Path):
+    quantisation = writer.GGMLQuantizationType[kind]
+    data = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    stored = writer.quants.quantize(data, quantisation)
+    out = writer.GGUFWriter(tmp_path / "m.gguf", "llama")
+    out.add_tensor("one", stored, raw_dtype=quantisation)
+    finish(out)
+    found = gguf.read(tmp_path / "m.gguf").tensors["one"]()
+    np.testing.assert_array_equal(found, writer.quants.dequantize(stored, quantisation))
+
+
+def test_metadata_are_what_the_gguf_package_reads(tmp_path: Path):
+    out = writer.GGUFWriter(tmp_path / "m.gguf", "llama")
+    lists = {
+        "texts": ["", "Ġa", "ß" * 300],
+        "numbers": [-3, 2**31 - 1],
+        "fractions": [0.5, -1.25],
+        "switches": [True, False],
+        "lists": [[1, 2], [3, 4]],
+        "none": [],
+    }
+    for name, values in lists.items():
+        out.add_array(name, values)
+    out.add_string("text", "Ġ")
+    out.add_float64("fraction", 1e-9)
+    finish(out)
+    found, plain = gguf.read(tmp_path / "m.gguf"), writer.GGUFReader(tmp_path / "m.gguf")
+    assert set(found.keys) == set(plain.fields)
+    for key, field in plain.fields.items():
+        assert found.metadata(key) == field.contents(), key
+    assert found.metadata("texts") == lists["texts"]
+
+
 def test_yarn_scaling_without_its_original_length_is_refused(tmp_path: Path):
     path = write(tmp_path / "m.gguf", DATA / "tiny", rope__scaling__type="yarn")
     with pytest.raises(ValueError, match="rope scaling 'yarn' is not implemented"):

@@ -294,8 +294,8 @@ def test_a_run_starts_from_an_earlier_run_or_its_peft_directory(spec, whole, mod
     config = spec.copy_and_resolve_references()
     config.lora.path, config.lora.alpha = str(whole / source), 5.0
     with job.Job.build(job.resolve(config), whole) as parts:
-        started = parts.adapters()
-        state = parts.initial_state(parts.optimizer())
+        started = parts.origin.adapters
+        state = parts.origin.initial()
         assert state.reference == ()  # the base is one, and nothing is measured against it here
         moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
         adapted = [leaf.shape for leaf in jax.tree.leaves(started)]

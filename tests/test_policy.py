@@ -1,4 +1,6 @@
+import concurrent.futures
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 import rftjax
+from rftjax import hf, policy, sharding
 from rftjax.policy import Policy
 
 
@@ -46,6 +49,46 @@ def test_log_probabilities_are_those_of_the_logits_before_each_token(model, temp
     found_BT = np.asarray(model.logprobs(TOKENS, temperature=temperature))
     assert not found_BT[:, 0].any()
     np.testing.assert_allclose(found_BT[:, 1:], wanted_BT, atol=1e-5)
+
+
+def test_an_open_model_reads_its_parameters_once_they_are_asked_for(tiny_dir, monkeypatch):
+    read = []
+    read_leaf = hf._read_leaf
+    monkeypatch.setattr(hf, "_read_leaf", lambda *a: read.append(a[2].path) or read_leaf(*a))
+    opened = policy.open_model(str(tiny_dir), mesh=sharding.make_mesh(fsdp=2, data=4))
+    shapes = opened.outline
+    assert not read
+    opened.read_ahead()
+    params = opened.params
+    assert len(read) == len(jax.tree.leaves(params)) and opened.params is params
+    jax.tree.map(assert_described, shapes, params)
+    one = rftjax.load(str(tiny_dir)).params
+    jax.tree.map(np.testing.assert_array_equal, params, one)
+
+
+def test_a_model_that_is_closed_gives_up_reading(tiny_dir, monkeypatch):
+    read, reached, go_on = [], threading.Event(), threading.Event()
+
+    def read_leaf(*arguments):
+        reached.set()
+        assert go_on.wait(60)
+        read.append(arguments)
+        return np.zeros(3)
+
+    monkeypatch.setattr(hf, "_read_leaf", read_leaf)
+    opened = policy.open_model(str(tiny_dir))
+    opened.read_ahead()
+    assert reached.wait(60)
+    opened.close()
+    go_on.set()
+    with pytest.raises(concurrent.futures.CancelledError):
+        opened.params  # noqa: B018
+    assert len(read) <= 2  # of eleven: the one under way and the one behind it
+
+
+def assert_described(shape, leaf):
+    assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+    assert shape.sharding == leaf.sharding
 
 
 def test_one_token_alone_has_nothing_to_score(model):

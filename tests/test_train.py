@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 
 import rftjax
 from rftjax import config as configs
-from rftjax import modes
+from rftjax import hf, job, modes
 from rftjax.checkpoint import Checkpoints
 from rftjax.job import Job
 from rftjax.sampler.engine import Counters
@@ -363,9 +365,34 @@ def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tm
     assert "error:" in out and "optim.lr" in out and "Traceback" not in out
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_the_outline_of_a_state_is_that_of_the_state(config, tmp_path, rank, kl):
+    one = config.copy_and_resolve_references()
+    one.lora.rank, one.grpo.kl_weight, one.mesh.fsdp = rank, kl, 2
+    with Job.build(job.resolve(one), tmp_path) as parts:
+        outline, state = parts.origin.outline, parts.origin.initial()
+    for shape, leaf in zip(jax.tree.leaves(outline), jax.tree.leaves(state), strict=True):
+        assert (shape.shape, shape.dtype, shape.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+        assert not leaf.weak_type
+    assert jax.tree.structure(outline) == jax.tree.structure(state)
+
+
+def test_a_resume_does_not_read_the_base_model_that_it_does_not_need(
+    config, whole, tmp_path, monkeypatch
+):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.delete_after(STEPS - 1)
+    checkpoints.close()
+    monkeypatch.setattr(hf, "_read_leaf", lambda *_: pytest.fail("the base model was read"))
+    modes.run("train", config, {}, tmp_path, 0)
+    assert_equal(last_state(tmp_path), last_state(whole))
+
+
+@pytest.mark.parametrize(("updates", "rank"), [(1, 0), (2, 0), (2, 4)])
 def test_a_step_compiles_nothing_that_was_not_compiled_before_it(
-    config, tmp_path, monkeypatch, updates
+    config, tmp_path, monkeypatch, updates, rank
 ):
     """But for calls of a few instructions outside of jitted functions."""
     compiled, steps = [], []
@@ -374,24 +401,26 @@ def test_a_step_compiles_nothing_that_was_not_compiled_before_it(
         if event.endswith("backend_compile_duration") and steps:
             compiled.append(facts.get("fun_name", ""))
 
-    compile = Job.compile
+    ahead = Job.compiling
 
+    @contextlib.contextmanager
     def compile_and_note(*arguments):
-        said = compile(*arguments)
-        steps.append(said)
-        return said
+        with ahead(*arguments):
+            yield
+        steps.append("compiled")
 
-    monkeypatch.setattr(Job, "compile", compile_and_note)
+    monkeypatch.setattr(Job, "compiling", compile_and_note)
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
         one = config.copy_and_resolve_references()
         one.eval.every, one.steps, one.export = 0, 2, False
         one.grpo.updates_per_batch, one.grpo.kl_weight = updates, 0.1 * (updates - 1)
+        one.lora.rank, one.grpo.kl_refresh_steps = rank, rank // 2
         modes.run("train", one, {}, tmp_path, 0)
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-    assert len(steps) == 1 and steps[0].startswith("compiled ")
+    assert steps == ["compiled"]
     large = ("update", "score", "decode", "prefill", "copy_rows", "sampler_params", "idle_rows")
     assert not [name for name in compiled if any(one in name for one in large)]
     assert all(line["compile/programs"] >= 0 for line in lines_of(tmp_path))

@@ -1,0 +1,96 @@
+"""What training starts from: the state of step 0, its shapes and places before it is made, or a checkpoint's state."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rftjax import config as configs
+from rftjax import lora, optim, sharding, update
+from rftjax.checkpoint import Checkpoints
+from rftjax.learner import initial_reference
+from rftjax.policy import Policy
+from rftjax.types import Params, TrainState
+
+
+class Origin:
+    """A base model, whose parameters are read once they are needed, and the adapters that are trained, None in full
+    fine-tuning."""
+
+    def __init__(self, config: ConfigDict, model: Policy, mesh: Mesh) -> None:
+        self.config, self.policy, self.mesh = config, model, mesh
+        self.adapters = first_adapters(config, model, mesh)
+
+    @functools.cached_property
+    def optimizer(self) -> Any:
+        """The Optax chain of the config, its schedule stretched over all updates of the steps."""
+        section, settings = self.config.grpo, self.config.optim.to_dict()
+        updates = section.updates_per_batch * section.minibatches
+        settings["warmup_steps"] *= updates
+        return optim.make_optimizer(steps=self.config.steps * updates, **settings)
+
+    def state(self, checkpoints: Checkpoints, step: int) -> TrainState:
+        """Returns the state after a step: its checkpoint's, with what never changes from the base model."""
+        if step == 0:
+            return self.initial()
+        kept = [getattr(self.outline, name) for name in checkpoints.fixed]
+        example = self.initial() if jax.tree.leaves(kept) else self.outline
+        return checkpoints.restore(step, example)[0]
+
+    def initial(self) -> TrainState:
+        """Returns step 0, every leaf where an update leaves it: else the second update would compile again."""
+        return sharding.shard_tree(self.mesh, self._make(self.policy.params, self.adapters))
+
+    @functools.cached_property
+    def outline(self) -> TrainState:
+        """Shapes and places of the state, which is not made for it."""
+        shapes = jax.eval_shape(self._make, self.policy.outline, self.adapters)
+        return sharding.outline(self.mesh, shapes)
+
+    def _make(self, params: Params, adapters: Params | None) -> TrainState:
+        trainable, frozen = params, {}
+        if adapters is not None:
+            trainable, frozen = adapters, lora.freeze(self.policy.config, params)
+        reference = initial_reference(self.config.grpo, params, adapters, self.config.model.dtype)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, trainable, frozen, self.optimizer.init(trainable), reference)
+
+
+def first_adapters(config: ConfigDict, model: Policy, mesh: Mesh) -> Params | None:
+    """Returns fresh adapters or those of `lora.path`, None in full fine-tuning."""
+    section = config.lora
+    if not section.rank:
+        return None
+    adapters = lora.init(model.config, rank=section.rank, targets=section.targets, seed=config.seed)
+    if section.path:
+        found = load_adapters(section.path, model.config, section.alpha)
+        lora.check_like(section.path, found, adapters)
+        adapters = found
+    return sharding.shard_tree(mesh, adapters)
+
+
+def load_adapters(path: str, model: Any, alpha: float) -> Params:
+    """Returns the adapters of a PEFT directory, or of the last checkpoint of a run's workdir, scaled for `alpha`."""
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").exists():
+        return lora.load_peft(folder, model, alpha=alpha)
+    if not (folder / "config.json").exists() or not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"lora.path={path}: holds neither adapter_config.json nor a run's config.json and checkpoints"
+        )
+    run: Any = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    try:
+        step = checkpoints.latest_step()
+        if not run.lora.rank or step is None:
+            raise ValueError(f"lora.path={path}: that run has no adapters in a checkpoint")
+        adapters, _ = checkpoints.restore_params(step)
+    finally:
+        checkpoints.close()
+    return update.scale_adapters(adapters, run.lora.alpha / alpha)
