@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,8 +53,18 @@ class Policy:
 
     def read_ahead(self) -> None:
         """Begins to read the parameters while the caller does something else."""
+
+        def read() -> Params:
+            # Reading takes Python's lock thousands of times, and waits each time until others give it up.
+            before_s = sys.getswitchinterval()
+            sys.setswitchinterval(1e-4)
+            try:
+                return self._params()
+            finally:
+                sys.setswitchinterval(before_s)
+
         reader = concurrent.futures.ThreadPoolExecutor(1)
-        self._ahead = reader.submit(lambda: self._params())
+        self._ahead = reader.submit(read)
         reader.shutdown(wait=False)
 
     def close(self) -> None:
