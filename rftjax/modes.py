@@ -62,7 +62,8 @@ def export_state(config: ConfigDict, state: TrainState, workdir: Path) -> None:
 
 def summary(workdir: Path) -> str:
     """Returns the held-out reward before and after, and where the results lie."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    path = workdir / "metrics.jsonl"  # not there where a run was interrupted before its first step
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     config = configs.from_json((workdir / "config.json").read_text())
     text = _gain(lines, "eval/")
     for name in (configs.heldout_set(entry)[0] for entry in config.eval.sets):

@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             ahead = job.compiling(learner, stream, recorder)
             with ahead if goes_on() else contextlib.nullcontext():
                 state = job.origin.state(checkpoints, start)
-            if start == 0 and job.heldout_due(0):
+            if start == 0 and goes_on() and job.heldout_due(0):
                 heldout(0)
                 recorder.flush(0)
             while goes_on():

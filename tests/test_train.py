@@ -267,6 +267,24 @@ def test_a_failing_evaluator_stops_the_run_after_a_checkpoint(config, tmp_path):
     checkpoints.close()
 
 
+def test_a_run_interrupted_before_its_first_step_says_so_and_goes_on_from_there(
+    config, whole, tmp_path, monkeypatch, capsys
+):
+    ahead = Job.compiling
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return ahead(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "compiling", interrupted)
+        modes.run("train", config, {}, tmp_path, 0)
+    assert not lines_of(tmp_path) and "watch it" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+    modes.run("train", config, {}, tmp_path, 0)
+    assert_equal(last_state(tmp_path), last_state(whole))
+
+
 def start(spec, workdir, hold, *arguments):
     environment = os.environ | {
         "RFTJAX_TEST_HOLD": str(hold),
