@@ -119,7 +119,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
             view, at = self._view, orig_offs + 12
             if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
-            number, count = struct.unpack_from("=IQ", view, orig_offs)
+            number, count = struct.unpack_from("=IQ", view.data, orig_offs)
             kind = gguf.GGUFValueType(number)
             parts = [view[orig_offs : orig_offs + 4], view[orig_offs + 4 : at]]
             scalar = self.gguf_scalar_to_np.get(kind)
@@ -130,7 +130,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
             elif kind == gguf.GGUFValueType.STRING:
                 for _ in range(count):
                     text = at + 8
-                    end = text + struct.unpack_from("=Q", view, at)[0]
+                    end = text + struct.unpack_from("=Q", view.data, at)[0]
                     parts += [view[at:text], view[text:end]]
                     at = end
             else:

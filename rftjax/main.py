@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     from rftjax import modes
 
     # A second start finds its compiled programs here; JAX_COMPILATION_CACHE_DIR names another place.
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:

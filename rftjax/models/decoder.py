@@ -91,11 +91,12 @@ class Linear(nn.Module):
         inputs = x.shape[-self.axes :]
         init = nn.initializers.normal(self.config.init_std)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        y = linear(x, kernel, self.axes)
+        y: Any = linear(x, kernel, self.axes)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             flat = x.reshape(*x.shape[: x.ndim - self.axes], math.prod(inputs))
-            y = y + linear(linear(flat, a, 1), b, 1).reshape(y.shape)
+            added: Any = linear(linear(flat, a, 1), b, 1)
+            y = y + added.reshape(y.shape)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
             y = y + bias.astype(y.dtype).reshape(
