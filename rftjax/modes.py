@@ -16,15 +16,15 @@ from rftjax import hf, job, lora, policy, sharding, train, update
 from rftjax.checkpoint import Checkpoints
 from rftjax.evaluation import MAIN
 from rftjax.job import Job
-from rftjax.learner import set_advantages
+from rftjax.learner import has_variance, set_advantages
 from rftjax.metrics import rollout_metrics
+from rftjax.reports import by_draw
 from rftjax.sampler import device
 from rftjax.tasks import TaskStream
 from rftjax.types import TrainState
 
-CHECK_PROMPTS = (
-    4  # prompts that `check` samples from the base model, of training and of each held-out set
-)
+# Prompts that `check` samples at once from the base model, of training and of each held-out set.
+CHECK_PROMPTS = 4
 
 
 def run(
@@ -130,11 +130,16 @@ def check(config: ConfigDict, workdir: Path) -> None:
         params = parts.policy.params
         parts.set_weights(TrainState(np.int32(0), params, {}, ()))
         stream = TaskStream(parts.train_tasks, seed=config.seed)
-        draws = stream.next(min(CHECK_PROMPTS, config.batch.prompts, len(parts.train_tasks)))
-        trajectories = parts.rollout(
-            draws, config.batch.group_size, parts.limits(), on_finish=parts.scorer.submit
-        )
-        scores = parts.scorer.gather(trajectories)
+        trajectories, scores, left = [], [], min(config.batch.prompts, len(parts.train_tasks))
+        # A step's prompts at most: where rewards are rare, a few show no variance.
+        while left and not any(map(has_variance, by_draw(trajectories))):
+            draws = stream.next(min(CHECK_PROMPTS, left))
+            left -= len(draws)
+            sampled = parts.rollout(
+                draws, config.batch.group_size, parts.limits(), on_finish=parts.scorer.submit
+            )
+            scores += parts.scorer.gather(sampled)
+            trajectories += sampled
         set_advantages(trajectories, config.grpo)
         metrics = rollout_metrics(trajectories)
         best = max(trajectories, key=lambda one: one.score.reward if one.score else -math.inf)
@@ -151,8 +156,9 @@ def check(config: ConfigDict, workdir: Path) -> None:
             print(f"{name:32s} {float(metrics.get(name, math.nan)):.3f}")
         parts.scorer.check(scores)
         if metrics.get("groups/zero_variance_share", 0.0) == 1.0:
+            groups, size = len(by_draw(trajectories)), config.batch.group_size
             raise ValueError(
-                f"the reward is the same within each of {len(draws)} groups of {config.batch.group_size}: there is"
+                f"the reward is the same within each of {groups} groups of {size}: there is"
                 " nothing to learn from; make tasks easier or harder, raise batch.group_size or give partial rewards"
             )
         check_heldout(parts)

@@ -44,6 +44,9 @@ def failing(task, trajectory):
 
 def constant(task, trajectory):
     return 0.5
+
+def rare(task, trajectory):
+    return evaluate(task, trajectory) if trajectory.draw >= 4 else 0.5
 """
 SPEC = """
 import json, sys
@@ -251,6 +254,20 @@ def test_check_mode_refuses_a_reward_without_variance(config, tmp_path):
     with pytest.raises(
         ValueError, match="the same within each of 4 groups of 4: .* partial rewards"
     ):
+        modes.run("check", changed, {}, tmp_path, 0)
+
+
+def test_check_mode_samples_a_whole_step_before_it_says_that_there_is_no_variance(
+    config, tmp_path, capsys
+):
+    changed = config.copy_and_resolve_references()
+    changed.evaluator = config.evaluator.replace(":evaluate", ":rare")
+    changed.batch.prompts, changed.eval.every = 8, 0
+    modes.run("check", changed, {}, tmp_path, 0)
+    out = capsys.readouterr().out
+    assert "check       passed" in out and "groups/zero_variance_share       0." in out
+    changed.batch.prompts = 4
+    with pytest.raises(ValueError, match="the same within each of 4 groups of 4"):
         modes.run("check", changed, {}, tmp_path, 0)
 
 
