@@ -173,13 +173,14 @@ class Job:
             workers.callback(environments.close)
             mesh = sharding.make_mesh(**config.mesh)
             checks.check_attention(config)
-            model = policy.open_model(
+            model = policy.load(
                 config.model.path,
                 dtype=config.model.dtype,
                 attention=config.model.attention,
                 mesh=mesh,
                 init=config.model.init,
                 seed=config.seed,
+                lazy=True,
             )
             workers.callback(model.close)
             if not checkpoint.exists(workdir / "checkpoints"):

@@ -216,26 +216,12 @@ def load(
     mesh: Mesh | None = None,
     init: str = "pretrained",
     seed: int = 0,
+    lazy: bool = False,
 ) -> Policy:
     """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in.
 
-    `attention` is one of `models.attention.FORMS`.
+    `attention` is one of `models.attention.FORMS`. With `lazy` the parameters are read once they are asked for.
     """
-    policy = open_model(path, dtype=dtype, attention=attention, mesh=mesh, init=init, seed=seed)
-    policy.params  # noqa: B018 - reads them
-    return policy
-
-
-def open_model(
-    path: str,
-    *,
-    dtype: str = "float32",
-    attention: str = "blocked",
-    mesh: Mesh | None = None,
-    init: str = "pretrained",
-    seed: int = 0,
-) -> Policy:
-    """Does what `load` does, but reads the parameters only once they are asked for."""
     closed = threading.Event()
     put = sharding.placer(mesh) if mesh is not None else lambda _, leaf: jnp.asarray(leaf)
 
@@ -246,7 +232,8 @@ def open_model(
 
     model = hf.open_model(path, dtype=dtype, init=init, seed=seed)
     config = dataclasses.replace(model.config, attention=attention)
-    return Policy(path, config, functools.partial(model.read, place), model.fields, mesh, closed)
+    params = functools.partial(model.read, place) if lazy else model.read(place)
+    return Policy(path, config, params, model.fields, mesh, closed)
 
 
 def _rows(tokens_BT: jax.Array) -> Pack:

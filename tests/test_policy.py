@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rftjax
-from rftjax import hf, policy, sharding
+from rftjax import hf, sharding
 from rftjax.policy import Policy
 
 
@@ -51,11 +51,11 @@ def test_log_probabilities_are_those_of_the_logits_before_each_token(model, temp
     np.testing.assert_allclose(found_BT[:, 1:], wanted_BT, atol=1e-5)
 
 
-def test_an_open_model_reads_its_parameters_once_they_are_asked_for(tiny_dir, monkeypatch):
+def test_a_lazy_model_reads_its_parameters_once_they_are_asked_for(tiny_dir, monkeypatch):
     read = []
     read_leaf = hf._read_leaf
     monkeypatch.setattr(hf, "_read_leaf", lambda *a: read.append(a[2].path) or read_leaf(*a))
-    opened = policy.open_model(str(tiny_dir), mesh=sharding.make_mesh(fsdp=2, data=4))
+    opened = rftjax.load(str(tiny_dir), mesh=sharding.make_mesh(fsdp=2, data=4), lazy=True)
     shapes = opened.outline
     assert not read
     opened.read_ahead()
@@ -76,13 +76,13 @@ def test_a_model_that_is_closed_gives_up_reading(tiny_dir, monkeypatch):
         return np.zeros(3)
 
     monkeypatch.setattr(hf, "_read_leaf", read_leaf)
-    opened = policy.open_model(str(tiny_dir))
+    opened = rftjax.load(str(tiny_dir), lazy=True)
     opened.read_ahead()
     assert reached.wait(60)
     opened.close()
     go_on.set()
     with pytest.raises(concurrent.futures.CancelledError):
-        opened.params  # noqa: B018
+        jax.block_until_ready(opened.params)
     assert len(read) <= 2  # of eleven: the one under way and the one behind it
 
 
