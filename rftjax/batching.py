@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rftjax import types
+from rftjax.errors import UserError
 from rftjax.types import Batch, Pack, Trajectory
 
 
@@ -120,16 +121,16 @@ def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) ->
     count = len(sequence.tokens)
     lists = (sequence.sampled, sequence.logprobs, sequence.policy_version)
     if any(len(values) != count for values in lists) or not np.isfinite(sequence.logprobs).all():
-        raise ValueError(
+        raise UserError(
             f"task {trajectory.task.id!r}, draw {trajectory.draw}, sample {trajectory.sample}: every one of the"
             f" {count} tokens needs a flag, a finite log-probability and a policy version"
         )
     if count > max_length:
-        raise ValueError(
+        raise UserError(
             f"rollout.max_length={max_length}: a sequence of task {trajectory.task.id!r} has {count} tokens"
         )
     if sequence.sampled and sequence.sampled[0]:
-        raise ValueError(f"task {trajectory.task.id!r}: the first token of a sequence was sampled")
+        raise UserError(f"task {trajectory.task.id!r}: the first token of a sequence was sampled")
 
 
 def _bundles(

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rftjax.errors import UserError
 from rftjax.types import Message, Task
 
 MARK = "8c1f0e5d7a"  # stands for an assistant's content while the text behind it is looked up
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(UserError):
     """Says that a chat template does not render a conversation, or rewrites its past."""
 
 

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from rftjax.errors import UserError
 from rftjax.types import Params, TrainState
 
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
@@ -33,7 +34,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_DISK_WORDS = ("no space left", "quota exceeded", "file too large")
 
 
-class CorruptCheckpoint(ValueError):
+class CorruptCheckpoint(UserError):
     """A checkpoint that cannot be read back; `step` says which, an earlier one may be whole."""
 
     def __init__(self, message: str, step: int) -> None:
@@ -61,12 +62,12 @@ class Checkpoints:
         fixed: Sequence[str] = (),
     ) -> None:
         if keep < 1 and keep != -1:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.keep={keep}: at least one checkpoint must stay to resume from; "
                 "give 1 or more, or -1 to keep all"
             )
         if every < 0:
-            raise ValueError(f"checkpoint.every={every}: a number of steps, or 0 for none")
+            raise UserError(f"checkpoint.every={every}: a number of steps, or 0 for none")
         self.directory = Path(directory).absolute()
         self.every = every
         self.best_metric = best_metric
@@ -74,7 +75,7 @@ class Checkpoints:
         self.fixed = fixed
         _silence_orbax()
         if read_only and not self.directory.is_dir():
-            raise ValueError(f"{self.directory} holds no checkpoints: no such directory")
+            raise UserError(f"{self.directory} holds no checkpoints: no such directory")
         with self._writing():
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -227,7 +228,7 @@ class Checkpoints:
         ]
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {self.directory / str(step)} was saved by a run with another model or "
                 f"optimizer: {'; '.join(differences[:3])}{more}. Start with the config that the "
                 "workdir was made with, or give another --workdir"
@@ -238,7 +239,7 @@ class Checkpoints:
         """Turns what fails while an item is read into CorruptCheckpoint, or says what is there."""
         directory = self.directory / str(step)
         if not directory.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} holds no checkpoint of step {step}; "
                 f"it has {self.steps() or 'none'}"
             )
@@ -338,7 +339,7 @@ def _check_json(host: Mapping[str, Any]) -> None:
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"host[{name!r}] of a checkpoint is not JSON: {error}; "
                 "convert it to lists, dicts, numbers and text"
             ) from error

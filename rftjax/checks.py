@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rftjax import chat, policy
+from rftjax.errors import UserError
 from rftjax.types import Task
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def check_attention(config: ConfigDict) -> None:
     form = config.model.attention
     needed = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}.get(form)
     if needed and jax.default_backend() != needed[0]:
-        raise ValueError(
+        raise UserError(
             f"model.attention={form!r}: needs {needed[1]}, there is {jax.devices()[0].platform}; set it to 'blocked'"
         )
 
@@ -65,7 +66,7 @@ def check_lengths(
         ]
         shortest.append(min(counts, default=1))
     if long:
-        raise ValueError(
+        raise UserError(
             f"rollout.max_length={config.rollout.max_length}: {len(long)} prompts leave no room for an answer;"
             " raise it (up to the model's context) or drop the rows:\n  " + "\n  ".join(long[:20])
         )

@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from rftjax.errors import UserError
 from rftjax.fields import (
     assign,
     base_config,
@@ -123,7 +124,7 @@ def check(config: ConfigDict, *, devices: int = 0, processes: int = 1) -> None:
     lines += [_say(field, values[field], text) for field, text in related]
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise ValueError(f"the config has {count}:\n  " + "\n  ".join(lines))
+        raise UserError(f"the config has {count}:\n  " + "\n  ".join(lines))
 
 
 def _say(field: str, value: Any, text: str) -> str:
@@ -378,7 +379,7 @@ def to_json(config: ConfigDict) -> str:
     try:
         return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"the config cannot be stored as JSON ({error}); use plain values"
         ) from error
 
@@ -388,16 +389,16 @@ def from_json(text: str, name: str = "config.json") -> ConfigDict:
     try:
         stored = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name}: is not valid JSON ({error}); start in a new workdir") from error
+        raise UserError(f"{name}: is not valid JSON ({error}); start in a new workdir") from error
     if not isinstance(stored, dict):
-        raise ValueError(f"{name}: must hold an object; start in a new workdir")
+        raise UserError(f"{name}: must hold an object; start in a new workdir")
     config = base_config()
     with config.unlocked():
         for field, value in flatten(stored).items():
             try:
                 assign(config, field, value)
             except (TypeError, ValueError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{name}: {field}={value!r}: {error}; start in a new workdir"
                 ) from error
     return config
@@ -430,7 +431,7 @@ def merge_resume(stored: ConfigDict, given: ConfigDict, flags: Mapping[str, Any]
                 )
     if contradictions:
         allowed = ", ".join(["steps", *(f"{section}*" for section in _FREE_SECTIONS)])
-        raise ValueError(
+        raise UserError(
             "flags contradict the config.json of the run to resume, "
             f"where only {allowed} may change:\n  " + "\n  ".join(contradictions)
         )

@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Generator, Hashable
 from typing import Any
 
+from rftjax.errors import UserError
 from rftjax.types import Message, Task, Turn
 from rftjax.workers import WorkerError, Workers
 
@@ -158,14 +159,14 @@ def _check_signature(target: Any, stateful: bool) -> None:
     try:
         inspect.signature(target).bind(*wanted)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"environment: a {'class or factory' if stateful else 'function'} must be callable with "
             f"({', '.join(wanted)}), but {error}"
         ) from None
     except ValueError:  # no signature to be had
         return
     if inspect.isclass(target) and not callable(getattr(target, "step", None)):
-        raise ValueError(f"environment: class {target.__name__} must have a method step(message)")
+        raise UserError(f"environment: class {target.__name__} must have a method step(message)")
 
 
 def _operate(
@@ -225,13 +226,13 @@ def as_turn(value: Any, name: str) -> Turn:
     messages = as_messages(value.messages, f"{name}'s messages")
     done, reward = _scalar(value.done), _scalar(value.reward)
     if not isinstance(done, bool):
-        raise ValueError(f"{name}: Turn.done must be a bool, not {type(done).__name__}")
+        raise UserError(f"{name}: Turn.done must be a bool, not {type(done).__name__}")
     if not isinstance(reward, (bool, int, float)) or not math.isfinite(reward):
-        raise ValueError(f"{name}: Turn.reward must be a finite number, not {reward!r:.100}")
+        raise UserError(f"{name}: Turn.reward must be a finite number, not {reward!r:.100}")
     if not isinstance(value.info, dict):
-        raise ValueError(f"{name}: Turn.info must be a dict, not {type(value.info).__name__}")
+        raise UserError(f"{name}: Turn.info must be a dict, not {type(value.info).__name__}")
     if not messages and not done:
-        raise ValueError(f"{name} has no message and does not end the episode (None ends it)")
+        raise UserError(f"{name} has no message and does not end the episode (None ends it)")
     return Turn(messages, done, float(reward), _plain(value.info))
 
 
@@ -247,13 +248,13 @@ def as_messages(value: Any, name: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name} must be a list of messages, not {type(value).__name__}")
+        raise UserError(f"{name} must be a list of messages, not {type(value).__name__}")
     for message in value:
         if not isinstance(message, dict):
-            raise ValueError(f"{name} must hold dicts, not {type(message).__name__}")
+            raise UserError(f"{name} must hold dicts, not {type(message).__name__}")
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
-                raise ValueError(f"{name}: a message needs a str as {field!r}: {message!r:.200}")
+                raise UserError(f"{name}: a message needs a str as {field!r}: {message!r:.200}")
     return _plain(list(value))
 
 
@@ -346,11 +347,11 @@ class ToolEpisode:
     def _begin(self, call: dict[str, Any]) -> Any:
         try:
             if "problem" in call:
-                raise ValueError(call["problem"])
+                raise UserError(call["problem"])
             name, arguments = call["name"], dict(call["arguments"])
             if name not in self._tools.functions:
                 known = ", ".join(self._tools.functions)
-                raise ValueError(f"there is no tool {name!r}; there is {known}")
+                raise UserError(f"there is no tool {name!r}; there is {known}")
             function = self._tools.functions[name]
             if "task" in _parameters(function):
                 arguments["task"] = self._task

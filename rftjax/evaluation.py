@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 
+from rftjax.errors import UserError
 from rftjax.rollout import Limits, Rollout
 from rftjax.scoring import Scorer
 from rftjax.types import Score, Task, Trajectory
@@ -90,7 +91,7 @@ def measure(
 def pass_at_k(samples: int, right: int, k: int) -> float:
     """Returns the unbiased estimate 1 - C(samples - right, k) / C(samples, k) (Chen et al. 2021)."""
     if not 1 <= k <= samples:
-        raise ValueError(f"eval.pass_k: {k} must be between 1 and the {samples} samples of a task")
+        raise UserError(f"eval.pass_k: {k} must be between 1 and the {samples} samples of a task")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict
 
+from rftjax.errors import UserError
 from rftjax.fields import field_type, flatten, suggest
 
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
@@ -72,7 +73,7 @@ def load_spec(value: str) -> ConfigDict:
     name = f"--config={value}"
     module_spec = importlib.util.spec_from_file_location("spec", path)
     if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"{name}: must be a Python file")
+        raise UserError(f"{name}: must be a Python file")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -82,9 +83,9 @@ def load_spec(value: str) -> ConfigDict:
         place = f", line {frames[-1].lineno}" if frames else ""
         # A ValueError is the spec's own word to its user; anything else is a fault in the spec.
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{name}: {path}{place}: {kind}{error}") from error
+        raise UserError(f"{name}: {path}{place}: {kind}{error}") from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(
+        raise UserError(
             f"{name}: get_config() must return a ConfigDict, returned {type(config).__name__}"
         )
     return config

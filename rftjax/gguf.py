@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from rftjax.errors import UserError
+
 # Metadata keys (after `ARCHITECTURE.`) that become one config field each.
 FIELDS = {
     "context_length": "max_position_embeddings",
@@ -77,7 +79,7 @@ def read(path: str | os.PathLike[str]) -> File:
     """Opens a GGUF file; raises ValueError where it is truncated or no GGUF file at all."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"model.path={path}: no such file")
+        raise UserError(f"model.path={path}: no such file")
     stat = path.stat()
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
@@ -99,7 +101,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"model.path={path}: GGUF files need the gguf package: pip install 'rftjax[gguf]'"
         ) from error
 
@@ -142,7 +144,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
     try:
         reader = Reader(path)
     except Exception as error:  # the reader raises whatever NumPy meets in a damaged file
-        raise ValueError(
+        raise UserError(
             f"model.path={path}: not a whole GGUF file of {size_bytes} bytes ({error});"
             " download it again"
         ) from error
@@ -153,11 +155,11 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
 
     def tensor(entry: Any) -> np.ndarray:
         if not math.prod(entry.shape) or entry.data_offset + entry.n_bytes > size_bytes:
-            raise ValueError(f"model.path={path}: tensor {entry.name} ends beyond the file's end")
+            raise UserError(f"model.path={path}: tensor {entry.name} ends beyond the file's end")
         try:
             values = gguf.quants.dequantize(_in_long_rows(entry), entry.tensor_type)
         except NotImplementedError as error:
-            raise ValueError(
+            raise UserError(
                 f"model.path={path}: tensor {entry.name} is quantised as {entry.tensor_type.name},"
                 " which the gguf package cannot dequantise; use another quantisation of this model"
             ) from error
@@ -171,21 +173,21 @@ def hf_fields(file: File) -> dict[str, Any]:
     """Returns the Hugging Face config that says the same; refuses what is not implemented."""
     arch = file.metadata("general.architecture")
     if arch not in ARCHITECTURES:
-        raise ValueError(
+        raise UserError(
             f"model.path={file.path}: architecture {arch!r} is not implemented;"
             f" rftjax reads {', '.join(ARCHITECTURES)} from GGUF"
         )
     own = {key.removeprefix(f"{arch}."): key for key in file.keys if key.startswith(f"{arch}.")}
     unknown = sorted(set(own) - set(FIELDS) - OTHERS)
     if unknown:
-        raise ValueError(f"model.path={file.path}: {arch} metadata {unknown} is not implemented")
+        raise UserError(f"model.path={file.path}: {arch} metadata {unknown} is not implemented")
     fields: dict[str, Any] = {"architectures": [f"{arch.capitalize()}ForCausalLM"]}
     fields |= {"model_type": arch, "hidden_act": "silu", "torch_dtype": "float32"}
     for theirs, ours in FIELDS.items():
         if theirs in own:
             fields[ours] = _short(file.metadata(own[theirs]))
             if isinstance(fields[ours], list):
-                raise ValueError(f"model.path={file.path}: {own[theirs]} differs between layers")
+                raise UserError(f"model.path={file.path}: {own[theirs]} differs between layers")
     fields.setdefault("vocab_size", len(file.metadata("tokenizer.ggml.tokens") or ()))
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
     if arch == "llama":
@@ -196,7 +198,7 @@ def hf_fields(file: File) -> dict[str, Any]:
     for key in ("rope.dimension_count", "attention.value_length"):
         found = file.metadata(own[key]) if key in own else channels
         if found != channels:
-            raise ValueError(
+            raise UserError(
                 f"model.path={file.path}: {own[key]}={found} is not implemented, only the head's"
                 f" {channels} channels"
             )
@@ -233,7 +235,7 @@ def _rope_scaling(
             "factor": _short(factor),
             "original_max_position_embeddings": original,
         }
-    raise ValueError(f"model.path={file.path}: rope scaling {kind!r} is not implemented")
+    raise UserError(f"model.path={file.path}: rope scaling {kind!r} is not implemented")
 
 
 def _llama3_scaling(file: File, fields: dict[str, Any], channels: int) -> dict[str, Any]:
@@ -249,7 +251,7 @@ def _llama3_scaling(file: File, fields: dict[str, Any], channels: int) -> dict[s
         expected = 1.0 / ((1 - smooth) / factor + smooth)
         if table.shape == expected.shape and np.allclose(table, expected, rtol=1e-4):
             return {"rope_type": "llama3", "factor": factor, **LLAMA3_SETTINGS}
-    raise ValueError(
+    raise UserError(
         f"model.path={file.path}: the factors in rope_freqs.weight are not those of Llama 3.1 or"
         " 3.2; use the model's Hugging Face directory"
     )

@@ -34,6 +34,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from rftjax.errors import UserError
+
 CHOICES = {
     "baseline": ("mean", "leave_one_out", "batch_mean", "none"),
     "scale": ("group", "batch", "none"),
@@ -102,11 +104,11 @@ def resolve_preset(preset: str, overrides: Mapping[str, Any] | None = None) -> d
     take.
     """
     if preset not in PRESETS:
-        raise ValueError(f"grpo.preset={preset!r}: must be one of {', '.join(sorted(PRESETS))}")
+        raise UserError(f"grpo.preset={preset!r}: must be one of {', '.join(sorted(PRESETS))}")
     fields = {**ADVANTAGE_DEFAULTS, **LOSS_DEFAULTS, **PRESETS[preset]}
     for name, value in (overrides or {}).items():
         if name not in fields:
-            raise ValueError(
+            raise UserError(
                 f"grpo.{name}={value!r}: no such field; the fields are {', '.join(sorted(fields))}"
             )
         if value is not None:
@@ -123,15 +125,15 @@ def check_fields(fields: Mapping[str, Any]) -> None:
         if name in CHOICES:
             if value not in CHOICES[name]:
                 choices = ", ".join(CHOICES[name])
-                raise ValueError(f"grpo.{name}={value!r}: must be one of {choices}")
+                raise UserError(f"grpo.{name}={value!r}: must be one of {choices}")
         elif value is None or isinstance(value, str) or not np.isfinite(value) or value < 0:
-            raise ValueError(f"grpo.{name}={value!r}: must be a finite number that is not negative")
+            raise UserError(f"grpo.{name}={value!r}: must be a finite number that is not negative")
     for name in ("sapo_tau_pos", "sapo_tau_neg"):
         if fields.get(name) == 0:
-            raise ValueError(f"grpo.{name}=0: a temperature, must be positive")
+            raise UserError(f"grpo.{name}=0: a temperature, must be positive")
     dual_clip = fields.get("dual_clip", 0.0)
     if 0 < dual_clip <= 1:
-        raise ValueError(
+        raise UserError(
             f"grpo.dual_clip={dual_clip!r}: a bound on the ratio, must be above 1 (0.0 switches it off)"
         )
 
@@ -157,14 +159,14 @@ def advantages(
     check_fields({"baseline": baseline, "scale": scale, "eps": eps})
     traced = isinstance(rewards, jax.core.Tracer) or isinstance(group_ids, jax.core.Tracer)
     if not traced and not np.all(np.isfinite(np.asarray(rewards, np.float64))):
-        raise ValueError(
+        raise UserError(
             "rewards hold NaN or infinite values: leave out the samples that could not be scored"
         )
     on_device = isinstance(rewards, jax.Array) or isinstance(group_ids, jax.Array)
     xp: Any = jnp if on_device else np
     rewards_B = xp.asarray(rewards, xp.float32 if on_device else xp.float64)
     if rewards_B.ndim != 1 or rewards_B.shape != np.shape(group_ids):
-        raise ValueError(
+        raise UserError(
             f"rewards {rewards_B.shape} and group_ids {np.shape(group_ids)}: must be (B,) both"
         )
     rows = rewards_B.shape[0]
@@ -261,11 +263,11 @@ def policy_loss(
     """
     check_fields({name: value for name, value in locals().items() if name in LOSS_DEFAULTS})
     if kl_weight > 0 and reference_logprobs is None:
-        raise ValueError(f"grpo.kl_weight={kl_weight}: needs reference_logprobs (or set it to 0.0)")
+        raise UserError(f"grpo.kl_weight={kl_weight}: needs reference_logprobs (or set it to 0.0)")
     if tis_cap > 0 and sampler_logprobs is None:
-        raise ValueError(f"grpo.tis_cap={tis_cap}: needs sampler_logprobs (or set it to 0.0)")
+        raise UserError(f"grpo.tis_cap={tis_cap}: needs sampler_logprobs (or set it to 0.0)")
     if entropy_weight > 0 and entropy is None:
-        raise ValueError(f"grpo.entropy_weight={entropy_weight}: needs entropy (or set it to 0.0)")
+        raise UserError(f"grpo.entropy_weight={entropy_weight}: needs entropy (or set it to 0.0)")
 
     mask_BT = jnp.asarray(loss_mask).astype(bool)
     logprobs_BT = _where_trained(logprobs, mask_BT, "logprobs")
@@ -360,7 +362,7 @@ def _where_trained(values: Any, mask_BT: jax.Array, name: str) -> jax.Array:
     """
     values_BT = jnp.asarray(values)
     if values_BT.shape != mask_BT.shape:
-        raise ValueError(f"{name} {values_BT.shape} and loss_mask {mask_BT.shape} differ in shape")
+        raise UserError(f"{name} {values_BT.shape} and loss_mask {mask_BT.shape} differ in shape")
     values_BT = values_BT.astype(jnp.promote_types(values_BT.dtype, jnp.float32))
     return jnp.where(mask_BT, values_BT, 0.0)
 
@@ -404,7 +406,7 @@ def _aggregate(
         total, own = jnp.sum(_row_mean(masked_BT, mask_BT)), rows
     else:
         if normalizer is None and max_tokens <= 0:
-            raise ValueError(
+            raise UserError(
                 f"grpo.max_tokens={max_tokens}: the constant aggregate divides by it, must be above 0"
             )
         total, own = jnp.sum(masked_BT), rows * max_tokens
@@ -415,7 +417,7 @@ def _token_denominator(mask_BT: jax.Array, aggregate: str, normalizer: Any) -> A
     if normalizer is None:
         return jnp.maximum(jnp.sum(mask_BT), 1)
     if aggregate != "token_mean":
-        raise ValueError(
+        raise UserError(
             f"grpo.aggregate={aggregate!r} with a normalizer and grpo.entropy_weight above 0 needs token_normalizer, "
             "the number of tokens that the whole step trains on"
         )

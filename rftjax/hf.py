@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rftjax import gguf
+from rftjax.errors import UserError
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.decoder import Config
 from rftjax.models.names import Name
@@ -104,7 +105,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
         return local
     name = str(path)
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ValueError(
+        raise UserError(
             f"model.path={name}: no such directory or file, and not a hub name (OWNER/NAME)"
         )
     from huggingface_hub import snapshot_download
@@ -113,7 +114,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # no network, no such name, no permission: each has its own class
-        raise ValueError(
+        raise UserError(
             f"model.path={name}: no such directory, and the hub did not serve it"
             f" ({type(error).__name__}: {error}); give a local directory or a .gguf file"
         ) from error
@@ -131,7 +132,7 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
     """Returns the shape of the model; refuses every field whose effect is not implemented."""
     kind = fields.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"config.json: model_type={kind!r} is not implemented;"
             f" rftjax knows {', '.join(FAMILIES)}"
         )
@@ -140,22 +141,22 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
     for name, value in fields.items():
         if name in exact and value not in exact[name]:
             way_out = WAY_OUT.get(name, f"only {' or '.join(map(repr, exact[name]))} is")
-            raise ValueError(f"config.json: {name}={value!r} is not implemented; {way_out}")
+            raise UserError(f"config.json: {name}={value!r} is not implemented; {way_out}")
     unknown = sorted(set(fields) - set(exact) - HARMLESS - family.READ)
     if unknown:
         named = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
-        raise ValueError(
+        raise UserError(
             f"config.json: rftjax does not know what {named} does to a {kind} model, so it refuses"
             " to guess; remove the field if it has no effect on what the model computes"
         )
     for name in REQUIRED:
         if not isinstance(fields.get(name), int) or fields[name] < 1:
-            raise ValueError(
+            raise UserError(
                 f"config.json: {name}={fields.get(name)!r}; a {kind} model needs a positive integer"
             )
     config = family.config(fields, dtype)
     if config.heads % config.kv_heads:
-        raise ValueError(
+        raise UserError(
             f"config.json: num_attention_heads={config.heads} is no multiple of"
             f" num_key_value_heads={config.kv_heads}"
         )
@@ -196,7 +197,7 @@ def open_model(
     if init == "random":
         return Model(config, fields, functools.partial(_placed, random_leaves))
     if init != "pretrained":
-        raise ValueError(f"model.init={init!r}: must be 'pretrained' or 'random'")
+        raise UserError(f"model.init={init!r}: must be 'pretrained' or 'random'")
     found = locate(path)
     if found.suffix == ".gguf":
         readers = gguf.tensors(gguf.read(found), fields)
@@ -208,7 +209,7 @@ def open_model(
     missing, extra = sorted(expected - set(readers)), sorted(set(readers) - expected)
     extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
     if missing or extra:
-        raise ValueError(
+        raise UserError(
             f"model.path={found}: the config asks for {len(expected)} tensors;"
             f" missing: {_few(missing)}; unknown: {_few(extra)}"
         )
@@ -264,7 +265,7 @@ def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.
     for index, hf in enumerate(parts):
         tensor = readers[hf]()
         if tensor.shape != _hf_shape(name):
-            raise ValueError(
+            raise UserError(
                 f"model.path={found}: tensor {hf} has shape {tensor.shape},"
                 f" the config asks for {_hf_shape(name)}"
             )
@@ -275,7 +276,7 @@ def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.
 
 def _check_tied(found: Path, readers: Readers) -> None:
     if not np.array_equal(readers["lm_head.weight"](), readers["model.embed_tokens.weight"]()):
-        raise ValueError(
+        raise UserError(
             f"model.path={found}: config.json says tie_word_embeddings=True, but lm_head.weight"
             " differs from model.embed_tokens.weight; set tie_word_embeddings to false"
         )
@@ -299,7 +300,7 @@ def _open_safetensors(path: Path) -> Readers:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"model.path={path.parent}: {path.name} is missing; rftjax reads safetensors"
             " (convert other weight files with transformers' save_pretrained)"
         )
@@ -307,12 +308,12 @@ def _open_safetensors(path: Path) -> Readers:
         file = safe_open(path, "numpy")
         names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"model.path={path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"model.path={path}: not a whole safetensors file ({error})") from error
 
     def read(name: str) -> np.ndarray:
         tensor = file.get_tensor(name)
         if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
-            raise ValueError(
+            raise UserError(
                 f"model.path={path}: tensor {name} is {tensor.dtype}; rftjax reads float32,"
                 " float16 and bfloat16"
             )
@@ -334,7 +335,7 @@ def save(
 ) -> Path:
     """Writes a Hugging Face directory, whole or not at all, in place of one that was there."""
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
+        raise UserError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
     out = Path(out).absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -451,11 +452,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"model.path={path.parent}: {path.name} is missing") from error
+        raise UserError(f"model.path={path.parent}: {path.name} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise UserError(f"{path}: must hold a JSON object")
     return value
 
 

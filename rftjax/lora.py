@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rftjax import hf
+from rftjax.errors import UserError
 from rftjax.models import FAMILIES
 from rftjax.models.decoder import Config
 from rftjax.models.names import Name
@@ -51,7 +52,7 @@ def parse_targets(targets: str) -> tuple[str, ...]:
     names = TARGETS if targets == "all" else tuple(name.strip() for name in targets.split(","))
     wrong = [name for name in names if name not in TARGETS]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"lora.targets={targets!r}: {wrong[0]!r} is no linear layer; write 'all' or a comma list of"
             f" {', '.join(TARGETS)}"
         )
@@ -131,7 +132,7 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
     wrong = [name for name, value in EXACT.items() if fields.get(name, value) != value]
     wrong += [name for name in EMPTY if fields.get(name)]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"lora.path={path}: {wrong[0]}={fields[wrong[0]]!r} is not implemented; merge that adapter into its"
             " base with peft, and start from the merged model"
         )
@@ -154,14 +155,14 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
                 tensor = tensors.pop(one, None)
                 if tensor is None or tensor.shape != shape:
                     has = "is missing" if tensor is None else f"has shape {tensor.shape}"
-                    raise ValueError(f"lora.path={path}: {one} {has}, the model asks for {shape}")
+                    raise UserError(f"lora.path={path}: {one} {has}, the model asks for {shape}")
                 found[letter].append(np.asarray(tensor, np.float32).T)
         factor = own / scale(rank, alpha)
         pair = {"a": np.stack(found["A"]), "b": np.stack(found["B"]) * np.float32(factor)}
         _put(tree, name, pair)
     if tensors or not tree:
         unknown = sorted(tensors)[0] if tensors else "no adapter of a linear layer"
-        raise ValueError(f"lora.path={path}: {unknown} does not belong to a {config.family} model")
+        raise UserError(f"lora.path={path}: {unknown} does not belong to a {config.family} model")
     return tree
 
 
@@ -175,7 +176,7 @@ def check_like(path: str, found: Params, wanted: Params) -> None:
     one, two = describe(found), describe(wanted)
     for name in sorted({*one, *two}):
         if one.get(name) != two.get(name):
-            raise ValueError(
+            raise UserError(
                 f"lora.path={path}: {name} is {one.get(name, 'absent')} there and {two.get(name, 'absent')} by"
                 " lora.rank and lora.targets; give the ones that it was made with"
             )

@@ -9,10 +9,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rftjax.checkpoint import CorruptCheckpoint
+from rftjax.errors import UserError
 from rftjax.fields import cache_folder
 from rftjax.flags import parse_flags
-from rftjax.scoring import EvaluatorError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string(
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
         modes.run(
             MODE.value, CONFIG.value, overrides, Path(WORKDIR.value).absolute(), STOP_AFTER.value
         )
-    except (ValueError, OSError, EvaluatorError, CorruptCheckpoint, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         logging.debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")
 

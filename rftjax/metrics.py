@@ -23,6 +23,7 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
+from rftjax.errors import UserError
 from rftjax.reports import (
     by_draw,
     encode,
@@ -69,7 +70,7 @@ class Recorder:
         alarms: Alarms = lambda lines: {},
     ) -> None:
         if every < 1:
-            raise ValueError(f"logging.every={every}: a number of steps, at least 1")
+            raise UserError(f"logging.every={every}: a number of steps, at least 1")
         self.workdir = Path(workdir).absolute()
         self._every, self._rollouts, self._histograms = every, rollouts, histograms
         self._primary = primary
@@ -145,7 +146,7 @@ class Recorder:
         """
         old = self._lines[-1] if self._lines else {"step": -1}
         if step < old["step"]:
-            raise ValueError(f"metrics of step {step} came after those of step {old['step']}")
+            raise UserError(f"metrics of step {step} came after those of step {old['step']}")
         again = step == old["step"]
         metrics = {name: float(value) for name, value in self._pending.pop(step, {}).items()}
         metrics = {**self._end_timers(step, again), **metrics}
@@ -364,12 +365,12 @@ def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
         probe.unlink()
         free_bytes = shutil.disk_usage(workdir).free
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"--workdir={path}: cannot be written to ({error.strerror}); "
             "give a directory that you may write to, on a disk with free space"
         ) from error
     if free_bytes < needed_bytes:
-        raise ValueError(
+        raise UserError(
             f"--workdir={path}: {free_bytes / 2**30:.1f} GiB are free there, the run needs about "
             f"{needed_bytes / 2**30:.1f} GiB; free some, lower checkpoint.keep or give another disk"
         )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rftjax import config as configs
 from rftjax import hf, job, lora, policy, sharding, train, update
 from rftjax.checkpoint import Checkpoints
+from rftjax.errors import UserError
 from rftjax.evaluation import MAIN
 from rftjax.job import Job
 from rftjax.learner import has_variance, set_advantages
@@ -95,7 +96,7 @@ def evaluate_latest(config: ConfigDict, workdir: Path) -> None:
     """Evaluates the workdir's last checkpoint, or the base model where there is none, on the held-out tasks."""
     with Job.build(config, workdir) as parts:
         if not parts.heldout:
-            raise ValueError(
+            raise UserError(
                 "tasks.heldout: no held-out tasks to evaluate; name some, set tasks.heldout_count or eval.sets"
             )
         step = 0
@@ -157,7 +158,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
         parts.scorer.check(scores)
         if metrics.get("groups/zero_variance_share", 0.0) == 1.0:
             groups, size = len(by_draw(trajectories)), config.batch.group_size
-            raise ValueError(
+            raise UserError(
                 f"the reward is the same within each of {groups} groups of {size}: there is"
                 " nothing to learn from; make tasks easier or harder, raise batch.group_size or give partial rewards"
             )
@@ -175,7 +176,7 @@ def check_heldout(parts: Job) -> None:
         print(f"held out    {name}: reward {reward:.3f} in {len(sampled)} samples")
     best = parts.config.checkpoint.best_metric
     if best not in metrics:
-        raise ValueError(
+        raise UserError(
             f"checkpoint.best_metric={best!r}: must be a metric of the evaluation, which has {', '.join(metrics)};"
             " name one of them (a part must be given for some of the first answers)"
         )

@@ -7,6 +7,7 @@ import math
 import jax
 import optax
 
+from rftjax.errors import UserError
 from rftjax.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -41,12 +42,12 @@ def make_optimizer(
     )
     for name, value in (("clip", clip), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:
-            raise ValueError(f"optim.{name}={value!r}: must be at least 0 (0.0 switches it off)")
+            raise UserError(f"optim.{name}={value!r}: must be at least 0 (0.0 switches it off)")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= value < 1:
-            raise ValueError(f"optim.{name}={value!r}: must be at least 0 and below 1")
+            raise UserError(f"optim.{name}={value!r}: must be at least 0 and below 1")
     if not 0 < eps < math.inf:
-        raise ValueError(f"optim.eps={eps!r}: must be above 0")
+        raise UserError(f"optim.eps={eps!r}: must be above 0")
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip > 0 else optax.identity(),
         optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask),
@@ -69,17 +70,17 @@ def make_schedule(
     not read it.
     """
     if not 0 < lr < math.inf:
-        raise ValueError(f"optim.lr={lr!r}: must be above 0")
+        raise UserError(f"optim.lr={lr!r}: must be above 0")
     if steps < 1:
-        raise ValueError(f"steps={steps!r}: must be at least 1")
+        raise UserError(f"steps={steps!r}: must be at least 1")
     if schedule not in SCHEDULES:
-        raise ValueError(f"optim.schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
+        raise UserError(f"optim.schedule={schedule!r}: must be one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps < steps:
-        raise ValueError(
+        raise UserError(
             f"optim.warmup_steps={warmup_steps!r}: must be at least 0 and below the {steps} steps of the schedule"
         )
     if not 0 <= final_lr_share <= 1:
-        raise ValueError(
+        raise UserError(
             f"optim.final_lr_share={final_lr_share!r}: a share of optim.lr, must lie in 0 to 1"
         )
     decay_steps = steps - warmup_steps

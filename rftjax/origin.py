@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rftjax import config as configs
 from rftjax import lora, optim, sharding, update
 from rftjax.checkpoint import Checkpoints
+from rftjax.errors import UserError
 from rftjax.learner import initial_reference
 from rftjax.policy import Policy
 from rftjax.types import Params, TrainState
@@ -81,7 +82,7 @@ def load_adapters(path: str, model: Any, alpha: float) -> Params:
     if (folder / "adapter_config.json").exists():
         return lora.load_peft(folder, model, alpha=alpha)
     if not (folder / "config.json").exists() or not (folder / "checkpoints").is_dir():
-        raise ValueError(
+        raise UserError(
             f"lora.path={path}: holds neither adapter_config.json nor a run's config.json and checkpoints"
         )
     run: Any = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
@@ -89,7 +90,7 @@ def load_adapters(path: str, model: Any, alpha: float) -> Params:
     try:
         step = checkpoints.latest_step()
         if not run.lora.rank or step is None:
-            raise ValueError(f"lora.path={path}: that run has no adapters in a checkpoint")
+            raise UserError(f"lora.path={path}: that run has no adapters in a checkpoint")
         adapters, _ = checkpoints.restore_params(step)
     finally:
         checkpoints.close()

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rftjax import chat, hf, sharding, tokenizer, types, update
+from rftjax.errors import UserError
 from rftjax.models import decoder
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
@@ -95,13 +96,13 @@ class Policy:
             if isinstance(stop, str) and len(ids) != 1:
                 ids = self.tokenizer.encode(stop, add_special_tokens=False)
             if len(ids) != 1 or not 0 <= ids[0] < self.vocabulary:
-                raise ValueError(
+                raise UserError(
                     f"sampler.stop: {stop!r} is {len(ids)} tokens {ids}; a stop is exactly one of the"
                     f" {self.vocabulary} tokens"
                 )
             stops.append(ids[0])
         if not stops:
-            raise ValueError(
+            raise UserError(
                 f"model.path={self.path}: neither the generation config nor the tokenizer names a stop token;"
                 " name one in sampler.stop"
             )
@@ -189,7 +190,7 @@ class Policy:
     def _read_prompt(self, prompt: Any, index: int) -> tuple[list[Message], list[int]]:
         """Returns the messages (none where ids were given) and the ids of one prompt."""
         if len(prompt) == 0:
-            raise ValueError(f"prompt {index} is empty")
+            raise UserError(f"prompt {index} is empty")
         if isinstance(prompt[0], dict):
             messages = [dict(message) for message in prompt]
             return messages, chat.render(self.tokenizer, messages, generation_prompt=True)

@@ -15,6 +15,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from rftjax.errors import UserError
+
 
 def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
     """Imports the callable that `spec` names; a file is found from the current directory.
@@ -25,7 +27,7 @@ def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
     place = f"{field}={spec!r}" if field else repr(spec)
     module_name, colon, name = spec.rpartition(":")
     if not (colon and module_name and name):
-        raise ValueError(
+        raise UserError(
             f"{place}: must be 'package.module:name' or 'path/to/file.py:name'; "
             "write the module or file, a colon, and the name of the function or class"
         )
@@ -36,8 +38,8 @@ def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
             module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, _MissingFile):
-            raise ValueError(str(error)) from None
-        raise ValueError(
+            raise UserError(str(error)) from None
+        raise UserError(
             f"{place}: {module_name} must import, but importing it raised this; correct it and start again\n"
             + traceback_text(error)
         ) from error
@@ -47,13 +49,13 @@ def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
             public = [
                 word for word, found in vars(module).items() if callable(found) and word[0] != "_"
             ]
-            raise ValueError(
+            raise UserError(
                 f"{place}: {module_name} must define {name!r} and does not; it defines "
                 f"{', '.join(sorted(public)) or 'nothing that can be called'}"
             )
         value = getattr(value, part)
     if not callable(value):
-        raise ValueError(
+        raise UserError(
             f"{place}: must name something that can be called (a function, class or callable object), "
             f"and {name} is of type {type(value).__name__}; name a function or class instead"
         )

@@ -15,11 +15,12 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from rftjax.errors import UserError
 from rftjax.types import Score, Trajectory
 from rftjax.workers import WorkerError, Workers
 
 
-class EvaluatorError(RuntimeError):
+class EvaluatorError(UserError):
     """More samples than allowed could not be scored; the caller saves before it lets this go up."""
 
 
@@ -43,7 +44,7 @@ class Scorer:
         field: str = "evaluator",
     ):
         if not 0.0 <= max_error_share <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"scoring.max_error_share={max_error_share}: must be between 0.0 and 1.0"
             )
         self._max_error_share = max_error_share
@@ -131,7 +132,7 @@ def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]
     try:
         inspect.signature(evaluate).bind("task", "trajectory")
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"evaluator: must be callable as evaluate(task, trajectory), but {error}"
         ) from None
     except ValueError:  # no signature to be had

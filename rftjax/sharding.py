@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rftjax.errors import UserError
 from rftjax.types import Batch, Params
 
 AXES = ("data", "fsdp", "tensor")
@@ -56,7 +57,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     rest = [name for name, size in sizes.items() if size == -1]
     wrong = [name for name, size in sizes.items() if size != -1 and size < 1]
     if wrong or len(rest) > 1:
-        raise ValueError(
+        raise UserError(
             f"mesh.{(wrong or rest)[0]}={sizes[(wrong or rest)[0]]}: sizes are positive, and one of them may be -1"
             " (the rest)"
         )
@@ -64,7 +65,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     if rest and count % known == 0:
         sizes[rest[0]] = count // known
     if int(np.prod(list(sizes.values()))) != count:
-        raise ValueError(
+        raise UserError(
             f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}: their product must be the number of devices,"
             f" {count}; set one axis to -1 to let it take the rest"
         )

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rftjax.errors import UserError
 from rftjax.resolve import resolve
 from rftjax.types import Message, Task
 
@@ -46,7 +47,7 @@ def load(
     """
     where = f"{field}={source!r}"
     if limit < 0:
-        raise ValueError(f"{field}: limit={limit} must be 0 (every row) or larger")
+        raise UserError(f"{field}: limit={limit} must be 0 (every row) or larger")
     map_field = f"{field.rpartition('.')[0]}.map".lstrip(".")
     mapping = resolve(map, field=map_field) if map else None
     tasks: list[Task] = []
@@ -67,10 +68,10 @@ def load(
         if taken == limit:
             break
     if bad:
-        raise ValueError(_bad_rows_message(where, bad))
+        raise UserError(_bad_rows_message(where, bad))
     if not tasks:
         reason = f"{map} left out all {seen} of them" if seen else "the source is empty"
-        raise ValueError(f"{where}: holds no rows ({reason}); at least one task is needed")
+        raise UserError(f"{where}: holds no rows ({reason}); at least one task is needed")
     return tasks
 
 
@@ -113,7 +114,7 @@ def _read(source: str, split: str, field: str) -> Iterator[_Read]:
         (*_READERS, *_TEXT_SUFFIXES)
     )
     if not source or looks_like_path:
-        raise ValueError(
+        raise UserError(
             f"{field}={source!r}: there is no such file or directory (looked for "
             f"{os.path.abspath(path)}); give a JSONL file, a dataset or a function of rows"
         )
@@ -167,7 +168,7 @@ def _read_function(source: str, split: str, field: str) -> Iterator[_Read]:
         for number, value in enumerate(function(split=split) if takes_split else function()):
             yield f"{source}[{number + 1}]", value, ""
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{field}={source!r}: the function raised {type(error).__name__}: {error}"
         ) from error
 
@@ -184,7 +185,7 @@ def _read_datasets(path: str, split: str, field: str, source: str) -> Iterator[_
             tried = f"dataset {name!r}" + (f" with configuration {variant!r}" if variant else "")
             tried += f", for there is no file {source!r}"
             tried += f" and no Python module {name!r}" if variant else ""
-        raise ValueError(
+        raise UserError(
             f"{field}={source!r}: cannot be read (tried split {split!r} of {tried}: "
             f"{type(error).__name__}: {error}); give a JSONL file, a dataset or a function of rows"
         ) from error
@@ -352,7 +353,7 @@ def check_overlap(
             f"{held.messages[-1]['content'][:80]!r}"
             for twin, held in pairs[:3]
         )
-        raise ValueError(
+        raise UserError(
             f"{field}: {len(pairs)} of {len(heldout)} held-out tasks are in the training set too "
             f"({examples}); remove them, or set tasks.allow_overlap=True "
             "where tasks of one text differ in their other fields"
@@ -369,7 +370,7 @@ def split(
     alone, not on their order.
     """
     if not 0 <= heldout_count < len(tasks):
-        raise ValueError(
+        raise UserError(
             f"{field}={heldout_count} must be at least 0 and leave some of the {len(tasks)} tasks"
         )
     groups: dict[str, list[int]] = {}
@@ -380,7 +381,7 @@ def split(
         if len(held) + len(groups[name]) <= heldout_count:
             held.update(groups[name])
     if len(held) < heldout_count:
-        raise ValueError(
+        raise UserError(
             f"{field}={heldout_count}: only {len(held)} could be held out, because tasks of one "
             f"text stay together ({len(groups)} texts in {len(tasks)} tasks); choose that number, "
             "or give the held-out tasks as a dataset of their own"
@@ -425,9 +426,9 @@ class TaskStream:
 
     def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool = True) -> None:
         if not tasks:
-            raise ValueError("a task stream needs at least one task")
+            raise UserError("a task stream needs at least one task")
         if seed < 0:
-            raise ValueError(f"seed={seed} must be 0 or larger")
+            raise UserError(f"seed={seed} must be 0 or larger")
         self.tasks = list(tasks)
         self.seed, self.shuffle = seed, shuffle
         self.draw = 0  # the number of the next draw
@@ -463,7 +464,7 @@ class TaskStream:
         """Goes on from `state`; raises ValueError if that is of other tasks, seed or order."""
         for name, value in self._identity().items():
             if state.get(name) != value:
-                raise ValueError(
+                raise UserError(
                     f"tasks: the stored stream has {name}={state.get(name)!r}, this one has "
                     f"{value!r}; a run goes on only with the tasks and the seed that it began "
                     "with, so give it the same dataset, or start in a new workdir"

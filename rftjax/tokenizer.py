@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rftjax import gguf, hf
+from rftjax.errors import UserError
 
 # How each `tokenizer.ggml.pre` splits text before byte-pair merges.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -48,13 +49,13 @@ def load(path: str | os.PathLike[str]) -> Any:
         return _from_directory(directory)
     if not any((directory / name).exists() for name in FILES):
         # The automatic class would make up an empty one from the config.
-        raise ValueError(
+        raise UserError(
             f"model.path={directory}: has no tokenizer.json and none of {', '.join(FILES[1:])}; add them"
         )
     try:
         return _transformers().AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # each tokenizer class fails in its own way
-        raise ValueError(
+        raise UserError(
             f"model.path={directory}: has no tokenizer.json and no other tokenizer that loads"
             f" ({type(error).__name__}: {error})"
         ) from error
@@ -119,7 +120,7 @@ def _from_directory(directory: Path) -> Any:
     try:
         return _fast(tokenizer_file=str(directory / "tokenizer.json"), **settings)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ValueError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from error
+        raise UserError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from error
 
 
 def _text(token: Any) -> Any:
@@ -138,7 +139,7 @@ def from_gguf(file: gguf.File) -> Any:
     kind = file.metadata("tokenizer.ggml.model")
     pre = file.metadata("tokenizer.ggml.pre") or "default"
     if kind != "gpt2" or pre not in SPLITS:
-        raise ValueError(
+        raise UserError(
             f"model.path={file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not"
             f" implemented; rftjax reads byte-pair tokenizers ('gpt2') with {', '.join(SPLITS)}"
         )

@@ -28,6 +28,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from rftjax import worker_main as wire
+from rftjax.errors import UserError
 
 _log = logging.getLogger(__name__)
 _BOOT = "from rftjax.worker_main import main; main()"
@@ -97,11 +98,9 @@ class Workers:
         start_timeout_s: float = 120.0,
     ):
         if count < 1:
-            raise ValueError(f"{field or target}: {count} worker processes; at least 1 is needed")
+            raise UserError(f"{field or target}: {count} worker processes; at least 1 is needed")
         if not timeout_s > 0:
-            raise ValueError(
-                f"{field or target}: a time limit of {timeout_s} s; it must be above 0"
-            )
+            raise UserError(f"{field or target}: a time limit of {timeout_s} s; it must be above 0")
         self.timeout_s = timeout_s
         self.about = ""
         self._name = f"{field}={target!r}" if field else repr(target)
@@ -195,7 +194,7 @@ class Workers:
                 problem = about if kind == wire.FAILED else ""
             if problem:
                 await self._end(process, problem)
-                raise ValueError(problem if self._name in problem else f"{self._name}: {problem}")
+                raise UserError(problem if self._name in problem else f"{self._name}: {problem}")
         finally:
             self._starting.discard(slot)
         process.capacity = self._concurrency if about["async"] else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rftjax.errors import UserError
 from rftjax.models.decoder import Rope
 
 FIELDS = {
@@ -34,21 +35,21 @@ def read_rope(fields: dict[str, Any]) -> Rope:
     theta = float(found.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0)
     partial = found.pop("partial_rotary_factor", None)
     if kind not in FIELDS:
-        raise ValueError(
+        raise UserError(
             f"config.json: rope type {kind!r} is not implemented; rftjax knows {', '.join(FIELDS)}"
         )
     unknown = {name for name, value in found.items() if value is not None} - FIELDS[kind]
     if partial not in (None, 1, 1.0):
         unknown.add("partial_rotary_factor")
     if unknown and kind != "default":
-        raise ValueError(
+        raise UserError(
             f"config.json: rope settings {sorted(unknown)} of type {kind!r} are not implemented;"
             f" rftjax knows {sorted(FIELDS[kind])}"
         )
     if partial not in (None, 1, 1.0):
-        raise ValueError(f"config.json: partial_rotary_factor={partial} is not implemented, only 1")
+        raise UserError(f"config.json: partial_rotary_factor={partial} is not implemented, only 1")
     if kind != "default" and not found.get("factor"):
-        raise ValueError(f"config.json: rope settings of type {kind!r} need a factor")
+        raise UserError(f"config.json: rope settings of type {kind!r} need a factor")
     original = found.get("original_max_position_embeddings")
     return Rope(
         theta=theta,

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from rftjax import sharding
 from rftjax.compilation import Program
+from rftjax.errors import UserError
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import Settings
 from rftjax.sampler import device
@@ -125,7 +126,7 @@ class Engine:
         mesh: Mesh | None = None,
     ) -> None:
         if len(stops) > STOPS:
-            raise ValueError(f"sampler.stop: {len(stops)} stop tokens, at most {STOPS}; name fewer")
+            raise UserError(f"sampler.stop: {len(stops)} stop tokens, at most {STOPS}; name fewer")
         shards = sharding.row_multiple(mesh)
         slots, parked = (-(-count // shards) * shards for count in (slots, parked))
         self.config, self.slots, self.max_length = config, slots, max_length
@@ -160,7 +161,7 @@ class Engine:
     def set_params(self, params: Params) -> None:
         """Takes new weights (from `device.sampler_params`); nothing cached under the old ones is used again."""
         if self._open:
-            raise ValueError("weights cannot change while conversations are open; close them first")
+            raise UserError("weights cannot change while conversations are open; close them first")
         self._params = params
         self.release()
 
@@ -205,7 +206,7 @@ class Engine:
 
     def _check_budget(self, tokens: list[int], budget: int) -> None:
         if not tokens or budget < 1 or len(tokens) + budget > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"rollout.max_length={self.max_length}: a turn of up to {budget} tokens after {len(tokens)} does not"
                 " fit (both must be at least 1); raise rollout.max_length or shorten the prompt"
             )
