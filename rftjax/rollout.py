@@ -148,7 +148,8 @@ class Rollout:
         if room < 1:
             return "length"
         noise = (stream, episode.trajectory.draw, episode.trajectory.sample)
-        settings = Sampling(noise, limits.temperature, limits.top_p, limits.top_k)
+        own = episode.trajectory.task.temperature if stream == TRAIN else 0.0
+        settings = Sampling(noise, own or limits.temperature, limits.top_p, limits.top_k)
         self.engine.open(episode.key, prompt, min(limits.max_new_tokens, room), settings)
         episode.open = True
         return "sample"

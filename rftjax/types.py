@@ -23,7 +23,8 @@ class Task:
     """One row of a dataset.
 
     `prompt` is the plain text of a row without chat template (then `messages` holds it as one user message), else
-    None; `data` holds every field of the row that is not one of this record's own.
+    None; `data` holds every other field of the row. `weight` scales the task's part of the loss; `temperature` is that
+    of its training samples, 0.0 for the spec's.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Task:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     prompt: str | None = None
     weight: float = 1.0
+    temperature: float = 0.0
 
 
 @dataclasses.dataclass
@@ -61,12 +63,17 @@ class Sequence:
 
 @dataclasses.dataclass
 class Score:
-    """What an evaluator says of one trajectory; an invalid score takes the sample out of its group."""
+    """What an evaluator says of one trajectory; an invalid score takes the sample out of its group.
+
+    `parts` are the requirements that an answer meets (1.0) or misses (0.0): strict and lenient held-out scores are made
+    of them. `metrics` are further numbers, which are averaged and recorded only.
+    """
 
     reward: float
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
     valid: bool = True
     reason: str = ""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

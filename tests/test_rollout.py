@@ -335,3 +335,17 @@ def test_every_trajectory_is_handed_over_as_it_finishes(rollout):
     trajectories = rollout(CHATTY)(tasks(4), 2, LIMITS, on_finish=handed.append)
     assert sorted(map(id, handed)) == sorted(map(id, trajectories))
     assert all(t.finish_reason for t in handed)
+
+
+def test_a_task_s_own_temperature_is_that_of_its_training_samples(rollout):
+    cold = Task("cold", [{"role": "user", "content": "abc"}], temperature=1e-4)
+    warm = Task("warm", cold.messages)
+    run = rollout()
+
+    def texts(stream):
+        found = run([(0, cold), (1, warm)], 4, Limits(8), stream=stream)
+        return [{t.completion for t in found if t.draw == draw} for draw in (0, 1)]
+
+    (cold_texts, warm_texts), (heldout_texts, _) = texts(0), texts(1)
+    assert len(cold_texts) == 1 and len(warm_texts) > 1
+    assert len(heldout_texts) > 1  # a held-out set has the settings of section eval
