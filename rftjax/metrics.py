@@ -1,7 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, rollouts, one line a step in the terminal.
-
-TensorBoard's files are written with the `tensorboard` package alone: no TensorFlow, no PyTorch.
-"""
+"""What a run writes down: metrics.jsonl, TensorBoard, rollouts, one line a step in the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +20,10 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from rftjax.errors import UserError
+from rftjax.events import Events
 from rftjax.reports import (
     by_draw,
+    dropped,
     encode,
     is_valid,
     mean_tokens,
@@ -86,7 +84,7 @@ class Recorder:
                 (self.workdir / "rollouts").mkdir(parents=True, exist_ok=True)
                 self._lines = _cut_metrics(self._metrics_path, resume_step)
                 _cut_rollouts(self.workdir / "rollouts", resume_step)
-                self._events = _Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
+                self._events = Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
         self._progress = Progress(steps, self._lines, quiet=quiet or not primary)
         self._step_began_s = time.monotonic()
 
@@ -109,6 +107,8 @@ class Recorder:
             self._sampled_tokens += sum(map(sampled_tokens, trajectories))
         if not self._primary:
             return
+        if text := dropped(trajectories):
+            self.say(f"step {step}{'' if stream == 'train' else f', {stream}'}: {text}")
         shown = step % self._every == 0 or stream != "train"
         with self._writing():
             if trajectories:
@@ -288,69 +288,6 @@ class Progress:
             fields.append(f"left {format_duration(mean_s * (self._steps - step))}")
         fields += [f"ALARM {name}" for name in self._alarms]
         return "  ".join(fields)
-
-
-class _Events:
-    """One file in TensorBoard's format, written without a thread, so that a full disk is seen.
-
-    Points of earlier files from `purge_step` on are hidden by TensorBoard.
-    """
-
-    def __init__(self, directory: Path, *, purge_step: int) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event_pb2: Any = event_pb2  # protocol buffers have no types that a checker sees
-        self._summary_pb2: Any = summary_pb2
-        directory.mkdir(parents=True, exist_ok=True)
-        stem = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        count = len(list(directory.glob(f"{stem}.*")))
-        self._file = (directory / f"{stem}.{count:03d}").open("xb")
-        self._writer: Any = RecordWriter(self._file)
-        session = self._event_pb2.SessionLog
-        start = session(status=session.START)
-        self._write(file_version="brain.Event:2")
-        self._write(step=purge_step, session_log=start)
-        self._file.flush()
-
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        make = self._summary_pb2.Summary.Value
-        self._write_values(step, [make(tag=tag, simple_value=x) for tag, x in metrics.items()])
-        self._file.flush()
-
-    def text(self, step: int, tag: str, markdown: str) -> None:
-        from tensorboard.plugins.text import metadata
-
-        encoded = np.array(encode(markdown), dtype=object)
-        self._tensor(step, tag, encoded, metadata.create_summary_metadata(None, None))
-
-    def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-        """Thirty equal buckets, each (left edge, right edge, count); nothing where all is NaN."""
-        from tensorboard.plugins.histogram import metadata
-
-        flat = np.asarray(values, np.float64).ravel()
-        flat = flat[np.isfinite(flat)]
-        if flat.size:
-            counts, edges = np.histogram(flat, bins=30)
-            buckets = np.stack([edges[:-1], edges[1:], counts], axis=1)
-            self._tensor(step, tag, buckets, metadata.create_summary_metadata(None, None))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _tensor(self, step: int, tag: str, tensor: np.ndarray, metadata: Any) -> None:
-        from tensorboard.util import tensor_util
-
-        proto = tensor_util.make_tensor_proto(tensor)
-        make = self._summary_pb2.Summary.Value
-        self._write_values(step, [make(tag=tag, metadata=metadata, tensor=proto)])
-
-    def _write_values(self, step: int, values: list[Any]) -> None:
-        self._write(step=step, summary=self._summary_pb2.Summary(value=values))
-
-    def _write(self, **fields: Any) -> None:
-        event = self._event_pb2.Event(wall_time=time.time(), **fields)
-        self._writer.write(event.SerializeToString())
 
 
 def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:

@@ -23,7 +23,7 @@ def run(
 ) -> None:
     """Runs a mode; raises what `train.train` raises and ValueError for bad input."""
     if mode == "check":
-        preflight.check(job.resolve(given), workdir)
+        preflight.check(given, workdir)
         return
     config = job.open_config(workdir, given, overrides)
     if mode == "eval":

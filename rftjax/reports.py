@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rftjax import reasons
 from rftjax.types import Message, Trajectory
 
 SHOWN_CHARACTERS = 4000  # of one message in Markdown; the JSON lines have the whole
@@ -66,6 +67,15 @@ def rollouts_markdown(trajectories: Sequence[Trajectory], count: int) -> str:
     ranked = [sorted(group, key=reward_of, reverse=True) for group in groups]
     chosen = [one for group in ranked for one in ([group[0], group[-1]] if group[1:] else group)]
     return "\n".join(lines) + "\n\n" + "\n\n".join(map(_conversation, chosen[:count]))
+
+
+def dropped(trajectories: Sequence[Trajectory]) -> str:
+    """Returns how many samples have no score, with the commonest reason, or an empty text."""
+    lost = [one for one in trajectories if one.score and not one.score.valid]
+    if not lost:
+        return ""
+    (reason, *_) = reasons.commonest((one.score.reason for one in lost if one.score), 1)
+    return f"{len(lost)} of {len(trajectories)} samples have no score and are left out; {reason}"
 
 
 def by_draw(trajectories: Iterable[Trajectory]) -> list[list[Trajectory]]:

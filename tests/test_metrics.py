@@ -385,3 +385,21 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_runs(tmp_pa
     assert list((tmp_path / "a" / "b").iterdir()) == []
     with pytest.raises(ValueError, match=r"logging\.every=0"):
         make_recorder(tmp_path, every=0)
+
+
+def test_a_step_that_leaves_samples_out_says_how_many_and_why(tmp_path, capsys):
+    recorder = make_recorder(tmp_path, quiet=False)
+    lost = [
+        make_trajectory(
+            sample=n, score=Score(0.0, valid=False, reason=f"ValueError: no number in 'w{n}'")
+        )
+        for n in range(2)
+    ]
+    recorder.write(1, trajectories=[make_trajectory(sample=9), *lost])
+    recorder.write(1, trajectories=[make_trajectory()])
+    recorder.close()
+    out = capsys.readouterr().out
+    wanted = (
+        "step 1: 2 of 3 samples have no score and are left out; 2 x ValueError: no number in '…'"
+    )
+    assert out.count("left out") == 1 and wanted in out

@@ -21,7 +21,7 @@ OWNERS = {
     "huggingface_hub": {"hf"},
     "orbax": {"checkpoint"},
     "safetensors": {"hf"},
-    "tensorboard": {"metrics"},
+    "tensorboard": {"events"},
     "tokenizers": {"tokenizer"},
     "transformers": {"tokenizer"},
 }

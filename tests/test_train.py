@@ -240,12 +240,12 @@ def test_eval_mode_scores_the_last_checkpoint(config, whole, capsys):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_check_mode_samples_scores_and_writes_nothing(config, tmp_path, capsys):
+def test_check_mode_samples_scores_and_starts_no_run(config, tmp_path, capsys):
     modes.run("check", config, {}, tmp_path, 0)
     out = capsys.readouterr().out
     assert "10 to train on, 3 held out" in out and "check       passed" in out
     assert "reward/mean" in out and "GiB" in out
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["check"]
 
 
 def test_check_mode_refuses_a_reward_without_variance(config, tmp_path):

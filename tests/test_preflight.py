@@ -1,0 +1,89 @@
+import json
+
+import jax
+import pytest
+
+from rftjax import config as configs
+from rftjax import modes, preflight
+from rftjax.scoring import EvaluatorError
+from rftjax.types import Task, Trajectory
+
+EVALUATOR = """
+def evaluate(task, trajectory):
+    words = trajectory.completion.split()
+    if trajectory.sample == 3:
+        raise ValueError(f"no number in {' '.join(words)!r} of draw {trajectory.draw}")
+    return sum(map(ord, "".join(words))) % 7 / 7
+
+def broken(task, trajectory):
+    return float(f"the answer is {trajectory.sample}")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def config(tiny_dir, tmp_path):
+    rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "evaluator.py").write_text(EVALUATOR)
+    config = configs.base_config()
+    config.steps, config.model.path = 2, str(tiny_dir)
+    config.tasks.train, config.tasks.heldout_count = str(tmp_path / "rows.jsonl"), 2
+    config.evaluator = f"{tmp_path / 'evaluator.py'}:evaluate"
+    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 64
+    config.sampler.max_new_tokens, config.sampler.slots = 4, 8
+    config.rollout.max_length = 16
+    config.scoring.workers, config.scoring.timeout_s = 1, 120.0
+    config.eval.every = 0
+    return config
+
+
+def test_the_check_shows_prompt_stops_samples_and_grouped_reasons_and_keeps_them(
+    config, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    modes.run("check", config, {}, workdir, 0)
+    out = capsys.readouterr().out
+    for wanted in (
+        "prompt      of task",
+        "stops       '",
+        "best ",
+        "worst ",
+        "whole ",
+        "rollouts ",
+    ):
+        assert wanted in out, wanted
+    assert "4 of 16 samples\n            4 x ValueError: no number in '…' of draw …" in out
+    assert [path.name for path in workdir.iterdir()] == ["check"]
+    report = (workdir / "check" / "report.txt").read_text()
+    assert report in out and "check       passed" in report
+    samples = [json.loads(x) for x in (workdir / "check" / "samples.jsonl").read_text().splitlines()]  # fmt: skip
+    assert len(samples) == 16 and sum(not one["valid"] for one in samples) == 4
+
+
+def test_a_check_that_fails_shows_and_keeps_what_it_sampled(config, tmp_path, capsys):
+    config.evaluator = config.evaluator.replace(":evaluate", ":broken")
+    with pytest.raises(EvaluatorError, match="16 of 16 samples"):
+        modes.run("check", config, {}, tmp_path / "run", 0)
+    out = capsys.readouterr().out
+    assert "16 x ValueError: could not convert string to float: '…'" in out
+    assert "check       passed" not in out
+    assert (tmp_path / "run" / "check" / "report.txt").read_text() in out
+
+
+def test_a_warning_says_that_every_answer_was_cut_and_what_to_raise():
+    config = configs.base_config()
+    found = [
+        Trajectory(Task("t", []), 0, sample, finish_reason="length", turn_rewards=[0.0])
+        for sample in range(3)
+    ]
+    assert "all 3 answers were cut" in preflight.all_cut(found, config)
+    assert "sampler.max_new_tokens=256" in preflight.all_cut(found, config)
+    found[1].finish_reason = "stop"
+    assert not preflight.all_cut(found, config)
