@@ -9,3 +9,7 @@ class UserError(ValueError):
     The command line prints its text alone. Any other exception is a fault of rftjax or of the machine and keeps its
     traceback.
     """
+
+
+class NotFinite(UserError):
+    """A number that must be finite is not: what holds it must not be kept."""

@@ -6,9 +6,7 @@ import concurrent.futures
 import functools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rftjax import gguf
-from rftjax.errors import UserError
+from rftjax.errors import NotFinite, UserError
+from rftjax.exporting import NO_FACTS, replacing
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.decoder import Config
 from rftjax.models.names import Name
@@ -332,33 +331,23 @@ def save(
     generation: dict[str, Any] | None = None,
     max_shard_bytes: float = 5e9,
     dtype: str = "float32",
+    facts: Mapping[str, Any] = NO_FACTS,
 ) -> Path:
-    """Writes a Hugging Face directory, whole or not at all, in place of one that was there."""
+    """Writes a Hugging Face directory, whole or not at all, in place of an earlier export.
+
+    Raises UserError where the folder holds anything else, and NotFinite where a parameter is no finite number. `facts`
+    are stored beside the weights, in a file that other programs ignore.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
-    out = Path(out).absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with replacing(out, facts) as (work, target):
         _write_weights(work, config, params, np.dtype(dtype), max_shard_bytes)
         kept = {key: value for key, value in fields.items() if key not in ("torch_dtype", "dtype")}
         write_json(work / "config.json", kept | {"dtype": dtype})
         write_json(work / "generation_config.json", generation or generation_fields(fields))
         if tokenizer is not None:
             _write_tokenizer(work, tokenizer)
-        for path in (work, *work.iterdir()):  # temporary files are their owner's alone
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if out.exists():
-            old = work.with_name(work.name + ".old")
-            out.rename(old)
-            work.rename(out)
-            shutil.rmtree(old)
-        else:
-            work.rename(out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return out
+    return target
 
 
 def _write_tokenizer(work: Path, tokenizer: Any) -> None:
@@ -393,7 +382,13 @@ def _hf_tensors(
             tensor = leaf[index] if "{layer}" in name.hf else leaf
             shape = _hf_shape(name)
             flat = tensor.reshape(shape[::-1]).T if name.inputs else tensor.reshape(shape)
-            yield hf, np.ascontiguousarray(flat, dtype)
+            written = np.ascontiguousarray(flat, dtype)
+            if not np.isfinite(written).all():
+                raise NotFinite(
+                    f"tensor {hf} holds numbers that are not finite in {dtype}, so nothing was exported;"
+                    " export an earlier step, or with dtype='float32'"
+                )
+            yield hf, written
 
 
 def _write_weights(

@@ -7,6 +7,7 @@ to the kernel. In the directories of the peft package the same matrices are tran
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rftjax import hf
-from rftjax.errors import UserError
+from rftjax.errors import NotFinite, UserError
+from rftjax.exporting import NO_FACTS, replacing
 from rftjax.models import FAMILIES
 from rftjax.models.decoder import Config
 from rftjax.models.names import Name
@@ -90,9 +92,18 @@ def freeze(config: Config, params: Params) -> Params:
 
 
 def save_peft(
-    out: str | Path, config: Config, adapters: Params, *, alpha: float, base: str = ""
+    out: str | Path,
+    config: Config,
+    adapters: Params,
+    *,
+    alpha: float,
+    base: str = "",
+    facts: Mapping[str, Any] = NO_FACTS,
 ) -> Path:
-    """Writes a directory that the peft package loads; `base` is the name of the model to put it on."""
+    """Writes a directory that the peft package loads, in place of an earlier export.
+
+    `base` is the name of the model to put it on, "" for one that peft cannot load; `facts` are stored beside.
+    """
     tensors: dict[str, np.ndarray] = {}
     used = []
     rank = 0
@@ -105,11 +116,12 @@ def save_peft(
         for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
             for layer, matrix in enumerate(np.asarray(stacked, np.float32)):
                 tensors[_peft_name(name, layer, letter)] = np.ascontiguousarray(matrix.T)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    hf.write_safetensors(out / "adapter_model.safetensors", tensors)
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise NotFinite(
+            f"tensor {broken[0]} holds numbers that are not finite, so nothing was exported; export an earlier step"
+        )
     fields = EXACT | {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base or None,
         "inference_mode": True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -118,8 +130,10 @@ def save_peft(
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
-    hf.write_json(out / "adapter_config.json", fields)
-    return out
+    with replacing(out, facts) as (work, target):
+        hf.write_safetensors(work / "adapter_model.safetensors", tensors)
+        hf.write_json(work / "adapter_config.json", fields)
+    return target
 
 
 def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
