@@ -15,15 +15,16 @@ import itertools
 import json
 import logging
 import math
-import re
-import typing
 from collections.abc import Callable, Generator, Hashable
 from typing import Any
 
 from rftjax.errors import UserError
+from rftjax.plain import plain
+from rftjax.toolbox import ToolEpisode, Tools, tools
 from rftjax.types import Message, Task, Turn
 from rftjax.workers import WorkerError, Workers
 
+__all__ = ["Environments", "ToolEpisode", "Tools", "as_messages", "as_turn", "hosting", "tools"]
 _log = logging.getLogger(__name__)
 
 
@@ -142,7 +143,7 @@ def hosting(target: Callable[..., Any]) -> Callable[..., Any]:
             return _drive(operations(*args), loops)
 
         handler = handle
-    schemas = _plain(getattr(target, "schemas", []))
+    schemas = plain(getattr(target, "schemas", []))
     handler.about = json.dumps({"stateful": stateful, "tools": schemas})
     return handler
 
@@ -233,7 +234,7 @@ def as_turn(value: Any, name: str) -> Turn:
         raise UserError(f"{name}: Turn.info must be a dict, not {type(value.info).__name__}")
     if not messages and not done:
         raise UserError(f"{name} has no message and does not end the episode (None ends it)")
-    return Turn(messages, done, float(reward), _plain(value.info))
+    return Turn(messages, done, float(reward), plain(value.info))
 
 
 def _scalar(value: Any) -> Any:
@@ -255,172 +256,4 @@ def as_messages(value: Any, name: str) -> list[Message]:
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise UserError(f"{name}: a message needs a str as {field!r}: {message!r:.200}")
-    return _plain(list(value))
-
-
-def _plain(value: Any) -> Any:
-    """Copies a value as what JSON knows; anything else becomes its text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(part) for part in value]
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    if value is None:
-        return None
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return repr(value)
-
-
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
-_JSON_TYPES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    list: "array",
-    dict: "object",
-}
-
-
-class Tools:
-    """Makes environments in which the model calls functions; made by `tools`.
-
-    `schemas` describes the functions as chat templates want it.
-    """
-
-    def __init__(self, functions: tuple[Callable[..., Any], ...]):
-        self.functions = {function.__name__: function for function in functions}
-        self.schemas = [_schema(function) for function in functions]
-        self.asynchronous = any(inspect.iscoroutinefunction(function) for function in functions)
-
-    def __call__(self, task: Task, seed: int) -> Any:
-        """Returns the environment of one episode."""
-        return ToolEpisode(self, task)
-
-
-def tools(*functions: Callable[..., Any]) -> Tools:
-    """Makes an environment out of functions: a user's file says `environment = tools(search, calculator)`.
-
-    The model calls one by `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, several if it likes, and gets a
-    message of role "tool" for each; what a function raises is told to the model. An answer without a call ends the
-    episode. A parameter named `task` is filled with the episode's task. Functions may be coroutine functions.
-    """
-    return Tools(functions)
-
-
-class ToolEpisode:
-    """One episode with tools."""
-
-    def __init__(self, tools: Tools, task: Task):
-        self._tools, self._task = tools, task
-        if tools.asynchronous:
-            self.step = self._step_async
-
-    def step(self, message: Message) -> Any:
-        """Runs the calls of one assistant message in their order."""
-        calls = _tool_calls(message)
-        answers = [_tool_message(call, self._begin(call)) for call in calls]
-        return Turn(answers, done=not calls)
-
-    async def _step_async(self, message: Message) -> Turn:
-        """Runs the calls of one assistant message all at once."""
-        calls = _tool_calls(message)
-        results = await asyncio.gather(*(self._run_async(call) for call in calls))
-        return Turn(
-            [_tool_message(call, result) for call, result in zip(calls, results, strict=True)],
-            done=not calls,
-        )
-
-    async def _run_async(self, call: dict[str, Any]) -> Any:
-        function = self._tools.functions.get(call.get("name", ""))
-        if not inspect.iscoroutinefunction(function):
-            return await asyncio.to_thread(self._begin, call)  # the others go on meanwhile
-        result = self._begin(call)
-        try:
-            return await result if inspect.isawaitable(result) else result
-        except Exception as error:
-            return _told(error)
-
-    def _begin(self, call: dict[str, Any]) -> Any:
-        try:
-            if "problem" in call:
-                raise UserError(call["problem"])
-            name, arguments = call["name"], dict(call["arguments"])
-            if name not in self._tools.functions:
-                known = ", ".join(self._tools.functions)
-                raise UserError(f"there is no tool {name!r}; there is {known}")
-            function = self._tools.functions[name]
-            if "task" in _parameters(function):
-                arguments["task"] = self._task
-            inspect.signature(function).bind(**arguments)
-            return function(**arguments)
-        except Exception as error:
-            return _told(error)
-
-
-def _told(error: Exception) -> str:
-    return f"Error: {type(error).__name__}: {error}"[:1000]
-
-
-def _tool_message(call: dict[str, Any], result: Any) -> Message:
-    content = result if isinstance(result, str) else json.dumps(_plain(result), ensure_ascii=False)
-    message = {"role": "tool", "content": content}
-    return message | {name: call[name] for name in ("name", "tool_call_id") if call.get(name)}
-
-
-def _tool_calls(message: Message) -> list[dict[str, Any]]:
-    """Reads the calls of a message, out of its `tool_calls` or else its text; `problem` says what is wrong with one."""
-    calls = []
-    for given in message.get("tool_calls") or []:
-        call = _tool_call(given.get("function", given))
-        calls.append(call | ({"tool_call_id": given["id"]} if given.get("id") else {}))
-    if calls:
-        return calls
-    for text in _CALL.findall(message.get("content") or ""):
-        try:
-            calls.append(_tool_call(json.loads(text)))
-        except ValueError as error:
-            calls.append({"problem": f"the tool call is not valid JSON: {error}"})
-    return calls
-
-
-def _tool_call(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return {"problem": 'a tool call must be {"name": ..., "arguments": {...}}'}
-    arguments = value.get("arguments", {})
-    if isinstance(arguments, str):  # OpenAI's format has JSON inside JSON
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            return {"name": value["name"], "problem": f"the arguments are not valid JSON: {error}"}
-    if not isinstance(arguments, dict):
-        return {"name": value["name"], "problem": "the arguments must be a JSON object"}
-    return {"name": value["name"], "arguments": arguments}
-
-
-def _schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """Describes a function in OpenAI's format from its signature and docstring."""
-    try:
-        hints = typing.get_type_hints(function)
-    except Exception:  # annotations that do not resolve only cost their types
-        hints = {}
-    properties, required = {}, []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if name == "task" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        kind = hints.get(name)
-        json_type = _JSON_TYPES.get(typing.get_origin(kind) or kind) if kind else None
-        properties[name] = {"type": json_type} if json_type else {}
-        if parameter.default is parameter.empty:
-            required.append(name)
-    return {
-        "type": "function",
-        "function": {
-            "name": function.__name__,
-            "description": inspect.getdoc(function) or "",
-            "parameters": {"type": "object", "properties": properties, "required": required},
-        },
-    }
+    return plain(list(value))

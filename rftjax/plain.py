@@ -1,0 +1,62 @@
+"""Plain data: what JSON can say, which is what leaves user code's processes.
+
+This module imports the standard library only: worker processes that run user code load it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rftjax.errors import UserError
+
+MAX_DEPTH = 100
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Copies a value as what JSON knows: arrays become lists, objects their text."""
+    return _copy(value, "", depth, lambda other, _: repr(other))
+
+
+def checked(value: Any, name: str, limit_bytes: int) -> Any:
+    """Copies plain data; raises UserError for an object of another class and for more than `limit_bytes` as JSON.
+
+    Tuples, sets, NumPy arrays and scalars count as plain, and keys become text. `name` is what the message calls it.
+    """
+
+    def refuse(other: Any, place: str) -> Any:
+        raise UserError(
+            f"{name}{place} must be plain data (numbers, text, lists, dicts), not a {type(other).__name__}; "
+            "convert it, with str() for example"
+        )
+
+    copied = _copy(value, "", 0, refuse)
+    size_bytes = len(json.dumps(copied))
+    if size_bytes > limit_bytes:
+        raise UserError(
+            f"{name} takes {size_bytes} bytes as JSON, more than the {limit_bytes} allowed; "
+            "keep what the evaluator needs, and write the rest to a file"
+        )
+    return copied
+
+
+def _copy(value: Any, place: str, depth: int, other: Any) -> Any:
+    if depth > MAX_DEPTH:
+        raise UserError(f"a value is nested more than {MAX_DEPTH} levels deep; make it flatter")
+    if isinstance(value, dict):
+        return {
+            str(name): _copy(part, f"{place}[{name!r:.40}]", depth + 1, other)
+            for name, part in value.items()
+        }
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [
+            _copy(part, f"{place}[{index}]", depth + 1, other) for index, part in enumerate(value)
+        ]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    if hasattr(value, "tolist"):
+        return _copy(value.tolist(), place, depth + 1, other)
+    return other(value, place)
