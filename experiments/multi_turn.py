@@ -24,7 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sampler.max_new_tokens = 10
     config.rollout.max_turns, config.rollout.max_length = 3, 224
     config.optim.lr, config.optim.warmup_steps = 2e-5, 2
-    config.alarms.duplicate_share = 0.0  # right answers are equal here
     config.eval.every, config.checkpoint.every = 4, 4
     if arg == "debug":
         config.steps, config.optim.warmup_steps = 2, 0

@@ -25,7 +25,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sampler.prefill_rows, config.sampler.prefill_chunk = 16, 16  # prompts of 80 tokens
     config.optim.lr = 2e-5
     config.optim.warmup_steps = 2
-    config.alarms.duplicate_share = 0.0  # right answers are equal here
     config.eval.every, config.checkpoint.every = 12, 6
     if arg == "debug":
         config.steps, config.optim.warmup_steps = 2, 0

@@ -18,6 +18,10 @@ def find(
     duplicate_share: float = 0.5,
     part_fall: float = 0.1,
     logprob_diff: float = 0.1,
+    entropy_share: float = 0.1,
+    truncated_share: float = 0.5,
+    truncated_rise: float = 0.2,
+    same_answer_share: float = 0.5,
 ) -> dict[str, str]:
     """Returns what is wrong at the last of the metrics' lines, a sentence by name; means are over `window` steps."""
     found = {
@@ -26,6 +30,9 @@ def find(
         "duplicates": _duplicates(lines, window, duplicate_share),
         "part_without_the_rest": _part_without_the_rest(lines, window, part_fall),
         "sampler_differs": _sampler_differs(lines, logprob_diff),
+        "entropy_collapses": _entropy_collapses(lines, window, entropy_share),
+        "truncation": _truncation(lines, window, truncated_share, truncated_rise),
+        "same_answer": _same_answer(lines, same_answer_share),
     }
     return {name: text for name, text in found.items() if text}
 
@@ -61,7 +68,8 @@ def _heldout_falls(lines: Sequence[Mapping[str, Any]], window: int, fall: float)
         return ""
     return (
         f"the held-out reward is {fell:.3f} below its best (step {lines[best]['step']}), while the training reward"
-        f" rose from {was:.3f} to {now:.3f}: the policy learns what the evaluator misses or the training set alone"
+        f" rose from {was:.3f} to {now:.3f}: the policy learns what the evaluator misses or the training set alone;"
+        " the best checkpoint is kept, and eval.patience ends a run that does not get better"
     )
 
 
@@ -72,14 +80,81 @@ def _length_runs_away(lines: Sequence[Mapping[str, Any]], window: int, factor: f
     first, last = _mean(values[:window]), _mean(values[-window:])
     if last <= factor * first:
         return ""
-    return f"completions grew from {first:.0f} to {last:.0f} tokens; see grpo.overlong_buffer"
+    return (
+        f"completions grew from {first:.0f} to {last:.0f} tokens; where longer answers are no better, start again with"
+        " grpo.overlong_buffer=16 (or more tokens) or grpo.preset=dr_grpo"
+    )
 
 
 def _duplicates(lines: Sequence[Mapping[str, Any]], window: int, share: float) -> str:
-    values = _values(lines, "rollout/duplicate_share")
+    values = _values(lines, "rollout/duplicate_wrong_share")
     if not share or len(values) < window or _mean(values[-window:]) <= share:
         return ""
-    return f"{_mean(values[-window:]):.0%} of completions are copies of another one of their group"
+    return (
+        f"{_mean(values[-window:]):.0%} of completions are wrong and copies of another one of their group, which"
+        " teaches nothing; start again with grpo.entropy_weight=0.001 or a lower optim.lr"
+    )
+
+
+def _entropy_collapses(lines: Sequence[Mapping[str, Any]], window: int, share: float) -> str:
+    """Says that the policy became certain of answers that are not the best there were.
+
+    A low entropy of right answers is what training is for.
+    """
+    values = _values(lines, "entropy")
+    if not share or len(values) < 2 * window:
+        return ""
+    first, last = _mean(values[:window]), _mean(values[-window:])
+    rewards = _values(lines, "reward/mean")
+    if last >= share * first or _near_best(lines, _mean(rewards[-window:])):
+        return ""
+    return (
+        f"the entropy fell from {first:.3g} to {last:.3g} nats while the reward is {_mean(rewards[-window:]):.3f}:"
+        " samples of a group hardly differ any more; start again with grpo.clip_high=0.28,"
+        " grpo.entropy_weight=0.001 or a lower optim.lr"
+    )
+
+
+def _truncation(lines: Sequence[Mapping[str, Any]], window: int, share: float, rise: float) -> str:
+    values = _values(lines, "rollout/truncated_share")
+    last = values[-window:]
+    high = bool(share) and len(values) >= 2 and min(last[-2:]) > share and _mean(last) > share
+    first = _mean(values[:window])
+    rises = bool(rise) and len(values) >= 2 * window and _mean(last) - first > rise
+    if not (high or rises):
+        return ""
+    now = f"grew from {first:.0%} to {_mean(last):.0%}" if rises else f"is {last[-1]:.0%}"
+    return (
+        f"the share of answers that a token limit cut {now}: such an answer cannot be right; start again with a"
+        " larger sampler.max_new_tokens and rollout.max_length, with grpo.overlong_buffer=16 (or more tokens), or with"
+        " prompts that ask for short answers"
+    )
+
+
+def _same_answer(lines: Sequence[Mapping[str, Any]], share: float) -> str:
+    """Says that one text answers most tasks, although it does not fit them: by held-out tasks, else by training's."""
+    for prefix, kind in (("eval/", "held-out"), ("rollout/", "training")):
+        found = [line for line in lines if line.get(f"{prefix}commonest_share") is not None]
+        if not found or not share:
+            continue
+        now, reward = (
+            found[-1][f"{prefix}commonest_share"],
+            found[-1].get(f"{prefix}commonest_reward"),
+        )
+        if now <= share or reward is None or _near_best(lines, reward):
+            return ""
+        return (
+            f"{now:.0%} of the {kind} answers are one and the same text, whose reward is {reward:.3f}; look at it in"
+            " rollouts/ (python -m rftjax.compare shows it) and give less reward for it, or more rows of other kinds"
+        )
+    return ""
+
+
+def _near_best(lines: Sequence[Mapping[str, Any]], reward: float) -> bool:
+    """Says whether a reward is within a tenth of the best sample of the run, measured from its lowest mean."""
+    best = max(_values(lines, "reward/max"), default=1.0)
+    lowest = min(_values(lines, "reward/mean"), default=0.0)
+    return best - reward <= 0.1 * (best - min(lowest, 0.0))
 
 
 def _part_without_the_rest(lines: Sequence[Mapping[str, Any]], window: int, fall: float) -> str:
@@ -98,7 +173,8 @@ def _part_without_the_rest(lines: Sequence[Mapping[str, Any]], window: int, fall
         means = [_mean(values[at : at + window]) for at in range(len(values) - window + 1)]
         if means and max(means) - means[-1] > fall:
             return (
-                f"{full[0]} is reached while {name} fell from {max(means):.3f} to {means[-1]:.3f}"
+                f"{full[0]} is reached while {name} fell from {max(means):.3f} to {means[-1]:.3f}; look at the best"
+                " samples in rollouts/ and give less reward for the first"
             )
     return ""
 
@@ -107,7 +183,10 @@ def _sampler_differs(lines: Sequence[Mapping[str, Any]], limit: float) -> str:
     values = _values(lines[-1:], "sampler/logprob_diff_mean")
     if not limit or not values or values[-1] <= limit:
         return ""
-    return f"sampler and trainer differ by {values[-1]:.3g} nats a token; see grpo.tis_cap"
+    return (
+        f"sampler and trainer differ by {values[-1]:.3g} nats a token; start again with grpo.tis_cap=2.0 or"
+        " model.dtype=float32"
+    )
 
 
 def _values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -57,6 +57,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "tasks.heldout_count tasks.limit sampler.top_k sampler.pool eval.every eval.max_tasks eval.top_k "
         "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
+        "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
         "grpo.kl_refresh_steps grpo.dynamic_prompts "
         "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay",
     ),

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 
 from rftjax.errors import UserError
+from rftjax.reports import commonest
 from rftjax.rollout import Limits, Rollout
 from rftjax.scoring import Scorer
 from rftjax.types import Score, Task, Trajectory
@@ -69,6 +70,7 @@ def measure(
         "error_share": (len(trajectories) - len(scores)) / total,
         "truncated_share": sum(one.finish_reason == "length" for one in trajectories) / total,
     }
+    metrics |= commonest(trajectories)
     for k in pass_k:
         chances = [
             [pass_at_k(len(group), sum(score.reward >= pass_reward for score in group), k)]

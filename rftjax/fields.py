@@ -150,6 +150,10 @@ def base_config() -> ConfigDict:
                 "duplicate_share": 0.5,
                 "part_fall": 0.1,  # of another part, while one is reached
                 "logprob_diff": 0.1,  # nats a token between sampler and trainer
+                "entropy_share": 0.1,  # of the first steps' entropy, while the reward is not near its best
+                "truncated_share": 0.5,  # of answers that stay cut by a token limit
+                "truncated_rise": 0.2,  # of that share since the first steps
+                "same_answer_share": 0.5,  # of answers to all tasks that are one text, and wrong
             },
             "logging": {"every": 1, "rollouts": 8, "histograms": True},  # rollouts in TensorBoard
         }

@@ -23,6 +23,7 @@ from rftjax.errors import UserError
 from rftjax.events import Events
 from rftjax.reports import (
     by_draw,
+    commonest,
     dropped,
     encode,
     is_valid,
@@ -37,6 +38,9 @@ from rftjax.types import Trajectory
 
 log = logging.getLogger(__name__)
 
+RIGHT = 1.0  # a completion is right from this reward on
+SHORT_TOKENS = 8  # an answer of fewer tokens is often given twice
+GROUPS = 4  # fewer draws say nothing about one answer to many tasks
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
 NO_HISTOGRAMS: Mapping[str, np.ndarray] = MappingProxyType({})
 NO_TEXTS: Mapping[str, str] = MappingProxyType({})
@@ -325,7 +329,7 @@ def histograms(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
 
 
 def rollout_metrics(
-    trajectories: Sequence[Trajectory], *, right_reward: float = 1.0
+    trajectories: Sequence[Trajectory], *, right_reward: float = RIGHT
 ) -> dict[str, float]:
     """The metrics that follow from scored trajectories; rewards count where the score is valid.
 
@@ -350,21 +354,32 @@ def rollout_metrics(
         "rollout/completion_tokens_mean": mean_tokens(trajectories),
         "rollout/turns_mean": sum(one.turns for one in trajectories) / total,
         "rollout/duplicate_share": (total - different) / total,
+        "rollout/duplicate_wrong_share": sum(map(_odd_copies, groups)) / total,
         "evaluator/error_share": unscored / total,
         "environment/error_share": len(failed) / total,
         "groups/zero_variance_share": float(np.mean([len(some) < 2 for some in group_rewards])),
     }
+    if len(groups) >= GROUPS:
+        metrics |= {f"rollout/{name}": value for name, value in commonest(trajectories).items()}
     parts = sorted({name for one in valid if one.score for name in one.score.parts})
     for name in parts:
         values = [one.score.parts[name] for one in valid if one.score and name in one.score.parts]
         metrics[f"reward/part/{name}"] = float(np.mean(values))
     right = [one for one in valid if reward_of(one) >= right_reward]
     wrong = [one for one in valid if reward_of(one) < right_reward]
+    if rewards:
+        metrics["reward/max"] = max(rewards)
     if right:
         metrics["rollout/tokens_right_mean"] = mean_tokens(right)
     if wrong:
         metrics["rollout/tokens_wrong_mean"] = mean_tokens(wrong)
     return metrics
+
+
+def _odd_copies(group: Sequence[Trajectory]) -> int:
+    """Number of a group's samples that copy another one, without right answers and short ones: these must repeat."""
+    kept = [one for one in group if reward_of(one) < RIGHT and sampled_tokens(one) >= SHORT_TOKENS]
+    return len(kept) - len({_completion_key(one) for one in kept})
 
 
 def format_duration(seconds: float) -> str:

@@ -69,6 +69,20 @@ def rollouts_markdown(trajectories: Sequence[Trajectory], count: int) -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(map(_conversation, chosen[:count]))
 
 
+def commonest(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Returns the share of the commonest answer among all as `commonest_share`, and its mean reward where it has one as
+    `commonest_reward`; nothing of no trajectories."""
+    texts = collections.Counter(one.completion.strip() for one in trajectories)
+    if not texts:
+        return {}
+    ((text, count),) = texts.most_common(1)
+    same = [one for one in trajectories if one.completion.strip() == text and is_valid(one)]
+    found = {"commonest_share": count / len(trajectories)}
+    if same:
+        found["commonest_reward"] = float(np.mean([reward_of(one) for one in same]))
+    return found
+
+
 def dropped(trajectories: Sequence[Trajectory]) -> str:
     """Returns how many samples have no score, with the commonest reason, or an empty text."""
     lost = [one for one in trajectories if one.score and not one.score.valid]

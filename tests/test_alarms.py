@@ -1,6 +1,10 @@
+import re
+
 import pytest
 
 from rftjax import alarms
+from rftjax import config as configs
+from rftjax.fields import assign, flatten
 
 
 def lines_of(count=10, **series):
@@ -16,6 +20,7 @@ def lines_of(count=10, **series):
 
 
 RISING = [step / 10 for step in range(10)]
+SAME = {"eval__commonest_share": 0.62, "eval__commonest_reward": 0.1}
 FALLS = [None, None, 0.5, None, None, 0.6, None, None, None, 0.4]
 
 
@@ -24,7 +29,11 @@ def test_a_healthy_run_has_no_alarm():
         reward__mean=RISING,
         eval__reward=[None if step % 3 else step / 10 for step in range(10)],
         rollout__completion_tokens_mean=20.0,
-        rollout__duplicate_share=0.1,
+        rollout__duplicate_wrong_share=0.1,
+        rollout__truncated_share=0.3,
+        entropy=[1.0] * 5 + [0.2] * 5,
+        eval__commonest_share=0.4,
+        eval__commonest_reward=0.0,
         reward__part__format=1.0,
         reward__part__right=RISING,
         sampler__logprob_diff_mean=1e-5,
@@ -42,13 +51,22 @@ def test_a_healthy_run_has_no_alarm():
             {"rollout__completion_tokens_mean": [10.0] * 5 + [30.0] * 5},
             "length_factor",
         ),
-        ("duplicates", {"rollout__duplicate_share": 0.7}, "duplicate_share"),
+        ("duplicates", {"rollout__duplicate_wrong_share": 0.7}, "duplicate_share"),
         (
             "part_without_the_rest",
             {"reward__part__format": 1.0, "reward__part__right": RISING[::-1]},
             "part_fall",
         ),
         ("sampler_differs", {"sampler__logprob_diff_mean": 0.2}, "logprob_diff"),
+        ("entropy_collapses", {"entropy": [1.0] * 5 + [0.05] * 5}, "entropy_share"),
+        ("truncation", {"rollout__truncated_share": 0.6}, "truncated_share"),
+        ("truncation", {"rollout__truncated_share": [0.0] * 5 + [0.3] * 5}, "truncated_rise"),
+        ("same_answer", SAME | {"reward__mean": 0.1, "reward__max": 1.0}, "same_answer_share"),
+        (
+            "same_answer",
+            {name.replace("eval", "rollout"): x for name, x in SAME.items()},
+            "same_answer_share",
+        ),
     ],
 )
 def test_each_fault_raises_its_alarm_which_0_switches_off(name, series, off):
@@ -102,7 +120,7 @@ def test_a_run_is_not_dead_before_it_had_the_steps():
     assert alarms.stop_reason(lines, metric="x", dead_steps=2)
 
 
-TOKENS, COPIES = "rollout__completion_tokens_mean", "rollout__duplicate_share"
+TOKENS, COPIES = "rollout__completion_tokens_mean", "rollout__duplicate_wrong_share"
 FORMAT, RIGHT, DIFF = "reward__part__format", "reward__part__right", "sampler__logprob_diff_mean"
 
 
@@ -158,3 +176,48 @@ def test_no_alarm_is_raised_before_its_windows_are_full():
     assert set(alarms.find(lines_of(3, **series), window=1)) == {
         *("length_runs_away", "duplicates", "part_without_the_rest")
     }
+
+
+def test_a_policy_that_is_certain_of_the_best_answers_raises_no_alarm():
+    best = {"reward__mean": 0.95, "reward__max": 1.0}
+    certain = {"entropy": [1.0] * 5 + [0.01] * 5, "eval__commonest_share": 0.9}
+    assert alarms.find(lines_of(**best, **certain, eval__commonest_reward=0.95)) == {}
+    assert set(alarms.find(lines_of(**best, **certain, eval__commonest_reward=0.5))) == {
+        "same_answer"
+    }
+    # Rewards below 0: -0.1 is near a best of 0.0 only where the mean was once far below.
+    losses = {"entropy": [1.0] * 5 + [0.01] * 5, "reward__max": 0.0}
+    assert alarms.find(lines_of(**losses, reward__mean=[-2.0] * 5 + [-0.1] * 5)) == {}
+    assert alarms.find(lines_of(**losses, reward__mean=[-0.5] * 5 + [-0.4] * 5))
+
+
+def test_truncation_is_told_after_two_steps_and_not_for_a_single_one():
+    for values in ([0.79, 0.9], [0.79, 0.9, 1.0]):
+        lines = lines_of(len(values), rollout__truncated_share=values)
+        assert set(alarms.find(lines)) == {"truncation"}
+    assert not alarms.find(lines_of(1, rollout__truncated_share=0.9))
+    assert not alarms.find(lines_of(3, rollout__truncated_share=[0.9, 0.9, 0.1]))
+
+
+def test_every_setting_that_an_alarm_advises_is_one_that_the_config_takes():
+    fired = {}
+    for series in (
+        {"rollout__completion_tokens_mean": [10.0] * 5 + [30.0] * 5, "entropy": [1.0] + [0.0] * 9},
+        {"rollout__duplicate_wrong_share": 0.7, "rollout__truncated_share": 0.9, **SAME},
+        {"reward__mean": RISING, "eval__reward": FALLS, "sampler__logprob_diff_mean": 0.2},
+        {"reward__part__format": 1.0, "reward__part__right": RISING[::-1]},
+    ):
+        fired |= alarms.find(lines_of(**series))
+    assert len(fired) == 8
+    known = flatten(configs.base_config())
+    for text in fired.values():
+        for field, value in re.findall(r"\b([a-z]+\.[a-z_]+)(?:=([\w.]+))?", text):
+            assert field in known or field == "rftjax.compare", field
+            if value:
+                config = configs.base_config()
+                kind = type(known[field]) if known[field] is not None else float
+                with config.unlocked():
+                    assign(config, field, kind(value))
+                config.model.path = config.tasks.train = "a/b"
+                config.evaluator = "module:name"
+                configs.check(config)

@@ -258,6 +258,10 @@ def test_rewards_count_where_valid_and_groups_are_draws():
             "rollout/completion_tokens_mean": 13 / 8,
             "rollout/turns_mean": 10 / 8,
             "rollout/duplicate_share": 1 / 8,
+            "rollout/duplicate_wrong_share": 0.0,
+            "rollout/commonest_share": 1.0,
+            "rollout/commonest_reward": 0.6,
+            "reward/max": 1.0,
             "rollout/tokens_right_mean": 2.0,
             "rollout/tokens_wrong_mean": 5 / 3,
             "evaluator/error_share": 2 / 8,
@@ -403,3 +407,22 @@ def test_a_step_that_leaves_samples_out_says_how_many_and_why(tmp_path, capsys):
         "step 1: 2 of 3 samples have no score and are left out; 2 x ValueError: no number in '…'"
     )
     assert out.count("left out") == 1 and wanted in out
+
+
+def test_copies_of_right_and_of_short_answers_are_no_odd_ones_and_the_commonest_answer_is_found():
+    long = tuple(range(8))
+    group = [
+        make_trajectory(sample=n, reward=reward, completion=text, tokens=tokens)
+        for n, (reward, text, tokens) in enumerate(
+            [(1.0, "yes", long)] * 3 + [(0.0, "no", (5,))] * 3 + [(0.5, " so", long[::-1])] * 4
+        )
+    ]
+    metrics = rollout_metrics(group)
+    assert metrics["rollout/duplicate_share"] == 0.7
+    assert metrics["rollout/duplicate_wrong_share"] == 0.3
+    assert "rollout/commonest_share" not in metrics and metrics["reward/max"] == 1.0
+    for number, one in enumerate(group):
+        one.draw = number
+    metrics = rollout_metrics(group)
+    assert metrics["rollout/commonest_share"] == 0.4 and metrics["rollout/commonest_reward"] == 0.5
+    assert metrics["rollout/duplicate_wrong_share"] == 0.0
