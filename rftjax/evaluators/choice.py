@@ -1,50 +1,193 @@
-"""Reward 1.0 for the right letter of a multiple-choice question."""
+r"""Reward 1.0 for the right letter of a multiple-choice question.
+
+The letter is looked for in this order: in the last "\boxed{B}" or "<answer>B</answer>"; behind the last "the answer
+is" or "answer:"; before "is correct" and behind "I choose"; at the start, as in "B) Paris"; in the last "(B)", "**B**"
+or "option B"; alone on the last line; at last as the text of one of the row's choices. Only letters of the row's own
+choices count, and of several letters in one place, as in "A or B", none does.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterator, Mapping
 
 from rftjax.types import Score, Task, Trajectory
 
-# Tried in this order, the last match of the first that matches: "answer is (B)", "\boxed{B}",
-# "B) Paris" at the start, "(B)" or "**B**" anywhere, the letter alone on the last line.
-_FORMS = (
-    re.compile(r"(?i:\banswer\b\W*(?:(?:is|was)\b)?)\W*([A-Z])(?![\w'])"),
-    re.compile(r"\\boxed\{\W*([A-Z])\W*\}"),
-    re.compile(r"\A\W*([A-Z])(?:[).:,]|\*\*|\s*\Z|\s*\n)"),
-    re.compile(r"(?:\(([A-Z])\))|(?:\*\*([A-Z])\*\*)"),
-    re.compile(r"(?:\A|\n)\W*([A-Z])\W*\Z"),
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_FIELDS = ("choices", "options")
+# Words that follow a letter where "A" is no article and "I" no pronoun.
+_AFTER = "and|as|because|but|by|due|for|from|given|if|in|is|or|since|so|that|the|this|which|with|correct|only"
+_BARE = rf"(?<![\w'$\\])([A-Z])(?![\w'\u2019]|-\w| (?!(?:{_AFTER})\b)[a-z])"
+_EXPLICIT = (
+    r"(?<!\w)\(([A-Za-z])\)|\b(?i:option|choice|letter) \(?([A-Z])\)?(?!\w)|(?<!\w)([A-Z])\)"
+)
+_NOT = re.compile(
+    r"\b(?i:not|isn't|neither|nor|than|eliminated?|exclude[ds]?|rule[ds]? out) (?i:option )?\(?$"
+)
+_ANSWER = re.compile(
+    r"(?i:\b(?:answer|ans|(?:correct|right|best) (?:option|choice|letter))\b(?: to [^.\n:]{0,80}?)?[^\w\n(]{0,4}"
+    r"(?:\b(?:is|was|would be|should be|must be)\b|[:=]| -(?= )))"
+)
+_FILLER = re.compile(
+    r"\W*(?:(?i:clearly|definitely|likely|probably|most likely|therefore|the|option|choice|letter|answer)\W+)*"
+    r"\(?(?:([A-Z])(?![\w'\u2019]|-\w)|([a-z])(?=\)|[.:,]?\s*(?:\n|\Z)))"
+)
+_STATEMENTS = re.compile(
+    r"\(?(?<![\w'])([A-Z])(?![\w'])(?:\)?:? ?\([^)\n]{0,60}\)|[):.] ?[^.\n]{0,60}?)?\s+(?:is|was|must be|seems) "
+    r"(?:the |most |therefore |clearly )*(?i:correct|right|best|true|answer)\b"
+    r"|\b(?:I|I'd|I'll|[Ww]e|[Ss]o|[Tt]hus|[Tt]herefore),?\s+(?:(?:would|will|must|to)\s+)*"
+    r"(?:choose|pick|select|go with|chose|picked|selected)\s+(?:(?i:option|choice|answer|letter)\s+)?"
+    r"\(?([A-Z])(?![\w'])"
+    r"|\b(?i:it's|it is|it must be|that is|that's)\s+\(?([A-Z])\)?(?=\s*(?:[.,;!]|\n|\Z))"
+)
+_START = re.compile(r"\A\W*([A-Z])(?:[).:,]|\s*\Z|\s*\n|\s+[-\u2013\u2014(])")
+_LAST_LINE = re.compile(r"(?:\A|\n)\W*([A-Z])\W*\Z")
+_LISTED = re.compile(r"(?m)^[ \t>*-]*\(?([A-Z])[).:] ?\S|(?<=[\s(])\(?([A-Z])\) ?\S")
+_TOGETHER = re.compile(
+    r"(?<!\w)\(?([A-Z])\)?\s*(?:\bor\b|\band\b|/|,|&|\+)\s*(?:(?i:option|choice) )?\(?([A-Z])\)?(?!\w|')"
 )
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> Score:
     """Compares the chosen letter with the row's `answer`: a letter, or an index counted from 0.
 
-    The part `format` is 1.0 where one of the usual ways of naming a letter was found.
+    The row's choices are its field `choices` or `options` (a list of texts, or letters with their texts), else the
+    letters that its last user message lists. The part `format` is 1.0 where the completion names one letter.
     """
-    wanted = _wanted(task)
-    got = _chosen(trajectory.completion)
-    reason = "" if got else "no letter found"
+    choices = _choices(task)
+    wanted = _wanted(task, choices)
+    got = _chosen(trajectory.completion, choices)
+    reason = "" if got else "no letter found, or several"
     return Score(float(got == wanted), {"format": float(bool(got))}, reason=reason)
 
 
-def _wanted(task: Task) -> str:
+def _choices(task: Task) -> dict[str, str]:
+    """Letters of the row's choices with their texts; every letter where the row does not show them."""
+    given = next((task.data[name] for name in _FIELDS if task.data.get(name)), None)
+    if isinstance(given, Mapping):
+        labels, texts = given.get("label"), given.get("text")
+        if isinstance(labels, (list, tuple)) and isinstance(texts, (list, tuple)):
+            given = dict(zip(labels, texts, strict=False))
+        found = {str(letter).strip().upper(): str(text) for letter, text in given.items()}
+        if found and all(letter in _LETTERS and len(letter) == 1 for letter in found):
+            return found
+    elif isinstance(given, (list, tuple)) and len(given) <= len(_LETTERS):
+        texts = (re.sub(r"\A\(?[A-Z][).:]\s*", "", str(text)) for text in given)
+        return dict(zip(_LETTERS, texts, strict=False))
+    question = next((m for m in reversed(task.messages) if m.get("role") == "user"), {})
+    listed = {"".join(pair) for pair in _LISTED.findall(str(question.get("content", "")))}
+    count = next(i for i, letter in enumerate([*_LETTERS, ""]) if letter not in listed)
+    return dict.fromkeys(_LETTERS[:count] if count > 1 else _LETTERS, "")
+
+
+def _wanted(task: Task, choices: Mapping[str, str]) -> str:
     answer = task.data.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < 26:
-        return chr(ord("A") + answer)
-    letter = answer.strip(" ().:\n").upper() if isinstance(answer, str) else ""
-    if not re.fullmatch("[A-Z]", letter):
+        letter = _LETTERS[answer]
+    else:
+        letter = answer.strip(" ().:\n").upper() if isinstance(answer, str) else ""
+    if letter not in choices:
         raise ValueError(
-            f"task {task.id!r}: field 'answer' is {answer!r}; "
-            "choice needs a letter, or an index from 0 to 25"
+            f"task {task.id!r}: field 'answer' is {answer!r}; choice needs a letter, or an index counted from 0, "
+            f"of the row's choices {', '.join(choices)}"
         )
     return letter
 
 
-def _chosen(completion: str) -> str:
-    """Letter that the completion names, empty where it names none."""
-    for form in _FORMS:
-        found = list(form.finditer(completion))
+def _chosen(completion: str, choices: Mapping[str, str] | None = None) -> str:
+    """Letter that the completion names, empty where it names none or several."""
+    choices = choices or dict.fromkeys(_LETTERS, "")
+    text = _plain(completion)
+    for found in _places(text):
+        letters = [letter for letter in found if letter in choices]
+        if letters:
+            return letters[-1] if "" not in found else ""
+    lines = [line.strip() for line in text.strip().split("\n")]
+    named = [
+        k for k, v in choices.items() if v and _folded(v) in (_folded(text), _folded(lines[-1]))
+    ]
+    return named[0] if len(named) == 1 else ""
+
+
+def _places(text: str) -> Iterator[list[str]]:
+    """Yields the letters of each place where an answer may stand, surest first; "" among them says: several."""
+    for mark, end in (("\\boxed{", "}"), ("<answer>", "</answer>")):
+        _, found, rest = text.rpartition(mark)
         if found:
-            return next(group for group in found[-1].groups() if group)
-    return ""
+            inside = rest.partition(end)[0]
+            one = re.match(r"\W*([A-Za-z])(?:\W*\Z|[).:,]\s)", inside)
+            letters = [one[1].upper()] if one else _in_sentence(inside)
+            yield letters if len(set(letters)) < 2 else ["", *letters]
+    for mark in reversed(list(_ANSWER.finditer(text))):
+        if letters := _behind(text[mark.end() :]):
+            yield letters
+            break
+    statements = [found for found in _STATEMENTS.finditer(text) if not _negated(text, found)]
+    yield [_letter(found) for found in statements]
+    listed = {found[1] or found[2] for found in _LISTED.finditer(text)}
+    if len(text.strip()) == 1:
+        yield [text.strip().upper()]
+    if len(listed) < 2 and (start := _START.match(text)):
+        yield [start[1]]
+    yield [_letter(found) for found in re.finditer(_EXPLICIT, text) if not _negated(text, found)]
+    if last := _LAST_LINE.search(text):
+        yield [last[1]]
+
+
+def _behind(text: str) -> list[str]:
+    """Letters behind "the answer is": right there, else in that sentence, else in the next line."""
+    lines = [line for line in text.split("\n") if line.strip(" .:*")]
+    for line in lines[:2]:
+        sentence = re.split(
+            r"(?<=[^A-Z\W])[.?!](?:\s|\Z)|(?<=[).])[.?!]?\s(?=[A-Z][a-z])", line, maxsplit=1
+        )[0]
+        if several := _several(sentence):
+            return several
+        at_once = _FILLER.match(line)
+        if at_once and at_once[2]:
+            return [at_once[2].upper()]
+        if at_once and re.match(_BARE + r"|([A-Z])\)", line[at_once.start(1) :]):
+            return [at_once[1]]
+        if letters := _in_sentence(sentence):
+            return letters
+        if line is lines[0] and sentence.strip(" .:*"):
+            return []
+    return []
+
+
+def _in_sentence(text: str) -> list[str]:
+    if several := _several(text):
+        return several
+    for form in (_EXPLICIT, _BARE):
+        found = [_letter(one) for one in re.finditer(form, text) if not _negated(text, one)]
+        if found:
+            return found
+    return []
+
+
+def _several(text: str) -> list[str]:
+    found = _TOGETHER.search(text)
+    if found and found[1] != found[2] and not _negated(text, found):
+        return ["", found[1], found[2]]
+    return []
+
+
+def _negated(text: str, found: re.Match[str]) -> bool:
+    return bool(_NOT.search(text[max(0, found.start() - 40) : found.start()]))
+
+
+def _letter(found: re.Match[str]) -> str:
+    return next(group for group in found.groups() if group).upper()
+
+
+def _plain(text: str) -> str:
+    r"""The text without LaTeX and Markdown around letters: "**B**" and "\text{B}" become "(B)" and "B"."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
+    text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|mbox|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"[*_`\"]{1,3}\(?([A-Z])[).:]?\)?[*_`\"]{1,3}", r"(\1)", text)
+    return re.sub(r"\*\*|__|[$`]|\\[()\[\]]", "", text)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).strip(" .").casefold()
