@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rftjax.directories import check_content, check_split
 from rftjax.errors import UserError
 
 # Metadata keys (after `ARCHITECTURE.`) that become one config field each.
@@ -38,6 +39,7 @@ OTHERS = {
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 }
+NEEDED = ("block_count", "feed_forward_length", "embedding_length", "attention.head_count")
 ARCHITECTURES = ("llama", "qwen2")
 # GGUF keeps Llama 3's rotary scaling as a table of factors, which comes from these settings.
 LLAMA3_FACTORS = (8.0, 32.0)
@@ -80,6 +82,8 @@ def read(path: str | os.PathLike[str]) -> File:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"model.path={path}: no such file")
+    check_content(path)
+    check_split(path)
     stat = path.stat()
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
@@ -172,6 +176,20 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
 def hf_fields(file: File) -> dict[str, Any]:
     """Returns the Hugging Face config that says the same; refuses what is not implemented."""
     arch = file.metadata("general.architecture")
+    kind = file.metadata("general.type") or "model"
+    if kind == "adapter" or file.metadata("adapter.type"):
+        raise UserError(
+            f"model.path={file.path}: is a LoRA adapter and no model; give its base as model.path, and as lora.path"
+            " the directory (adapter_config.json) that peft wrote before the adapter was made a GGUF file"
+        )
+    if kind != "model":
+        raise UserError(f"model.path={file.path}: holds a {kind} and no language model")
+    parts = file.metadata("split.count") or 1
+    if parts > 1:
+        raise UserError(
+            f"model.path={file.path}: is one of {parts} parts of a model, rftjax reads whole files; join them with"
+            " llama.cpp: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+        )
     if arch not in ARCHITECTURES:
         raise UserError(
             f"model.path={file.path}: architecture {arch!r} is not implemented;"
@@ -188,7 +206,15 @@ def hf_fields(file: File) -> dict[str, Any]:
             fields[ours] = _short(file.metadata(own[theirs]))
             if isinstance(fields[ours], list):
                 raise UserError(f"model.path={file.path}: {own[theirs]} differs between layers")
-    fields.setdefault("vocab_size", len(file.metadata("tokenizer.ggml.tokens") or ()))
+    tokens = len(file.metadata("tokenizer.ggml.tokens") or ())
+    fields.setdefault("vocab_size", tokens)
+    lacking = [f"{arch}.{key}" for key in NEEDED if FIELDS[key] not in fields]
+    lacking += [] if fields["vocab_size"] else ["tokenizer.ggml.tokens"]
+    if lacking:
+        raise UserError(
+            f"model.path={file.path}: has no {', '.join(lacking)}; make the file again with llama.cpp's"
+            " convert_hf_to_gguf.py, or give the model's Hugging Face directory"
+        )
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
     if arch == "llama":
         fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors

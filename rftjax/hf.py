@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,17 +13,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rftjax import gguf
+from rftjax import gguf, shards
+from rftjax.directories import locate, read_json, write_json
 from rftjax.errors import NotFinite, UserError
 from rftjax.exporting import NO_FACTS, replacing
+from rftjax.model_config import read_config, read_fields
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.decoder import Config
 from rftjax.models.names import Name
+from rftjax.shards import Readers, read_safetensors, write_safetensors
 from rftjax.types import Params
+
+__all__ = [
+    "Model",
+    "generation_fields",
+    "load",
+    "locate",
+    "open_model",
+    "outline",
+    "read_config",
+    "read_fields",
+    "read_generation",
+    "read_json",
+    "read_safetensors",
+    "save",
+    "write_json",
+    "write_safetensors",
+]
 
 Place = Callable[[tuple[str, ...], np.ndarray], Any]
 Leaves = Iterator[tuple[tuple[str, ...], np.ndarray]]
-Readers = dict[str, Callable[[], np.ndarray]]
 
 
 class Model(NamedTuple):
@@ -36,130 +54,6 @@ class Model(NamedTuple):
     config: Config
     fields: dict[str, Any]
     read: Callable[[Place | None], Params]
-
-
-# Fields that never change what a decoder computes, whatever their value.
-HARMLESS = {
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "finetuning_task",
-    "id2label",
-    "is_llama_config",
-    "keys_to_ignore_at_inference",
-    "label2id",
-    "model_type",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "sep_token_id",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "unk_token_id",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-    "_attn_implementation_autoset",
-    "_from_model_config",
-    "_name_or_path",
-}
-# Fields of every family, each with the values under which the port is exact.
-EXACT = {
-    "add_cross_attention": (False, None),
-    "auto_map": (None,),
-    "chunk_size_feed_forward": (0, None),
-    "cross_attention_hidden_size": (None,),
-    "is_decoder": (False, True, None),
-    "is_encoder_decoder": (False, None),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-    "rope_interleaved": (False, None),
-    "tie_encoder_decoder": (False, None),
-}
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-WAY_OUT = {
-    "quantization_config": "use the unquantised checkpoint of this model",
-    "auto_map": "code that comes with a checkpoint is never run",
-}
-
-
-def locate(path: str | os.PathLike[str]) -> Path:
-    """Returns the local file or directory of a path or hub name, which is downloaded if need be."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    name = str(path)
-    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"model.path={name}: no such directory or file, and not a hub name (OWNER/NAME)"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # no network, no such name, no permission: each has its own class
-        raise UserError(
-            f"model.path={name}: no such directory, and the hub did not serve it"
-            f" ({type(error).__name__}: {error}); give a local directory or a .gguf file"
-        ) from error
-
-
-def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the Hugging Face config of a directory, a config.json or a GGUF file as a dict."""
-    found = locate(path)
-    if found.suffix == ".gguf":
-        return gguf.hf_fields(gguf.read(found))
-    return read_json(found / "config.json" if found.is_dir() else found)
-
-
-def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
-    """Returns the shape of the model; refuses every field whose effect is not implemented."""
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(
-            f"config.json: model_type={kind!r} is not implemented;"
-            f" rftjax knows {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[kind]
-    exact = EXACT | family.EXACT
-    for name, value in fields.items():
-        if name in exact and value not in exact[name]:
-            way_out = WAY_OUT.get(name, f"only {' or '.join(map(repr, exact[name]))} is")
-            raise UserError(f"config.json: {name}={value!r} is not implemented; {way_out}")
-    unknown = sorted(set(fields) - set(exact) - HARMLESS - family.READ)
-    if unknown:
-        named = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
-        raise UserError(
-            f"config.json: rftjax does not know what {named} does to a {kind} model, so it refuses"
-            " to guess; remove the field if it has no effect on what the model computes"
-        )
-    for name in REQUIRED:
-        if not isinstance(fields.get(name), int) or fields[name] < 1:
-            raise UserError(
-                f"config.json: {name}={fields.get(name)!r}; a {kind} model needs a positive integer"
-            )
-    config = family.config(fields, dtype)
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"config.json: num_attention_heads={config.heads} is no multiple of"
-            f" num_key_value_heads={config.kv_heads}"
-        )
-    return config
 
 
 def load(
@@ -198,15 +92,21 @@ def open_model(
     if init != "pretrained":
         raise UserError(f"model.init={init!r}: must be 'pretrained' or 'random'")
     found = locate(path)
-    if found.suffix == ".gguf":
+    if found.suffix == ".gguf" and found.is_file():
         readers = gguf.tensors(gguf.read(found), fields)
     else:
-        readers = _safetensors(found if found.is_dir() else found.parent)
+        readers = shards.open_directory(found if found.is_dir() else found.parent)
     if config.tied and "lm_head.weight" in readers:
         _check_tied(found, readers)
     expected = {hf for name in _table(config) for hf in _hf_names(config, name)}
     missing, extra = sorted(expected - set(readers)), sorted(set(readers) - expected)
     extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
+    if missing == ["lm_head.weight"]:
+        raise UserError(
+            f"model.path={found}: lm_head.weight is missing, and config.json says tie_word_embeddings="
+            f"{fields.get('tie_word_embeddings', 'nothing, which is false')}; if this model's head is its embedding,"
+            ' write "tie_word_embeddings": true there, else download the weights again'
+        )
     if missing or extra:
         raise UserError(
             f"model.path={found}: the config asks for {len(expected)} tensors;"
@@ -280,45 +180,6 @@ def _check_tied(found: Path, readers: Readers) -> None:
             " differs from model.embed_tokens.weight; set tie_word_embeddings to false"
         )
     del readers["lm_head.weight"]
-
-
-def _safetensors(directory: Path) -> Readers:
-    """Returns readers of every tensor of a directory's safetensors files, by their names."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        files = ["model.safetensors"]
-    readers: Readers = {}
-    for file in files:
-        readers |= _open_safetensors(directory / file)
-    return readers
-
-
-def _open_safetensors(path: Path) -> Readers:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(
-            f"model.path={path.parent}: {path.name} is missing; rftjax reads safetensors"
-            " (convert other weight files with transformers' save_pretrained)"
-        )
-    try:
-        file = safe_open(path, "numpy")
-        names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model.path={path}: not a whole safetensors file ({error})") from error
-
-    def read(name: str) -> np.ndarray:
-        tensor = file.get_tensor(name)
-        if tensor.dtype not in (np.float32, np.float16, jnp.bfloat16):
-            raise UserError(
-                f"model.path={path}: tensor {name} is {tensor.dtype}; rftjax reads float32,"
-                " float16 and bfloat16"
-            )
-        return tensor
-
-    return {name: functools.partial(read, name) for name in names}
 
 
 def save(
@@ -440,33 +301,3 @@ def _tree(leaves: Any) -> Params:
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more or "none"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON file's object; raises ValueError where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"model.path={path.parent}: {path.name} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Returns every tensor of one file; raises ValueError where it is missing or damaged."""
-    return {name: read() for name, read in _open_safetensors(path).items()}
-
-
-def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes one file of contiguous tensors."""
-    from safetensors.numpy import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

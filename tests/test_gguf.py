@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from rftjax import gguf, hf, tokenizer
+from rftjax import gguf, hf, shards, tokenizer
 from rftjax.config import embedded_model
 
 DATA = Path(__file__).parent / "data"
@@ -65,7 +65,7 @@ def write(path: Path, source: Path, kind: Any = None, **metadata: Any) -> Path:
     for key, value in metadata.items():
         name = f"{arch}.{key.replace('__', '.')}"
         out.add_float32(name, value) if isinstance(value, float) else out.add_string(name, value)
-    for name, read in hf._safetensors(source).items():
+    for name, read in shards.open_directory(source).items():
         tensor = read().astype(np.float32)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         part = name.split(".")[-2]
@@ -236,6 +236,32 @@ def test_a_file_of_another_kind_or_architecture_is_refused(tmp_path: Path):
     finish(writer.GGUFWriter(tmp_path / "m.gguf", "gemma"))
     with pytest.raises(ValueError, match="architecture 'gemma' is not implemented"):
         hf.load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("adapter.type", "lora", "is a LoRA adapter.* lora.path"),
+        ("general.type", "adapter", "is a LoRA adapter.* lora.path"),
+        ("general.type", "mmproj", "holds a mmproj and no language model"),
+        ("split.count", 3, "one of 3 parts.* --merge"),
+        ("llama.block_count", 2, "has no llama.feed_forward_length, llama.embedding_length"),
+    ],
+)
+def test_a_file_that_is_no_whole_model_says_what_it_is(key, value, words, tmp_path: Path):
+    out = writer.GGUFWriter(tmp_path / "m.gguf", "llama")
+    out.add_uint16(key, value) if isinstance(value, int) else out.add_string(key, value)
+    finish(out)
+    with pytest.raises(ValueError, match=f"model.path=.*m.gguf: .*{words}"):
+        hf.load(tmp_path / "m.gguf")
+
+
+def test_a_part_of_a_split_file_is_recognised_by_its_name(tmp_path: Path):
+    path = write(tmp_path / "m-00001-of-00001.gguf", DATA / "tiny")
+    assert hf.load(path)[0].layers == 2
+    part = path.rename(tmp_path / "m-00002-of-00003.gguf")
+    with pytest.raises(ValueError, match="is part 2 of 3 of a split GGUF file.*--merge"):
+        hf.load(part)
 
 
 @pytest.mark.parametrize(

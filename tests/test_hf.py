@@ -81,7 +81,73 @@ def test_real_configs_are_read(text: str):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("max_length", 4096),
+        ("min_length", 0),
+        ("do_sample", True),
+        ("temperature", 0.6),
+        ("top_p", 0.9),
+        ("num_beams", 1),
+        ("repetition_penalty", 1.1),
+        ("bad_words_ids", [[3]]),
+        ("suppress_tokens", [1]),
+        ("use_bfloat16", False),
+        ("max_sequence_length", 2048),
+        ("unsloth_fixed", True),
+        ("unsloth_something_new", 1),
+        ("_attn_implementation", "sdpa"),
+        ("dual_chunk_attention_config", {"chunk_size": 262144, "local_size": 8192}),
+        ("resid_pdrop", 0.0),
+    ],
+)
+def test_a_field_of_real_configs_without_effect_on_the_logits_is_accepted(field: str, value: Any):
+    fields = json.loads(SMOLLM2)
+    assert hf.read_config(fields | {field: value}) == hf.read_config(fields)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 100000.0}},
+        {"rope_scaling": LINEAR | {"type": "linear"}, "rope_parameters": LINEAR},
+        {"rope_theta": 100000, "rope_scaling": LINEAR},
+        {"rope_theta": None, "rope_scaling": None, "rope_parameters": LINEAR | {"rope_theta": 1e5}},
+    ],
+)
+def test_old_and_new_rope_fields_that_agree_are_read(fields: dict[str, Any]):
+    rope = hf.read_config(json.loads(SMOLLM2) | fields).rope
+    assert (rope.kind, rope.factor, rope.theta) == ("linear", 2.0, 100000.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR},
+        {"rope_theta": 100000, "rope_parameters": LINEAR | {"rope_theta": 5e5}},
+        {"rope_scaling": LINEAR | {"rope_theta": 7.0}, "rope_parameters": LINEAR},
+    ],
+)
+def test_rope_fields_that_contradict_each_other_are_refused(fields: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"config\.json: .*rope_.*contradict each other"):
+        hf.read_config(json.loads(SMOLLM2) | fields)
+
+
+def test_rope_settings_a_layer_type_are_refused():
+    nested = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e5}}}
+    with pytest.raises(ValueError, match=r"rope settings \['full_attention'\]"):
+        hf.read_config(json.loads(SMOLLM2) | {"rope_theta": None} | nested)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
         ("quantization_config", {"quant_method": "awq"}),
+        ("quantization", {"group_size": 64, "bits": 4}),
+        ("resid_pdrop", 0.1),
         ("hidden_act", "gelu"),
         ("pretraining_tp", 2),
         ("rope_interleaved", True),
@@ -265,7 +331,7 @@ def test_integer_weights_are_refused(copy: Path):
     tensors = load_file(copy / "model.safetensors")
     tensors["model.norm.weight"] = np.ones(32, np.int8)
     save_file(tensors, copy / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.norm\.weight is int8"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored as I8"):
         hf.load(copy)
 
 

@@ -18,9 +18,9 @@ MAX_LINES = 500
 OWNERS = {
     "datasets": {"tasks"},
     "gguf": {"gguf"},
-    "huggingface_hub": {"hf"},
+    "huggingface_hub": {"directories"},
     "orbax": {"checkpoint"},
-    "safetensors": {"hf"},
+    "safetensors": {"shards"},
     "tensorboard": {"events"},
     "tokenizers": {"tokenizer"},
     "transformers": {"tokenizer"},

@@ -28,11 +28,35 @@ FIELDS = {
 
 
 def read_rope(fields: dict[str, Any]) -> Rope:
-    """Returns the rotary settings; refuses a kind or a field that is not implemented."""
-    found = dict(fields.get("rope_parameters") or fields.get("rope_scaling") or {})
+    """Returns the rotary settings; refuses what is not implemented, and fields that contradict each other.
+
+    transformers 4 reads `rope_scaling` and `rope_theta`, version 5 `rope_parameters` too, so a config may have all.
+    """
+    given = {
+        name: fields[name]
+        for name in ("rope_theta", "rope_scaling", "rope_parameters")
+        if fields.get(name)
+    }
+    sections = [value for name, value in given.items() if name != "rope_theta"]
+    for section in sections:
+        if not isinstance(section, dict):
+            raise UserError(f"config.json: rope settings {section!r} must be an object")
+    thetas = {section["rope_theta"] for section in sections if section.get("rope_theta")}
+    thetas |= {given["rope_theta"]} if "rope_theta" in given else set()
+    theta = float(min(thetas, default=10000.0))
+    ropes = {_read_section(fields, section, theta) for section in sections or [{}]}
+    if len(thetas) > 1 or len(ropes) > 1:
+        raise UserError(
+            f"config.json: {', '.join(f'{name}={value}' for name, value in given.items())} contradict each other;"
+            " keep what the model was trained with and remove the rest"
+        )
+    return ropes.pop()
+
+
+def _read_section(fields: dict[str, Any], section: dict[str, Any], theta: float) -> Rope:
+    found = {name: value for name, value in section.items() if name != "rope_theta"}
     kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
     found.pop("type", None)
-    theta = float(found.pop("rope_theta", None) or fields.get("rope_theta") or 10000.0)
     partial = found.pop("partial_rotary_factor", None)
     if kind not in FIELDS:
         raise UserError(
@@ -41,7 +65,8 @@ def read_rope(fields: dict[str, Any]) -> Rope:
     unknown = {name for name, value in found.items() if value is not None} - FIELDS[kind]
     if partial not in (None, 1, 1.0):
         unknown.add("partial_rotary_factor")
-    if unknown and kind != "default":
+    nested = any(isinstance(value, dict) for value in found.values())
+    if unknown and (kind != "default" or nested):
         raise UserError(
             f"config.json: rope settings {sorted(unknown)} of type {kind!r} are not implemented;"
             f" rftjax knows {sorted(FIELDS[kind])}"

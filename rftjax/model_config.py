@@ -1,0 +1,173 @@
+"""A Hugging Face config.json in terms of our decoder; every field is read, known to be harmless, or refused by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rftjax import gguf
+from rftjax.directories import config_file, locate, read_json
+from rftjax.errors import UserError
+from rftjax.models import FAMILIES
+from rftjax.models.decoder import Config
+
+# Fields that never change what a decoder computes, whatever their value.
+HARMLESS = {
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "dual_chunk_attention_config",  # of other engines, beyond the length that the model was trained on
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_sequence_length",
+    "model_max_length",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "use_bfloat16",
+    "use_cache",
+    "use_flash_attention",
+    "use_flash_attn",
+    "use_return_dict",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_flash_attn_2_enabled",
+    "_from_model_config",
+    "_name_or_path",
+}
+# How transformers' generate() samples: older versions wrote this into every config.json. rftjax samples by its own
+# config alone.
+GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+# What tools leave behind; each begins the names of fields that say nothing about the model.
+MARKS = ("unsloth_", "transformers.js")
+# Fields of every family, each with the values under which the port is exact.
+EXACT = {
+    "add_cross_attention": (False, None),
+    "attn_pdrop": (0, None),
+    "auto_map": (None,),
+    "bias": (False, None),
+    "chunk_size_feed_forward": (0, None),
+    "compression_config": (None,),
+    "cross_attention_hidden_size": (None,),
+    "embd_pdrop": (0, None),
+    "is_decoder": (False, True, None),
+    "is_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization": (None,),
+    "quantization_config": (None,),
+    "resid_pdrop": (0, None),
+    "rope_interleaved": (False, None),
+    "tie_encoder_decoder": (False, None),
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+UNQUANTISED = "use the unquantised checkpoint of this model"
+WAY_OUT = {
+    "compression_config": UNQUANTISED,
+    "quantization": UNQUANTISED,
+    "quantization_config": UNQUANTISED,
+    "auto_map": "code that comes with a checkpoint is never run",
+}
+
+
+def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the Hugging Face config of a directory, a config.json or a GGUF file as a dict."""
+    found = locate(path)
+    if found.suffix == ".gguf" and found.is_file():
+        return gguf.hf_fields(gguf.read(found))
+    return read_json(config_file(found))
+
+
+def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
+    """Returns the shape of the model; refuses every field whose effect is not implemented."""
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type={kind!r} is not implemented;"
+            f" rftjax knows {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    exact = EXACT | family.EXACT
+    for name, value in fields.items():
+        if name in exact and value not in exact[name]:
+            way_out = WAY_OUT.get(name, f"only {' or '.join(map(repr, exact[name]))} is")
+            raise UserError(f"config.json: {name}={value!r} is not implemented; {way_out}")
+    known = set(exact) | HARMLESS | GENERATION | family.READ
+    unknown = sorted(name for name in set(fields) - known if not name.startswith(MARKS))
+    if unknown:
+        named = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
+        raise UserError(
+            f"config.json: rftjax does not know what {named} does to a {kind} model, so it refuses"
+            " to guess; remove the field if it has no effect on what the model computes"
+        )
+    for name in REQUIRED:
+        if not isinstance(fields.get(name), int) or fields[name] < 1:
+            raise UserError(
+                f"config.json: {name}={fields.get(name)!r}; a {kind} model needs a positive integer"
+            )
+    config = family.config(fields, dtype)
+    if config.heads % config.kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads={config.heads} is no multiple of"
+            f" num_key_value_heads={config.kv_heads}"
+        )
+    return config
