@@ -5,9 +5,8 @@ A gain would mean that something else than the reward teaches: an evaluation tha
 estimate, or format alone being rewarded. `:debug` is the same job in a few seconds.
 """
 
+import quickstart
 from ml_collections import ConfigDict
-
-from experiments import quickstart
 
 
 def get_config(arg: str = "") -> ConfigDict:

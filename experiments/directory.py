@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.facts import VALUES
+from facts import VALUES
+
 from rftjax.types import Message, Task
 
 QUESTION = "Find the {field} of {name}."

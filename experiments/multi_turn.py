@@ -3,9 +3,13 @@
 `:debug` is the same job in a few seconds.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from rftjax.config import base_config, embedded_model
+
+HERE = Path(__file__).absolute().parent
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -15,9 +19,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config = base_config()
     config.steps = 8
     config.evaluator = "rftjax.evaluators.exact_match:evaluate"
-    config.environment = "experiments/directory.py:reply"
+    config.environment = f"{HERE}/directory.py:reply"
     config.model.path = embedded_model()
-    config.tasks.train = config.tasks.heldout = "experiments/directory.py:rows"
+    config.tasks.train = config.tasks.heldout = f"{HERE}/directory.py:rows"
     config.tasks.heldout_split = "heldout"
     config.batch.prompts, config.batch.group_size = 8, 8
     config.batch.pack_tokens, config.batch.pack_rows = 384, 2

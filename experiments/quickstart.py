@@ -3,9 +3,13 @@
 `:debug` is the same job in a few seconds: few tasks, few steps.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from rftjax.config import base_config, embedded_model
+
+HERE = Path(__file__).absolute().parent
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -16,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.steps = 12
     config.evaluator = "rftjax.evaluators.json_record:evaluate"
     config.model.path = embedded_model()
-    config.tasks.train = config.tasks.heldout = "experiments/facts.py:rows"
+    config.tasks.train = config.tasks.heldout = f"{HERE}/facts.py:rows"
     config.tasks.heldout_split = "heldout"
     config.batch.prompts, config.batch.group_size = 8, 8
     config.sampler.max_new_tokens = 24

@@ -208,7 +208,7 @@ def _path_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
     if local and not os.path.exists(path):
         way_out = "correct the path"
         if value == embedded_model():
-            way_out = "python scripts/fetch_model.py fetches it"
+            way_out = "python -m rftjax.fetch_model fetches it"
         yield field, f"there is no {os.path.abspath(path)}; {way_out}"
 
 

@@ -22,7 +22,7 @@ def cache_folder() -> str:
 
 
 def embedded_model() -> str:
-    """Returns where `scripts/fetch_model.py` puts the quickstart's GGUF file."""
+    """Returns where `fetch_model` puts the quickstart's GGUF file."""
     return os.path.join(cache_folder(), "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rftjax.errors import UserError
 from rftjax.fields import field_type, flatten, suggest
+from rftjax.specs import folder, locate, names, on_path
 
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
@@ -25,17 +26,16 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
     Bad flags are listed on stderr, all of them, and the program ends with exit code 2.
     """
-    argv = list(argv)
+    argv = list(map(locate, argv))
     if not any(re.fullmatch(r"--?help\w*", argument) for argument in argv):
         value = _spec_argument(argv)
         if not value:
             _fail(
-                [
-                    "--config: must be given: the spec to run, for example --config=experiments/quickstart.py"
-                ]
+                [f"--config: must be given: the spec to run, a file or one of {', '.join(names())}"]
             )
         if not Path(_split(value)[0]).is_file():
             _fail([_missing_spec(value)])
+        on_path(_split(value)[0])
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # ml_collections raises whatever the spec and its own look-ups raise
@@ -75,6 +75,7 @@ def load_spec(value: str) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"{name}: must be a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    on_path(path)
     try:
         module_spec.loader.exec_module(module)
         config = module.get_config(*argument)
@@ -106,6 +107,9 @@ def _missing_spec(value: str) -> str:
     specs = (
         [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
     )
+    specs += names()
+    if path.parent.name == "experiments" and path.stem in names():
+        return f"--config={value}: there is no file {path}; --config={path.stem} is the one in {folder()}"
     near = difflib.get_close_matches(str(path), specs, n=3, cutoff=0.6)
     way_out = (
         f"did you mean {' or '.join(near)}?"

@@ -261,7 +261,7 @@ def test_the_embedded_model_is_missing_with_the_command_that_fetches_it(tmp_path
     monkeypatch.setenv("RFTJAX_CACHE", str(tmp_path))
     path = config_lib.embedded_model()
     assert Path(path).parent == tmp_path
-    assert "scripts/fetch_model.py" in complaint(complete(model__path=path))
+    assert "python -m rftjax.fetch_model" in complaint(complete(model__path=path))
     Path(path).touch()
     config_lib.check(complete(model__path=path))
 
