@@ -43,6 +43,8 @@ class Tools:
     `schemas` describes the functions as chat templates want it.
     """
 
+    has_state = False
+
     def __init__(self, functions: tuple[Callable[..., Any], ...]):
         self.tools: dict[str, Tool] = {}
         for function in functions:

@@ -1,89 +1,211 @@
-"""The inside of a worker process: a guardian and, as its child, the process that runs user code.
+"""Processes that run user code: a template, which imports it once, and the workers that are forked from it.
 
-The guardian runs no user code. It waits until the worker ends or the main process lets go of the life pipe (by closing
-it, or by dying in any way), then kills what is left of the worker and of everything the worker started. Standard
-library only, and never JAX: a worker is up in well under a second and holds no accelerator.
+Every template and every worker has a guardian as its parent, which runs no user code. The guardian passes on what the
+worker prints, waits until the worker ends or the main process lets go of the life socket (by closing it, or by dying in
+any way), then kills what is left of the worker and of everything the worker started. Standard library only, and never
+JAX: a template is up in well under a second and holds no accelerator.
+
+Where importing the user's code starts threads or child processes, or leaves files or sockets open, a fork would share
+or lose them: then nothing is forked, and each worker is a process that imports the code for itself.
 """
 
 from __future__ import annotations
 
-import asyncio
+import atexit
 import contextlib
 import ctypes
-import importlib
-import inspect
-import io
+import faulthandler
+import gc
 import json
 import os
-import pickle
 import resource
 import select
 import signal
-import struct
+import socket
 import sys
-import threading
 import time
-import traceback
+import warnings
 from typing import Any, NoReturn
 
-from rftjax.resolve import resolve, traceback_text
-
-# A frame is kind (one byte), call number, length of the body in bytes, and the body, a pickle.
-HEADER = struct.Struct("<cqQ")
-READY, FAILED, VALUE, ERROR, OVERRUN, BLOCKED, CALL = b"R", b"F", b"V", b"E", b"T", b"B", b"C"
-MAX_RESULT_BYTES = 64 * 2**20
-MAX_PRINTED_BYTES = 20_000
+from rftjax import serving, wire
+from rftjax.serving import Channel
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> None:
-    """Runs guardian and worker; argv[1] is the JSON object that `rftjax.workers` writes."""
+    """Runs a guardian and a template; argv[1] is the JSON object that `rftjax.workers` writes."""
     settings = json.loads(sys.argv[1])
     sys.argv = [""]
     sys.path[:] = settings["path"]
+    life_fd, data_fd, control_fd = settings["fds"]
+    for fd in (life_fd, data_fd, control_fd):
+        os.set_inheritable(fd, False)
+    _split(life_fd, (data_fd, control_fd))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing a core file would count as hanging
+    _set_oom_score(700)  # when memory runs out, workers go first, and before the training
+    sys.stdout = sys.stderr = open(  # noqa: SIM115 (it lasts as long as the process)
+        1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
+    )
+    faulthandler.enable(2, all_threads=False)
+    serving.withheld.update(dict.fromkeys(settings["withheld"], settings["env_field"]))
+    channel = Channel(data_fd)
+    before = _open_files()
+    handler = serving.load(channel, settings)
+    reason = _why_not_forked(before)
+    serving.ready(channel, handler, reason)
+    control = socket.socket(fileno=control_fd)
+    if not reason:
+        gc.collect()
+        gc.freeze()  # so that collections in the workers leave shared pages alone
+    command = _serve_forks(control, channel, handler, settings)
+    control.close()
+    if command == wire.SERVE:
+        serving.serve(channel, handler, settings["timeout_s"])
+    sys.exit(0)
+
+
+def _serve_forks(
+    control: socket.socket, channel: Channel, handler: Any, settings: dict[str, Any]
+) -> bytes:
+    """Forks workers as the main process asks for them; returns the command that ends this."""
+    guardians: set[int] = set()
+    while True:
+        command, fds, _, _ = socket.recv_fds(control, 1, 2)
+        guardians = {pid for pid in guardians if os.waitpid(pid, os.WNOHANG)[0] == 0}
+        if command != wire.FORK:
+            return command
+        data_fd, life_fd = fds
+        with warnings.catch_warnings():
+            # Libraries warn of forks beside threads; there are none here.
+            warnings.simplefilter("ignore")
+            try:
+                pid = os.fork()
+            except OSError as error:  # no more processes: the sockets close, which says so
+                sys.stderr.write(f"no worker could be started: {error}\n")
+                pid = -1
+        if pid == 0:
+            control.close()
+            os.close(channel.fd)
+            _work(data_fd, life_fd, handler, settings["timeout_s"])
+        if pid > 0:
+            guardians.add(pid)
+        os.close(data_fd)
+        os.close(life_fd)
+
+
+def _work(data_fd: int, life_fd: int, handler: Any, timeout_s: float) -> NoReturn:
+    """Becomes a guardian and a worker, in a process that was just forked."""
+    for fd in (data_fd, life_fd):
+        os.set_inheritable(fd, False)
+    _split(life_fd, (data_fd,))
+    _set_oom_score(800)
+    for name in (
+        "numpy.random",
+        "torch",
+    ):  # as Python's own generator: no worker draws what another does
+        if module := sys.modules.get(name):
+            module.seed()
+    atexit._clear()  # what was registered before the fork is the template's to do
+    try:
+        serving.serve(Channel(data_fd), handler, timeout_s)
+        atexit._run_exitfuncs()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(0)  # no teardown: what the template made is not the worker's to destroy
+
+
+def _split(life_fd: int, others: tuple[int, ...]) -> None:
+    """Forks: the parent becomes the guardian and does not return, the child returns with its output going there.
+
+    `others` are descriptors that the guardian has no use for.
+    """
     _linux_prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned grandchildren come to the guardian
     guardian = os.getpid()
     wake_read, wake_write = os.pipe()
+    printed_read, printed_write = os.pipe()
     os.set_blocking(wake_write, False)
-    signal.set_wakeup_fd(wake_write)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    pid = os.fork()
+    old_wakeup = signal.set_wakeup_fd(wake_write)
+    old_handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pid = os.fork()
     if pid:
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)
-        _guard(pid, settings["life_fd"], wake_read)
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd in (*others, printed_write):
+            os.close(fd)
+        _guard(pid, life_fd, wake_read, printed_read)
+    signal.set_wakeup_fd(old_wakeup)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if old_handler is None else old_handler)
     os.setpgid(0, 0)
     _linux_prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guardian:
         os._exit(1)
-    for fd in (wake_read, wake_write, settings["life_fd"]):
-        os.close(fd)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing a core file would count as hanging
-    # When memory runs out the worker goes first, not the training.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("800")
-    _work(settings)
-
-
-def _guard(worker: int, life_fd: int, wake_fd: int) -> NoReturn:
-    """Outlives the worker by a moment and ends with its status, 128 + the signal where one killed it."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1):  # else the main process would not see the end of the worker's pipe
+    os.dup2(null, 0)
+    for fd in (1, 2):
+        os.dup2(printed_write, fd)
+    for fd in (null, wake_read, wake_write, printed_read, printed_write, life_fd):
+        os.close(fd)
+
+
+class _Output:
+    """What a worker prints: its beginning for the screen, its end for the error of a crash."""
+
+    def __init__(self, printed_fd: int, life_fd: int):
+        self._printed_fd, self._life_fd = printed_fd, life_fd
+        self._budget = wire.Budget()
+        self.tail = b""
+        self.open = True
+        os.set_blocking(printed_fd, False)
+
+    def pass_on(self) -> bool:
+        """Passes on what is there now, at most one block; says whether there was any."""
+        try:
+            data = os.read(self._printed_fd, 2**16)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.open = False
+            return False
+        self.tail = (self.tail + data)[-wire.TAIL_BYTES :]
+        if shown := self._budget.take(data):
+            _tell(self._life_fd, wire.PRINTED, 0, shown)
+        return True
+
+
+def _tell(life_fd: int, kind: bytes, number: int, body: bytes) -> None:
+    frame = memoryview(wire.HEADER.pack(kind, number, len(body)) + body)
+    with contextlib.suppress(OSError):  # the main process may be gone
+        while frame:
+            frame = frame[os.write(life_fd, frame) :]
+
+
+def _guard(worker: int, life_fd: int, wake_fd: int, printed_fd: int) -> NoReturn:
+    """Outlives the worker by a moment, tells its exit status (negative: the signal that ended it) and ends."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
         os.dup2(null, fd)
-    status = 0
-    alive = True
+    status, alive = 0, True
+    output = _Output(printed_fd, life_fd)
     while alive:
-        readable, _, _ = select.select([life_fd, wake_fd], [], [])
+        watched = [life_fd, wake_fd, *([printed_fd] if output.open else [])]
+        readable, _, _ = select.select(watched, [], [])
+        if printed_fd in readable:
+            output.pass_on()
         if wake_fd in readable:
             os.read(wake_fd, 4096)
         for pid, ended in _reap():
             if pid == worker:
                 alive, status = False, ended
-        if life_fd in readable:
-            break
+        if alive and life_fd in readable:
+            told = _read_life(life_fd)
+            if told == wire.INTERRUPT:
+                os.kill(worker, signal.SIGUSR2)
+            elif not told:
+                break
     _kill_descendants(worker)
     give_up = time.monotonic() + 2.0
     while time.monotonic() < give_up:
@@ -94,8 +216,18 @@ def _guard(worker: int, life_fd: int, wake_fd: int) -> NoReturn:
             break
         _kill_descendants(worker)  # orphans arrive here one generation at a time
         time.sleep(0.002)
-    code = os.waitstatus_to_exitcode(status)
-    os._exit(code if code >= 0 else 128 - code)
+    for _ in range(32):  # a pipe holds less
+        if not output.pass_on():
+            break
+    _tell(life_fd, wire.ENDED, os.waitstatus_to_exitcode(status), output.tail)
+    os._exit(0)
+
+
+def _read_life(life_fd: int) -> bytes:
+    try:
+        return os.read(life_fd, 1)
+    except ConnectionError:
+        return b""
 
 
 def _reap(raise_if_none: bool = False) -> list[tuple[int, int]]:
@@ -128,193 +260,38 @@ def _kill_descendants(worker: int) -> None:
                     os.kill(int(entry), signal.SIGKILL)
 
 
+def _open_files() -> set[tuple[int, str]]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                found.add((int(entry), os.readlink(f"/proc/self/fd/{entry}")))
+    return found
+
+
+def _why_not_forked(before: set[tuple[int, str]]) -> str:
+    """Returns what the imported code has that a fork would lose or share, "" where there is nothing."""
+    threads = len(sys._current_frames())
+    with contextlib.suppress(OSError):
+        threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        return "starts threads"
+    opened = [
+        name for _, name in _open_files() - before if not name.startswith(("/dev/", "/proc/"))
+    ]
+    if opened:
+        return f"leaves {opened[0]} open"
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return "starts processes"
+    return ""
+
+
+def _set_oom_score(score: int) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(score))
+
+
 def _linux_prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
-
-
-class _Printed(io.RawIOBase):
-    """Stands under sys.stdout and sys.stderr: passes the first bytes on, drops the rest."""
-
-    def __init__(self, fd: int):
-        self._fd = fd
-        self._left = MAX_PRINTED_BYTES
-
-    def write(self, data: Any) -> int:
-        data = bytes(data)
-        if self._left > 0:
-            shown = data[: self._left]
-            self._left -= len(shown)
-            if self._left == 0:
-                shown += b"\n[a worker process printed more than is shown; the rest is dropped]\n"
-            with contextlib.suppress(OSError):
-                os.write(self._fd, shown)
-        return len(data)
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return 1
-
-
-class _Channel:
-    """Frames to and from the main process, on descriptors that user code does not know."""
-
-    def __init__(self) -> None:
-        self._in = os.fdopen(os.dup(0), "rb")
-        self._out_fd = os.dup(1)
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        raw: Any = _Printed(os.dup(2))
-        printed = io.TextIOWrapper(raw, "utf-8", "replace", line_buffering=True, write_through=True)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        sys.stdout = sys.stderr = printed
-
-    def read(self) -> tuple[int, bytes] | None:
-        head = self._in.read(HEADER.size)
-        if len(head) < HEADER.size:
-            return None
-        _, number, length = HEADER.unpack(head)
-        body = self._in.read(length)
-        return (number, body) if len(body) == length else None
-
-    def write(self, kind: bytes, number: int, value: Any) -> None:
-        if os.getpid() != self._pid:  # user code forked and its child came back here
-            os._exit(0)
-        try:
-            body = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-        except BaseException as error:
-            if kind != VALUE:
-                raise
-            kind, body = ERROR, pickle.dumps(_unsendable(value, f"cannot be pickled: {error}"))
-        if len(body) > MAX_RESULT_BYTES:
-            why = f"takes {len(body)} bytes, more than the {MAX_RESULT_BYTES} allowed"
-            kind, body = ERROR, pickle.dumps(_unsendable(value, why))
-        frame = memoryview(HEADER.pack(kind, number, len(body)) + body)
-        with self._lock:
-            while frame:
-                frame = frame[os.write(self._out_fd, frame) :]
-
-
-def _unsendable(value: Any, why: str) -> tuple[str, str]:
-    return f"the result, of type {type(value).__name__}, {why[:300]}", ""
-
-
-def _describe(error: BaseException) -> tuple[str, str]:
-    """Returns one line (type, message, place in the user's code) and the traceback."""
-    text = " ".join(str(error).split())[:300]
-    frames = traceback.extract_tb(error.__traceback__)
-    own, library = os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.__file__)
-    users = [
-        frame
-        for frame in frames
-        if os.path.dirname(frame.filename) != own and not frame.filename.startswith((library, "<"))
-    ]
-    where = f" ({os.path.basename(users[-1].filename)}:{users[-1].lineno})" if users else ""
-    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return line + where, traceback_text(error)[-4000:]
-
-
-def _work(settings: dict[str, Any]) -> NoReturn:
-    channel = _Channel()
-    try:
-        target = resolve(settings["target"], field=settings["field"])
-        if settings["wrapper"]:
-            module, name = settings["wrapper"].split(":")
-            handler = getattr(importlib.import_module(module), name)(target)
-        else:
-            handler = target
-        concurrent = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            handler.__call__
-        )
-    except BaseException as error:
-        text = str(error) if isinstance(error, ValueError) else traceback_text(error)
-        channel.write(FAILED, 0, text)
-        sys.exit(1)
-    about = {"async": concurrent, "about": str(getattr(handler, "about", "")), "pid": os.getpid()}
-    channel.write(READY, 0, about)
-    if concurrent:
-        asyncio.run(_serve_many(channel, handler, settings["timeout_s"]))
-    else:
-        _serve_one_by_one(channel, handler)
-    sys.exit(0)
-
-
-def _serve_one_by_one(channel: _Channel, handler: Any) -> None:
-    loop = None
-    while (frame := channel.read()) is not None:
-        number, body = frame
-        try:
-            value = handler(*pickle.loads(body))
-            if inspect.isawaitable(value):  # a plain function that returns a coroutine
-                loop = loop or asyncio.new_event_loop()
-                value = loop.run_until_complete(_awaited(value))
-        except BaseException as error:
-            channel.write(ERROR, number, _describe(error))
-        else:
-            channel.write(VALUE, number, value)
-
-
-async def _awaited(value: Any) -> Any:
-    return await value
-
-
-async def _serve_many(channel: _Channel, handler: Any, timeout_s: float) -> None:
-    """Runs every call as a task; overruns are cancelled here, a blocked loop is reported by a thread."""
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
-    works: dict[asyncio.Task[Any], int] = {}
-
-    async def run(number: int, body: bytes) -> None:
-        work = asyncio.ensure_future(_call(handler, body))
-        works[work] = number
-        try:
-            done, _ = await asyncio.wait({work}, timeout=timeout_s)
-            if not done:
-                work.cancel()
-                await asyncio.wait({work}, timeout=0.5)  # one that refuses to stop is left behind
-                channel.write(OVERRUN, number, None)
-            elif work.cancelled():
-                channel.write(ERROR, number, ("CancelledError", ""))
-            elif (error := work.exception()) is not None:
-                channel.write(ERROR, number, _describe(error))
-            else:
-                channel.write(VALUE, number, work.result())
-        finally:
-            del works[work]
-
-    def begin(number: int, body: bytes) -> None:
-        task = loop.create_task(run(number, body))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    def listen() -> None:
-        while (frame := channel.read()) is not None:
-            loop.call_soon_threadsafe(begin, *frame)
-        loop.call_soon_threadsafe(ended.set)
-
-    def watch() -> None:
-        while True:
-            beat = threading.Event()
-            sent = time.monotonic()
-            loop.call_soon_threadsafe(beat.set)
-            if not beat.wait(timeout_s + 0.1):
-                current = asyncio.current_task(loop)
-                channel.write(BLOCKED, works.get(current, -1) if current else -1, None)
-                return
-            time.sleep(max(0.0, min(0.2, timeout_s / 4) - (time.monotonic() - sent)))
-
-    for thread in (listen, watch):
-        threading.Thread(target=thread, daemon=True).start()
-    await ended.wait()
-
-
-async def _call(handler: Any, body: bytes) -> Any:
-    try:
-        return await handler(*pickle.loads(body))
-    except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the whole worker
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error

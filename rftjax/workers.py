@@ -2,10 +2,12 @@
 
 Every call has a time limit that counts from when it begins to run. A call that overruns, a process that dies
 (`os._exit`, a crash, no memory) and a result that cannot be sent end that call with a WorkerError; the process is
-killed with everything it started, and replaced. The processes end when this one ends, in whatever way.
+killed with everything it started. The processes end when this one ends, in whatever way.
 
-A coroutine function runs many calls at once in each process. Where one of them takes the process down, the others are
-run once more, each alone, so that only the call at fault is lost.
+User code is imported once, by a template; workers are forked from it (see `worker_main` for code that cannot be
+forked). Calls without a session share `count` workers, one call at a time in each. A session has a worker of its own,
+so that nothing that it does takes another session down. A coroutine function runs many calls at once in each shared
+worker: where that worker ends, the calls that may be at fault run once more, each in a worker of its own.
 """
 
 from __future__ import annotations
@@ -16,33 +18,35 @@ import concurrent.futures
 import dataclasses
 import io
 import itertools
-import json
-import logging
-import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Iterable
 from typing import Any
 
-from rftjax import worker_main as wire
+from rftjax import wire
 from rftjax.errors import UserError
+from rftjax.processes import (
+    PlainUnpickler,
+    Process,
+    Supply,
+    Template,
+    allow_open_files,
+    death,
+)
 
-_log = logging.getLogger(__name__)
-_BOOT = "from rftjax.worker_main import main; main()"
-_ALLOWED_CLASSES = {
-    ("rftjax.types", name) for name in ("Score", "Turn", "Task", "Sequence", "Trajectory")
-} | {("builtins", name) for name in ("set", "frozenset", "complex", "bytearray")}
+_CLOSED = "the workers were closed"
+_TRIES = 3  # of a call whose worker ended by no fault of its own
 
 
 class WorkerError(RuntimeError):
-    """A call that user code did not answer; `details` is the traceback where there is one."""
+    """A call that user code did not answer; `details` is the traceback, or what a dead process printed last.
 
-    def __init__(self, reason: str, details: str = ""):
+    `bystander` is true where the fault lies with another call or with the machine.
+    """
+
+    def __init__(self, reason: str, details: str = "", *, bystander: bool = False):
         super().__init__(reason)
-        self.details = details
+        self.details, self.bystander = details, bystander
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,39 +54,45 @@ class _Call:
     number: int
     body: bytes
     future: concurrent.futures.Future[Any]
-    session: str
-    alone: bool = False
+    session: str = ""
+    last: bool = False  # of its session
+    urgent: bool = False  # the call that runs is interrupted for this one
+    alone: bool = (
+        False  # in a session of its own, because it may be at fault for the end of a worker
+    )
+    tries: int = 0
     timer: asyncio.TimerHandle | None = None
+
+    def fail(self, error: WorkerError) -> None:
+        if self.timer:
+            self.timer.cancel()
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 @dataclasses.dataclass(eq=False)
-class _Process:
-    """One worker process as the pool sees it; `ended` says why it takes no more calls."""
+class _Worker:
+    """One worker with the calls that it runs; `ended` says why it takes no more."""
 
-    popen: subprocess.Popen[bytes]
-    life_fd: int
-    reader: asyncio.StreamReader
-    source: asyncio.ReadTransport
-    writer: asyncio.WriteTransport
+    session: str = ""
     capacity: int = 1
+    process: Process | None = None
+    starting: bool = False
     running: dict[int, _Call] = dataclasses.field(default_factory=dict)
     queue: collections.deque[_Call] = dataclasses.field(default_factory=collections.deque)
-    sessions: set[str] = dataclasses.field(default_factory=set)
+    blamed: _Call | None = None  # the call that is being interrupted
+    cleared: bool = False  # it is stopped because of a call that is known
     ended: str = ""
-
-    def has_room_for(self, call: _Call) -> bool:
-        if self.ended or len(self.running) >= self.capacity:
-            return False
-        return not self.running or not (call.alone or any(c.alone for c in self.running.values()))
 
 
 class Workers:
-    """`count` processes that call `target`, the name of user code, with a limit of `timeout_s` seconds a call.
+    """Processes that call `target`, the name of user code: `count` calls at once, `timeout_s` seconds each.
 
     `wrapper` ("module:name") is called in the process with the resolved target and returns what is called instead; its
-    attribute `about` is passed on. Construction waits until the target is imported everywhere and raises ValueError
-    where it does not import; messages name the config fields `field` and `limit_field`. Results are plain values,
-    Score, Turn and the like: reading one never imports user code here.
+    attribute `about` is passed on. Construction waits until the target is imported and raises ValueError where it does
+    not import; messages name the config fields `field`, `limit_field` and `env_field`. `env` names variables of the
+    environment that user code gets beside the harmless ones. Results are plain values, Score, Turn and the like:
+    reading one never imports user code here.
     """
 
     def __init__(
@@ -94,6 +104,8 @@ class Workers:
         wrapper: str = "",
         field: str = "",
         limit_field: str = "",
+        env: Iterable[str] = (),
+        env_field: str = "env",
         concurrency: int = 64,
         start_timeout_s: float = 120.0,
     ):
@@ -102,38 +114,46 @@ class Workers:
         if not timeout_s > 0:
             raise UserError(f"{field or target}: a time limit of {timeout_s} s; it must be above 0")
         self.timeout_s = timeout_s
-        self.about = ""
         self._name = f"{field}={target!r}" if field else repr(target)
-        self._settings = {
-            "target": target,
-            "wrapper": wrapper,
-            "field": field,
-            "timeout_s": timeout_s,
-        }
-        self._concurrency, self._start_timeout_s = concurrency, start_timeout_s
+        self._supply = Supply(
+            {"target": target, "wrapper": wrapper, "field": field, "timeout_s": timeout_s},
+            label=field,
+            env=env,
+            env_field=env_field,
+            start_timeout_s=start_timeout_s,
+        )
+        self._count, self._concurrency = count, concurrency
         self._limit = f"the time limit of {timeout_s:g} s" + (limit_field and f" ({limit_field})")
-        self._folder = os.getcwd()
         self._numbers = itertools.count()
-        self._slots: list[_Process | None] = [None] * count
-        self._starting: set[int] = set()
-        self._alive: set[_Process] = set()
+        self._shared: list[_Worker] = []
         self._waiting: collections.deque[_Call] = collections.deque()
-        self._homes: dict[str, _Process] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._sessions: dict[str, _Worker] = {}
+        self._pending: collections.deque[_Worker] = (
+            collections.deque()
+        )  # sessions with calls to begin
+        self._busy = 0  # calls of sessions that run
         self._closed = False
+        allow_open_files()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="workers", daemon=True)
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._start_all(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._supply.begin(count), self._loop).result()
         except BaseException:
             self.close()
             raise
+        self.about = self._supply.about["about"]
+        self._asynchronous = self._supply.about["async"]
 
-    def submit(self, *args: Any, session: str = "") -> concurrent.futures.Future[Any]:
+    def submit(
+        self, *args: Any, session: str = "", last: bool = False, urgent: bool = False
+    ) -> concurrent.futures.Future[Any]:
         """Queues a call and returns its future, which raises WorkerError where user code fails.
 
-        Calls with the same `session` run in one process, until `end_session`; where that process ends they fail.
+        Calls with the same `session` run in one process of its own, one after the other; where that ends they fail.
+        The `last` call of a session takes the place of those that still wait, runs at once where an earlier one overran
+        (if the process could be kept), and ends the process. Of a session that never began it does nothing. An `urgent`
+        one interrupts the call that runs.
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         if self._closed:
@@ -143,14 +163,14 @@ class Workers:
         except Exception as error:
             future.set_exception(WorkerError(f"the arguments cannot be pickled: {error}"))
             return future
-        call = _Call(next(self._numbers), body, future, session)
+        call = _Call(next(self._numbers), body, future, session, last, urgent)
         self._loop.call_soon_threadsafe(self._enqueue, call)
         return future
 
     def end_session(self, session: str) -> None:
-        """Forgets a session; a call of it that is still queued runs before that."""
+        """Ends a session and its process, after the call that runs in it."""
         if not self._closed:
-            self._loop.call_soon_threadsafe(self._forget, session)
+            self._loop.call_soon_threadsafe(self._end_session, session)
 
     def close(self) -> None:
         """Ends all processes and fails what is still queued; a second call does nothing."""
@@ -170,282 +190,246 @@ class Workers:
 
     # Everything below runs on the pool's own thread, one thing at a time.
 
-    async def _start_all(self) -> None:
-        results = await asyncio.gather(
-            *(self._start(slot) for slot in range(len(self._slots))), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def _start(self, slot: int) -> None:
-        """Brings up one process; raises ValueError where the target does not import in it."""
-        self._starting.add(slot)
-        try:
-            process = await self._spawn()
-            try:
-                kind, _, body = await asyncio.wait_for(_read(process), self._start_timeout_s)
-                about = _PlainUnpickler(io.BytesIO(body)).load()
-            except TimeoutError:
-                problem = f"was not imported within {self._start_timeout_s:g} s"
-            except (asyncio.IncompleteReadError, ConnectionError):
-                problem = "ended its process while it was imported"
-            else:
-                problem = about if kind == wire.FAILED else ""
-            if problem:
-                await self._end(process, problem)
-                raise UserError(problem if self._name in problem else f"{self._name}: {problem}")
-        finally:
-            self._starting.discard(slot)
-        process.capacity = self._concurrency if about["async"] else 1
-        self.about = about["about"]
-        self._slots[slot] = process
-        self._background(self._listen(slot, process))
-        self._pump()
-
-    async def _spawn(self) -> _Process:
-        life_read, life_write = os.pipe()
-        settings = self._settings | {"path": sys.path, "life_fd": life_read}
-        try:
-            popen = subprocess.Popen(
-                [sys.executable, "-c", _import_path() + _BOOT, json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=(life_read,),
-                start_new_session=True,
-                cwd=self._folder,
-                # User code that imports JAX must not take the accelerator's memory.
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
-            )
-        except BaseException:
-            os.close(life_write)
-            raise
-        finally:
-            os.close(life_read)
-        reader = asyncio.StreamReader()
-        source, _ = await self._loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), popen.stdout
-        )
-        writer, _ = await self._loop.connect_write_pipe(asyncio.BaseProtocol, popen.stdin)
-        process = _Process(popen, life_write, reader, source, writer)
-        self._alive.add(process)
-        return process
-
-    async def _listen(self, slot: int, process: _Process) -> None:
-        """Takes one process's answers until it ends, then settles its calls and replaces it."""
-        try:
-            while True:
-                kind, number, body = await _read(process)
-                if kind == wire.BLOCKED:
-                    self._stop(process, process.running.get(number))
-                elif (call := process.running.pop(number, None)) is not None:
-                    self._answer(call, kind, body)
-                    self._pump()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        own_end = not process.ended
-        status = await self._end(process, "")
-        if own_end:
-            process.ended = f"the worker process died ({_explain(status)})"
-        self._settle(process, own_end)
-        self._slots[slot] = None
-        if not self._closed:
-            await self._restart(slot)
-
-    def _answer(self, call: _Call, kind: bytes, body: bytes) -> None:
-        try:
-            value = _PlainUnpickler(io.BytesIO(body)).load()
-        except Exception as error:
-            self._fail(call, WorkerError(f"the result cannot be read: {error}"))
-            return
-        if kind == wire.VALUE:
-            if call.timer:
-                call.timer.cancel()
-            call.future.set_result(value)
-        elif kind == wire.OVERRUN:
-            self._fail(call, self._overrun_error())
-        else:
-            self._fail(call, WorkerError(*value))
-
-    def _settle(self, process: _Process, own_end: bool) -> None:
-        """Fails, or queues once more, the calls of a process that has ended."""
-        found = own_end and len(process.running) == 1
-        for call in process.running.values():
-            if call.timer:
-                call.timer.cancel()
-            guilty = found or call.alone or process.capacity == 1
-            if guilty or call.session or self._closed:
-                self._fail(call, WorkerError(process.ended))
-            else:
-                call.alone = True
-                self._waiting.appendleft(call)
-        for call in process.queue:
-            self._fail(call, WorkerError(process.ended))
-        process.running.clear()
-        process.queue.clear()
-
-    async def _restart(self, slot: int) -> None:
-        try:
-            await self._start(slot)
-        except Exception as error:  # the next call tries again
-            if self._closed:
-                return
-            _log.error("a worker process did not start again: %s", error)
-            if not self._starting and not any(self._slots):
-                while self._waiting:
-                    self._fail(self._waiting.popleft(), WorkerError(str(error)))
-
     def _enqueue(self, call: _Call) -> None:
         if self._closed:
-            self._fail(call, WorkerError("the workers were closed"))
-            return
-        home = self._homes.get(call.session) if call.session else None
-        if home is None:
+            call.fail(WorkerError(_CLOSED, bystander=True))
+        elif not call.session:
             self._waiting.append(call)
-        elif home.ended:
-            self._fail(call, WorkerError(home.ended))
         else:
-            home.queue.append(call)
-        for slot, process in enumerate(self._slots):
-            if process is None and slot not in self._starting:
-                self._starting.add(slot)
-                self._background(self._restart(slot))
+            self._enqueue_in_session(call)
         self._pump()
 
+    def _enqueue_in_session(self, call: _Call) -> None:
+        worker = self._sessions.get(call.session)
+        if worker is None:
+            worker = self._sessions[call.session] = _Worker(call.session)
+        if call.last:
+            self._clear(worker, "the episode was closed before this call")
+            if worker.process is None and not worker.starting:
+                gone = worker.ended and WorkerError(worker.ended, bystander=True)
+                del self._sessions[call.session]
+                call.fail(gone) if gone else call.future.set_result(None)
+                return
+        elif worker.ended:
+            call.fail(WorkerError(worker.ended))
+            return
+        worker.queue.append(call)
+        self._pending.append(worker)
+        if call.urgent and worker.process is not None:
+            for running in worker.running.values():
+                self._overrun(worker, running)
+
+    def _end_session(self, session: str) -> None:
+        worker = self._sessions.get(session)
+        if worker is None:
+            return
+        if worker.running or worker.queue:  # a call of it that is queued runs before that
+            last = [*worker.running.values(), *worker.queue][-1]
+            last.future.add_done_callback(
+                lambda _: self._loop.call_soon_threadsafe(self._end_session, session)
+            )
+            return
+        del self._sessions[session]
+        self._let_go(worker, reuse=False)  # its answers are still listened to
+
+    def _let_go(self, worker: _Worker, *, reuse: bool = True) -> None:
+        """Ends the process of a session that is over, or keeps it for another where it was costly to start."""
+        process, worker.process = worker.process, None
+        if process is None or self._closed:
+            return
+        if isinstance(process, Template) and not worker.ended and reuse:
+            self._supply.spare.append(process)
+        else:
+            self._supply.background(self._supply.end(process, within_s=1.0))
+        worker.ended = worker.ended or "the episode is over"
+
     def _pump(self) -> None:
-        """Sends every call for which there is room now."""
-        ready = [process for process in self._slots if process is not None and not process.ended]
-        while self._waiting and ready:
-            call = self._waiting[0]
-            if call.session:
-                home = self._homes.get(call.session) or min(
-                    ready, key=lambda process: len(process.sessions)
-                )
-                home.sessions.add(call.session)
-                self._homes[call.session] = home
-                home.queue.append(self._waiting.popleft())
-                continue
-            free = [process for process in ready if process.has_room_for(call)]
-            if not free:
+        """Begins every call for which there is room now."""
+        while self._waiting:
+            free = [worker for worker in self._shared if len(worker.running) < worker.capacity]
+            free = [worker for worker in free if not worker.ended]
+            if len(self._shared) < self._count and (not free or free[0].running):
+                worker = _Worker(capacity=self._concurrency if self._asynchronous else 1)
+                self._shared.append(worker)
+            elif free:
+                worker = min(free, key=lambda worker: len(worker.running))
+            else:
                 break
-            self._send(min(free, key=lambda process: len(process.running)), self._waiting.popleft())
-        for process in ready:
-            while process.queue and process.has_room_for(process.queue[0]):
-                self._send(process, process.queue.popleft())
+            self._run(worker, self._waiting.popleft())
+        for _ in range(len(self._pending)):
+            worker = self._pending.popleft()
+            if not worker.queue or worker.running:
+                continue  # its next answer asks again
+            if self._busy >= self._most(worker.queue[0]) and not worker.queue[0].last:
+                self._pending.append(worker)
+                continue
+            self._run(worker, worker.queue.popleft())
 
-    def _send(self, process: _Process, call: _Call) -> None:
+    def _most(self, call: _Call) -> int:
+        """How many calls of sessions may run at once when this one begins."""
+        if not self._asynchronous:
+            return self._count
+        return self._count * (4 if call.alone else self._concurrency)
+
+    def _run(self, worker: _Worker, call: _Call) -> None:
+        """Hands a call to a worker, whose process is started first where it has none."""
         if not call.future.running() and not call.future.set_running_or_notify_cancel():
+            if worker.session and worker.queue:
+                self._pending.append(worker)
             return
-        process.running[call.number] = call
-        process.writer.write(wire.HEADER.pack(wire.CALL, call.number, len(call.body)) + call.body)
-        # A process with many calls at once sees to their limits itself: this is for when it hangs as a whole.
-        many = process.capacity > 1
-        limit_s = 2 * self.timeout_s + 2.0 if many else self.timeout_s
-        blamed = None if many and not call.alone else call
-        call.timer = self._loop.call_later(limit_s, self._stop, process, blamed)
+        worker.running[call.number] = call
+        self._busy += bool(worker.session and not call.last)
+        if worker.process is not None:
+            self._send(worker, call)
+        elif not worker.starting:
+            worker.starting = True
+            self._supply.background(self._start(worker))
 
-    def _stop(self, process: _Process, blamed: _Call | None) -> None:
-        """Kills a process because `blamed`, or an unknown one of its calls, overran."""
-        if process.ended:
+    async def _start(self, worker: _Worker) -> None:
+        try:
+            worker.process = await self._supply.process()
+        except (UserError, OSError) as error:
+            for call in list(worker.running.values()):
+                self._take(worker, call)
+                call.fail(WorkerError(str(error), bystander=True))
+            worker.ended = str(error)
+            self._forget(worker)
             return
-        process.ended = (
-            f"the worker process was stopped because another call in it overran {self._limit}"
-        )
-        if blamed is None and len(process.running) == 1:
-            (blamed,) = process.running.values()
+        finally:
+            worker.starting = False
+        self._supply.background(self._listen(worker, worker.process))
+        for call in worker.running.values():
+            self._send(worker, call)
+
+    def _send(self, worker: _Worker, call: _Call) -> None:
+        assert worker.process is not None
+        worker.process.send(call.number, call.body)
+        # A process with asynchronous calls sees to their limits itself: this is for when it hangs as a whole.
+        limit_s = 2 * self.timeout_s + 2.0 if self._asynchronous else self.timeout_s
+        alone = worker.capacity == 1
+        if alone and self._asynchronous:
+            limit_s = self.timeout_s + 1.0
+        blamed = call if alone else None
+        call.timer = self._loop.call_later(limit_s, self._overrun, worker, blamed)
+
+    async def _listen(self, worker: _Worker, process: Process) -> None:
+        """Takes one process's answers until it ends or goes to another worker, then settles its calls."""
+        try:
+            while worker.process is process:
+                kind, number, body = await process.read()
+                call = worker.running.get(number)
+                if kind == wire.BLOCKED:
+                    self._overrun(worker, call)
+                elif call is not None:
+                    self._answer(worker, call, kind, body)
+            return
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        stopped = bool(worker.ended)
+        if worker.process is process:
+            worker.process = None
+            await self._supply.end(process)
+            worker.ended = worker.ended or death(process)
+            self._settle(worker, stopped, process)
+            self._forget(worker)
+
+    def _answer(self, worker: _Worker, call: _Call, kind: bytes, body: bytes) -> None:
+        self._take(worker, call)
+        worker.blamed = None
+        try:
+            value = PlainUnpickler(io.BytesIO(body)).load()
+        except Exception as error:
+            call.fail(WorkerError(f"the result cannot be read: {error}"))
+        else:
+            if kind == wire.VALUE:
+                call.future.set_result(value)
+            elif kind == wire.OVERRUN:
+                call.fail(WorkerError(f"overran {self._limit}"))
+                if worker.session:
+                    worker.ended = f"an earlier call of the episode overran {self._limit}"
+                    self._clear(worker, worker.ended)
+            else:
+                call.fail(WorkerError(*value))
+        if call.last or call.alone:
+            self._sessions.pop(call.session, None)
+            self._let_go(worker)
+        elif worker.queue:
+            self._pending.append(worker)
+        self._pump()
+
+    def _overrun(self, worker: _Worker, blamed: _Call | None) -> None:
+        """Ends a call that overran, and the worker where it must be; None: it is not known which call it is."""
+        process = worker.process
+        if process is None or worker.blamed is not None or (blamed and blamed.future.done()):
+            return
+        if blamed is None and len(worker.running) == 1:
+            (blamed,) = worker.running.values()
+        worker.blamed = blamed
+        if worker.session and blamed is not None:
+            # An episode's environment is to be closed: the call is interrupted first.
+            process.interrupt()
+            self._loop.call_later(0.5, self._stop, worker, process, blamed)
+        else:
+            self._stop(worker, process, blamed)
+
+    def _stop(self, worker: _Worker, process: Process, blamed: _Call | None) -> None:
+        if worker.process is not process or (blamed and blamed.future.done()):
+            return
+        worker.ended = f"the worker process was stopped because a call in it overran {self._limit}"
         if blamed is not None:
-            process.running.pop(blamed.number, None)
-            self._fail(blamed, self._overrun_error())
-        self._kill(process)
+            self._take(worker, blamed)
+            blamed.fail(WorkerError(f"overran {self._limit}"))
+            worker.cleared = True
+        process.kill()
 
-    def _overrun_error(self) -> WorkerError:
-        return WorkerError(f"overran {self._limit}")
+    def _settle(self, worker: _Worker, stopped: bool, process: Process) -> None:
+        """Fails, or queues once more, the calls of a process that has ended; `stopped`: by `_stop`."""
+        calls = list(worker.running.values())
+        for call in calls:
+            self._take(worker, call)
+        details = "" if stopped else process.tail
+        innocent = worker.cleared or (process.status is None and not stopped)
+        for call in calls:
+            call.tries += 1
+            if self._closed:
+                call.fail(WorkerError(_CLOSED, bystander=True))
+            elif worker.session or call.tries > _TRIES or not (innocent or len(calls) > 1):
+                call.fail(WorkerError(worker.ended, details, bystander=innocent))
+            elif innocent:
+                self._waiting.appendleft(call)
+            else:  # one of them is at fault
+                call.alone, call.session = True, f"alone {call.number}"
+                self._enqueue_in_session(call)
 
-    def _fail(self, call: _Call, error: WorkerError) -> None:
+    def _forget(self, worker: _Worker) -> None:
+        """Lets go of a worker without a process; a session stays until its end, to say what happened."""
+        self._clear(worker, worker.ended)
+        if worker in self._shared:
+            self._shared.remove(worker)
+        if worker.session.startswith("alone "):
+            self._sessions.pop(worker.session, None)
+        self._pump()
+
+    def _clear(self, worker: _Worker, reason: str) -> None:
+        """Fails what waits for its turn in a session, but for its last call."""
+        kept = [call for call in worker.queue if call.last and worker.process is not None]
+        for call in worker.queue:
+            if call not in kept:
+                call.fail(WorkerError(reason))
+        worker.queue = collections.deque(kept)
+
+    def _take(self, worker: _Worker, call: _Call) -> None:
+        """Takes a call off those that run."""
+        del worker.running[call.number]
+        self._busy -= bool(worker.session and not call.last)
         if call.timer:
             call.timer.cancel()
-        if not call.future.done():
-            call.future.set_exception(error)
-
-    def _forget(self, session: str) -> None:
-        process = self._homes.pop(session, None)
-        if process is not None:
-            process.sessions.discard(session)
-
-    def _kill(self, process: _Process) -> None:
-        """Lets go of the life pipe, at which the guardian kills all; the end of the answers follows."""
-        if process.life_fd >= 0:
-            os.close(process.life_fd)
-            process.life_fd = -1
-            self._loop.call_later(3.0, _give_up, process)
-
-    async def _end(self, process: _Process, reason: str) -> int:
-        """Waits until process and guardian are gone, killing them; returns the exit status."""
-        process.ended = process.ended or reason
-        self._kill(process)
-        if not process.writer.is_closing():
-            process.writer.abort()
-        while (status := process.popen.poll()) is None:
-            await asyncio.sleep(0.005)
-        process.source.close()
-        self._alive.discard(process)
-        return status
 
     async def _shut_down(self) -> None:
-        processes = [process for process in self._slots if process is not None]
-        for process in processes:
-            process.ended = process.ended or "the workers were closed"
-            process.writer.close()  # an idle worker ends by itself at the end of its input
-        for _ in range(50):
-            if all(process.popen.poll() is not None for process in processes):
-                break
-            await asyncio.sleep(0.01)
-        while self._tasks or self._alive:
-            for process in self._alive:  # one that is just being started is among them
-                self._kill(process)
-            await asyncio.sleep(0.005)
-        while self._waiting:
-            self._fail(self._waiting.popleft(), WorkerError("the workers were closed"))
-
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Callable[..., Any]:
-        if (module_name, global_name) not in _ALLOWED_CLASSES:
-            raise pickle.UnpicklingError(
-                f"it holds a {module_name}.{global_name}; return plain Python values"
-            )
-        return super().find_class(module_name, global_name)
-
-
-async def _read(process: _Process) -> tuple[bytes, int, bytes]:
-    head = await process.reader.readexactly(wire.HEADER.size)
-    kind, number, length = wire.HEADER.unpack(head)
-    return kind, number, await process.reader.readexactly(length)
-
-
-def _give_up(process: _Process) -> None:
-    """Ends the wait for a pipe that a stray descendant keeps open, and a guardian that does not go."""
-    if process.popen.poll() is None:
-        process.popen.kill()
-    process.reader.feed_eof()
-
-
-def _import_path() -> str:
-    # Only so far as to find this package: user code's own search path comes with the settings.
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return f"import sys; sys.path.insert(0, {root!r}); "
-
-
-def _explain(status: int) -> str:
-    if status > 128:
-        try:
-            name = signal.Signals(status - 128).name
-        except ValueError:
-            return f"exit status {status}"
-        return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
-    return f"exit status {status}"
+        for call in self._waiting:
+            call.fail(WorkerError(_CLOSED, bystander=True))
+        workers = [*self._shared, *self._sessions.values()]
+        for worker in workers:
+            self._clear(worker, _CLOSED)
+            worker.ended = worker.ended or _CLOSED
+        await self._supply.close({worker.process for worker in workers if worker.running})

@@ -1,0 +1,42 @@
+"""Frames between the main process, guardians and workers, and the limits of what they carry.
+
+Standard library only: worker processes load it.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+
+# A frame is kind (one byte), a number (of the call, or an exit status), length of the body in bytes, and the body.
+HEADER = struct.Struct("<cqQ")
+READY, FAILED, VALUE, ERROR, OVERRUN, BLOCKED, CALL = b"R", b"F", b"V", b"E", b"T", b"B", b"C"
+PRINTED, ENDED = b"P", b"X"  # what a guardian tells
+INTERRUPT = b"I"  # what a guardian is told
+FORK, SERVE = b"F", b"S"  # what a template is told
+MAX_RESULT_BYTES = 64 * 2**20
+TAIL_BYTES = 2000  # of a worker's output, for the error of a crash
+
+
+class Budget:
+    """Bytes of output that may be shown: some at once, and a little more each second."""
+
+    def __init__(self, at_once: int = 20_000, per_s: int = 500):
+        self._at_once, self._per_s = at_once, per_s
+        self._left: float = at_once
+        self._seen_s = time.monotonic()
+        self._dropping = False
+
+    def take(self, data: bytes) -> bytes:
+        """Returns as much of `data` as may be shown; says so where it begins to drop the rest."""
+        now_s = time.monotonic()
+        earned = (now_s - self._seen_s) * self._per_s
+        self._left, self._seen_s = min(self._at_once, self._left + earned), now_s
+        shown = data[: int(self._left)]
+        self._left -= len(shown)
+        if len(shown) == len(data):
+            self._dropping = False
+        elif not self._dropping:
+            self._dropping = True
+            shown += b"\n[user code printed more than is shown; the rest is dropped]\n"
+        return shown
