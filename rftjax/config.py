@@ -181,6 +181,10 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     sets = values.get("eval.sets")
     if faults := "; ".join(_set_problems(sets) if isinstance(sets, tuple) else ()):
         yield "eval.sets", faults
+    for field in ("scoring.env", "environments.env"):
+        names = values.get(field)
+        if isinstance(names, tuple) and not all(isinstance(name, str) and name for name in names):
+            yield field, 'must hold names of environment variables, as ("OPENAI_API_KEY",)'
     for stop in values["sampler.stop"] if isinstance(values.get("sampler.stop"), tuple) else ():
         if isinstance(stop, bool) or not isinstance(stop, (str, int)) or stop == "":
             yield "sampler.stop", "must hold texts and token ids only"

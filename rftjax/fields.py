@@ -76,8 +76,13 @@ def base_config() -> ConfigDict:
             },
             "rollout": {"max_turns": 1, "max_length": 1024},  # tokens of a whole conversation
             "overlap": {"max_staleness": 0},  # 1: the next batch is sampled while this one trains
-            "scoring": {"workers": 2, "timeout_s": 10.0, "max_error_share": 0.25},
-            "environments": {"workers": 2, "timeout_s": 60.0},
+            "scoring": {
+                "workers": 2,
+                "timeout_s": 10.0,
+                "max_error_share": 0.25,
+                "env": (),  # names of environment variables that evaluators get, an API key for example
+            },
+            "environments": {"workers": 2, "timeout_s": 60.0, "env": ()},  # env: the same
             "grpo": {
                 "preset": "grpo",
                 # Fields of the preset: the value of the preset where they are not given.

@@ -12,7 +12,7 @@ import math
 import random
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rftjax.errors import UserError
@@ -27,7 +27,8 @@ class EvaluatorError(UserError):
 class Scorer:
     """Runs `evaluator` ("module:name" or "file.py:name") in `workers` processes of its own.
 
-    An empty `evaluator` gives the sum of the turn rewards. `timeout_s` limits a call. Before a synchronous evaluator
+    An empty `evaluator` gives the sum of the turn rewards. `timeout_s` limits a call; `env` names variables of
+    the environment that user code gets beside the harmless ones. Before a synchronous evaluator
     is called, Python's (and NumPy's) global generator is seeded from `seed` and the sample. Construction raises
     ValueError where the evaluator does not import; construct it before JAX is used. `field` is the config field that
     errors name.
@@ -40,6 +41,7 @@ class Scorer:
         workers: int = 2,
         timeout_s: float = 10.0,
         max_error_share: float = 0.25,
+        env: Iterable[str] = (),
         seed: int = 0,
         field: str = "evaluator",
     ):
@@ -62,6 +64,8 @@ class Scorer:
                 wrapper="rftjax.scoring:evaluation",
                 field=field,
                 limit_field="scoring.timeout_s",
+                env=env,
+                env_field="scoring.env",
             )
 
     def submit(self, trajectory: Trajectory) -> None:
