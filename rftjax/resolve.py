@@ -5,8 +5,8 @@ This module imports the standard library only: worker processes that run user co
 
 from __future__ import annotations
 
-import hashlib
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from rftjax import user_files
 from rftjax.errors import UserError
 
 
@@ -73,7 +74,7 @@ def traceback_text(error: BaseException) -> str:
     ]
     head = ["Traceback (most recent call last):\n"] if kept else []
     lines = traceback.format_list(kept) + traceback.format_exception_only(error)
-    return "".join(head + lines).rstrip()
+    return user_files.readable("".join(head + lines)).rstrip()
 
 
 class _MissingFile(Exception):
@@ -87,14 +88,12 @@ def _load_file(path: str, place: str) -> types.ModuleType:
             f"{place}: the file must exist, and there is none at {path}; "
             "correct the path (a relative one is looked up from the current directory)"
         )
-    # A name of its own, because a file called like an installed package must not take that package's place.
-    stem = os.path.splitext(os.path.basename(path))[0]
-    name = f"file_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    name = _module_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
@@ -105,3 +104,24 @@ def _load_file(path: str, place: str) -> types.ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _module_name(path: str) -> str:
+    """Returns a name by which every process that has this one's sys.path can import the file.
+
+    It is the file's own, except where that is not free: a file called like an installed package must not take that
+    package's place.
+    """
+    name, folder = os.path.splitext(os.path.basename(path))[0], os.path.dirname(path)
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        ours = os.path.realpath(getattr(loaded, "__file__", None) or "") == os.path.realpath(path)
+        return name if ours else user_files.module_name(path)
+    others = [entry for entry in sys.path if os.path.abspath(entry) != folder]
+    free = (
+        name.isidentifier()
+        and name not in sys.stdlib_module_names
+        and not os.path.isdir(os.path.join(folder, name))
+        and importlib.machinery.PathFinder.find_spec(name, others) is None
+    )
+    return name if free else user_files.module_name(path)

@@ -382,6 +382,31 @@ def test_a_file_finds_its_neighbours_and_does_not_replace_a_module(tmp_path: Pat
         del sys.modules["neighbour"]
 
 
+@pytest.mark.parametrize("name", ["judge.py", "my-judge.v2.py", "json.py"])
+def test_functions_and_classes_of_a_file_reach_the_processes_that_it_starts(
+    tmp_path: Path, name: str
+):
+    (tmp_path / name).write_text(
+        "import concurrent.futures, dataclasses, multiprocessing\n"
+        "class Odd(Exception): pass\n"
+        "@dataclasses.dataclass\nclass Case:\n    value: int\n"
+        "def check(case):\n"
+        "    if case.value < 0: raise Odd('negative')\n"
+        "    return Case(case.value + 1)\n"
+        "def act(value):\n"
+        "    spawn = multiprocessing.get_context('spawn')\n"
+        "    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:\n"
+        "        return pool.submit(check, Case(value)).result().value\n"
+    )
+    with Workers(f"{tmp_path / name}:act", 1, 60.0) as pool:
+        good, bad = pool.submit(1), pool.submit(-1)
+        assert good.result(60) == 2
+        with pytest.raises(WorkerError, match="Odd: negative") as caught:
+            bad.result(60)
+    stem = name.removesuffix(".py").replace("-", "_").replace(".", "_")
+    assert f"\n{stem}.Odd: negative" in caught.value.details
+
+
 def test_a_dotted_name_is_resolved():
     assert resolve("json:loads")("[1]") == [1]
     assert resolve("json:JSONDecoder.decode") is not None
