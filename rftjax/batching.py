@@ -59,6 +59,7 @@ def make_batch(
     share_prefix: bool = True,
     mask_truncated: bool = False,
     lean: bool = False,
+    temperature: float = 0.0,
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
 
@@ -67,9 +68,10 @@ def make_batch(
     while no trajectory has several sequences and both hold the longest one. `mask_truncated` trains on nothing of a
     trajectory that a token limit cut. `lean` leaves sequences of advantage 0 out of the packed rows, as those without
     a token to train on always are: they still count in the loss's denominators, which are taken from `sampled_BT`.
+    `temperature` is that of tasks without one of their own; 0.0 where no task has any, and the batch then names none.
     """
     used: list[tuple[int, types.Sequence]] = []
-    advantages, weights, trained = [], [], []
+    advantages, weights, trained, temperatures = [], [], [], []
     for trajectory in trajectories:
         if trajectory.score is not None and not trajectory.score.valid:
             continue
@@ -78,11 +80,14 @@ def make_batch(
             used.append((trajectory.draw, sequence))
             advantages.append(trajectory.advantage)
             weights.append(trajectory.task.weight)
+            temperatures.append(trajectory.task.temperature or temperature)
             trained.append(not (mask_truncated and trajectory.finish_reason == "length"))
     B = -(-max(len(used), 1) // rows) * rows
     sampled_BT = np.zeros((B, max_length), bool)
     sampler_logprobs_BT = np.zeros((B, max_length), np.float32)
     advantages_B, weights_B = np.zeros(B, np.float32), np.zeros(B, np.float32)
+    temperatures_B = np.full(B, temperature, np.float32)
+    temperatures_B[: len(used)] = temperatures
     for index, (_, sequence) in enumerate(used):
         count = len(sequence.tokens)
         if trained[index]:
@@ -100,7 +105,15 @@ def make_batch(
     ]
     bundles = list(_bundles(packed, room, share_prefix))
     pack, count = _lay_out(bundles, room, pack_rows, sampled_BT)
-    return Batch(pack, np.int32(count), sampled_BT, sampler_logprobs_BT, advantages_B, weights_B)
+    return Batch(
+        pack,
+        np.int32(count),
+        sampled_BT,
+        sampler_logprobs_BT,
+        advantages_B,
+        weights_B,
+        temperatures_B if temperature else None,
+    )
 
 
 def most_scored(pack_tokens: int, *, prompt: int, sampled: int) -> int:

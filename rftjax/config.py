@@ -76,7 +76,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be above 0.0",
         lambda value: value > 0,
-        "sampler.temperature scoring.timeout_s environments.timeout_s optim.lr lora.alpha",
+        "sampler.temperature scoring.timeout_s environments.timeout_s optim.lr optim.eps lora.alpha",
     ),
     ("must be at least 0.0 (0.0: greedy)", lambda value: value >= 0, "eval.temperature"),
     (
@@ -84,7 +84,16 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: 0 < value <= 1,
         "sampler.top_p eval.top_p",
     ),
-    ("must be between 0.0 and 1.0", lambda value: 0 <= value <= 1, "scoring.max_error_share"),
+    (
+        "must be between 0.0 and 1.0",
+        lambda value: 0 <= value <= 1,
+        "scoring.max_error_share optim.final_lr_share",
+    ),
+    (
+        "must be at least 0.0 and below 1.0",
+        lambda value: 0 <= value < 1,
+        "optim.beta1 optim.beta2",
+    ),
     (
         "must be at least 1, or -1 for the devices that the other axes leave",
         lambda value: value >= 1 or value == -1,
@@ -102,19 +111,8 @@ _REQUIRED = {
     "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
     "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory)",
 }
-_CALLABLES = ("evaluator", "environment", "tasks.map", "eval.evaluator")
-_DATA_SUFFIXES = (
-    ".jsonl",
-    ".ndjson",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".gz",
-    ".zst",
-    ".bz2",
-    ".xz",
-)
+_CALLABLES = ("evaluator", "environment", "tasks.map", "eval.evaluator", "grpo.loss")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN_NAMES = ("train", "heldout", "part")  # the other streams of rollouts/, and eval/part/NAME
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -186,6 +184,8 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in _CALLABLES:
         if isinstance(values.get(field), str) and values[field]:
             yield from _callable_problems(field, values[field])
+    if ":" in str(values.get("grpo.baseline")):
+        yield from _callable_problems("grpo.baseline", values["grpo.baseline"])
     for field in ("model.path", "tasks.train", "tasks.heldout"):
         if isinstance(values.get(field), str) and values[field]:
             yield from _path_problems(field, values[field])
@@ -285,6 +285,11 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
     if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
         yield "optim.warmup_steps", f"must be below steps={found[1]}"
+    if values.get("optim.final_lr_share") and values.get("optim.schedule") == "constant":
+        yield (
+            "optim.final_lr_share",
+            "must be 0.0 with optim.schedule='constant', which stays at optim.lr; choose 'linear' or 'cosine'",
+        )
     if found := given("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count"):
         heldout, heldout_split, count = found
         if count and (heldout or heldout_split):

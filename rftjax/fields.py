@@ -53,8 +53,6 @@ def base_config() -> ConfigDict:
                 "split": "train",
                 "heldout_split": "",  # "": the same as `split`
                 "limit": 0,  # rows read; 0: all
-                "weight": "",  # field of a row that scales its part of the loss; "": all count alike
-                "temperature": "",  # field of a row with its own sampling temperature
                 "allow_overlap": False,
             },
             "batch": {
@@ -106,6 +104,7 @@ def base_config() -> ConfigDict:
                 "entropy_weight": placeholder(float),
                 "tis_cap": placeholder(float),
                 # Fields beside the preset.
+                "loss": "",  # "module:name" or "file.py:name" of a term that is added to the loss
                 "updates_per_batch": 1,  # passes over a step's minibatches
                 "minibatches": 1,  # updates of one pass
                 "minibatch_groups": True,  # False: a group may lie in several minibatches
@@ -123,6 +122,10 @@ def base_config() -> ConfigDict:
                 "warmup_steps": 0,
                 "clip": 1.0,  # of the gradient's global norm; 0.0: off
                 "weight_decay": 0.0,
+                "beta1": 0.9,  # Adam's mean of gradients
+                "beta2": 0.999,  # and of their squares
+                "eps": 1e-8,
+                "final_lr_share": 0.0,  # of lr, where the linear and the cosine schedule end
             },
             "lora": {
                 "rank": 0,  # 0: full fine-tuning

@@ -22,6 +22,7 @@ from rftjax import (
     chat,
     checkpoint,
     checks,
+    custom,
     grpo,
     lora,
     metrics,
@@ -84,20 +85,13 @@ def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:
     `tasks.allow_overlap` lets them overlap. The set that the section tasks names, if any, is the first.
     """
     section = config.tasks
-    train = tasks.read(
-        section.train,
-        map=section.map,
-        split=section.split,
-        limit=section.limit,
-        weight=section.weight,
-        temperature=section.temperature,
-    )
+    train = tasks.load(section.train, map=section.map, split=section.split, limit=section.limit)
     heldout: dict[str, list[Task]] = {}
 
     def add(name: str, source: str, split: str) -> None:
         field = set_field(name)
         split = split or section.heldout_split or section.split
-        heldout[name] = tasks.read(source, map=section.map, split=split, field=field)
+        heldout[name] = tasks.load(source, map=section.map, split=split, field=field)
         tasks.check_overlap(train, heldout[name], allow=section.allow_overlap, field=field)
 
     if section.heldout or section.heldout_split:
@@ -180,6 +174,7 @@ class Job:
             workers.callback(environments.close)
             mesh = sharding.make_mesh(**config.mesh)
             checks.check_attention(config)
+            custom.check(config.grpo)
             model = policy.load(
                 config.model.path,
                 dtype=config.model.dtype,
@@ -188,9 +183,11 @@ class Job:
                 init=config.model.init,
                 seed=config.seed,
                 lazy=True,
+                masters=config.lora.rank == 0,
             )
             workers.callback(model.close)
-            if not checkpoint.exists(workdir / "checkpoints"):
+            resumes = checkpoint.exists(workdir / "checkpoints")
+            if not resumes:
                 model.read_ahead()
             config = checks.fit_context(config, model)
             replicated = sharding.replicated_axes(mesh, model.outline)
@@ -201,6 +198,8 @@ class Job:
                 config, model, {"tasks.train": train_tasks} | named, environments.tools
             )
             origin = Origin(config, model, mesh)
+            if not resumes:
+                _ = origin.adapters  # those of lora.path are checked before anything is sampled
             engine = make_engine(config, model)
             workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
@@ -283,13 +282,14 @@ class Job:
 
     def make_update(self) -> Any:
         """Returns the jitted update of the config; it leaves the state where it lies."""
-        fields = {name: self.config.grpo[name] for name in grpo.LOSS_DEFAULTS}
+        loss = grpo.LossSettings.of(self.config.grpo)
         if self.config.grpo.kl_in_reward:
-            fields["kl_weight"] = 0.0
+            loss = dataclasses.replace(loss, kl_weight=0.0)
         return update.make_update(
             self.policy.config,
             self.origin.optimizer,
-            fields,
+            loss,
+            term=custom.loss_term(self.config.grpo.loss),
             remat=self.config.model.remat,
             unroll=jax.default_backend() == "cpu",
             lora_scale=self.lora_scale,
@@ -302,6 +302,7 @@ class Job:
     def batch_shape(self) -> dict[str, Any]:
         """What `batching.make_batch` takes beside the trajectories."""
         section, limits = self.config.batch, self.limits()
+        own_temperatures = any(task.temperature for task in self.train_tasks)
         sampled = section.group_size * limits.max_new_tokens * limits.max_turns
         return {
             "rows": -(-section.prompts * section.group_size // self.config.grpo.minibatches),
@@ -312,10 +313,15 @@ class Job:
             ),
             "pack_rows": section.pack_rows * sharding.row_multiple(self.mesh),
             "mask_truncated": self.config.grpo.mask_truncated,
+            "temperature": self.config.sampler.temperature * own_temperatures,
         }
 
     def set_weights(self, state: TrainState, *, keep: bool = False) -> None:
-        """Hands the state's weights to the sampler, with `keep` in buffers that do not go with the state's."""
+        """Hands the state's weights to the sampler, with `keep` in buffers that do not go with the state's.
+
+        The sampler's weights of before are freed first.
+        """
+        self.rollout.engine.set_params(None)
         weights = self._weights(state, self.lora_scale).run()
         weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self.rollout.engine.set_params(weights)
@@ -358,7 +364,9 @@ class Job:
             size, limits = self.config.batch.group_size, self.limits()
             return self.rollout(draws, size, limits, on_finish=self.scorer.submit)
 
-        release = self.rollout.engine.release
+        def release() -> None:
+            self.rollout.engine.set_params(None)
+
         prompts = self.config.batch.prompts
         return Sampling(stream, prompts, self.set_weights, sample, release, **self.config.overlap)
 
@@ -429,7 +437,10 @@ class Job:
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:
         """Returns the checkpoints of the run's workdir."""
-        fixed = ["frozen"] + ["reference"] * (self.config.grpo.kl_refresh_steps == 0)
+        section = self.config
+        # The reference of adapters is written: those of lora.path may be others by the time of a resume.
+        still = section.grpo.kl_refresh_steps == 0 and not section.lora.rank
+        fixed = ["frozen"] + ["reference"] * still
         return Checkpoints(
             self.workdir / "checkpoints",
             read_only=read_only,

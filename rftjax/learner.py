@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rftjax import grpo, sharding, update
+from rftjax import custom, grpo, merging, sharding, update
 from rftjax.batching import make_batch
 from rftjax.compilation import Program
+from rftjax.models import decoder
 from rftjax.reports import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
-
-EXTREMES = {"ratio/min": np.min, "ratio/max": np.max, "sampler/logprob_diff_max": np.max}
-FIRST = ("sampler/logprob_diff_mean",)  # what later updates of the same batch say nothing new about
 
 
 class Part(NamedTuple):
@@ -115,11 +113,11 @@ class Learner:
                 made.append(metrics)
         skipped = {"update/skipped_share": 1 - sum(taught) / len(parts)}
         if not made:
-            made = [blank_metrics(jax.eval_shape(self.apply, state, *parts[0])[1])]
+            made = [merging.blank(jax.eval_shape(self.apply, state, *parts[0])[1])]
         every = self.fields["kl_refresh_steps"]
         if jax.tree.leaves(state.reference) and every and step % every == 0:
             state = state._replace(reference=copy(state.trainable, self._reference_dtype(state)))
-        return state, mean_metrics(jax.device_get(made)) | skipped
+        return state, merging.merge_updates(jax.device_get(made)) | skipped
 
     def programs(self, state: TrainState) -> list[Program]:
         """Returns the calls of a step's updates, to compile them before there are samples.
@@ -146,7 +144,7 @@ class Learner:
     def _lean(self) -> bool:
         """Whether a sample of advantage 0 adds exactly nothing to the loss and its gradient."""
         in_loss = self.fields["kl_weight"] > 0 and not self.fields["kl_in_reward"]
-        return not in_loss and self.fields["entropy_weight"] == 0
+        return not in_loss and self.fields["entropy_weight"] == 0 and not self.fields["loss"]
 
     def _lay_out(self, part: Sequence[Trajectory], *, lean: bool = False) -> Batch:
         # Where all are such samples they stay, so that the step's metrics say something.
@@ -196,18 +194,23 @@ class Learner:
 
 
 def initial_reference(
-    fields: Mapping[str, Any], params: Params, adapters: Params | None, dtype: str
+    fields: Mapping[str, Any],
+    params: Params,
+    adapters: Params | None,
+    dtype: str,
+    *,
+    loaded: bool = False,
 ) -> Params:
     """Returns what of step 0 must be kept to measure a KL against, () where nothing must.
 
-    With adapters the frozen base is the reference, and only one that will be refreshed is kept: adapters that add
-    nothing.
+    With fresh adapters the frozen base is the reference, so they are kept only if they will be refreshed; `loaded`
+    adapters are part of the policy that training starts from.
     """
     if fields["kl_weight"] == 0:
         return ()
     if adapters is None:
         return copy(params, dtype)
-    return jax.tree.map(jnp.zeros_like, adapters) if fields["kl_refresh_steps"] else ()
+    return copy(adapters, "float32") if loaded or fields["kl_refresh_steps"] else ()
 
 
 def _reference(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Params | None]:
@@ -275,6 +278,7 @@ def set_advantages(
     if not valid:
         return
     chosen: dict[str, Any] = {name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS}
+    chosen["baseline"] = custom.baseline(chosen["baseline"])
     rewards = [reward_of(one) + penalties.get((one.draw, one.sample), 0.0) for one in valid]
     values = grpo.advantages(rewards, [one.draw for one in valid], **chosen)
     for trajectory, value in zip(valid, values, strict=True):
@@ -282,21 +286,10 @@ def set_advantages(
 
 
 def copy(params: Params, dtype: str) -> Params:
-    """Returns the parameters in buffers of their own, which an update that gives its own away does not touch."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, dtype, copy=True), params)
+    """Returns the parameters as the forward pass reads them, in buffers of their own, which outlive an update that
+    donates `params`."""
 
+    def one(path: tuple, leaf: Any) -> jax.Array:
+        return jnp.array(leaf, decoder.reading_dtype(path[-1].key, dtype), copy=True)
 
-def blank_metrics(names: Iterable[str]) -> dict[str, float]:
-    """Returns the metrics of no update: ratios of 1 and all else 0, `tokens` among them."""
-    return {name: 1.0 if name.startswith("ratio/") else 0.0 for name in names}
-
-
-def mean_metrics(made: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the metrics of several updates as one: means, extremes of extremes, and the first of what FIRST names."""
-    merged = {}
-    for name in made[0]:
-        values = [float(metrics[name]) for metrics in made]
-        if name in FIRST:
-            values = values[:1]
-        merged[name] = float(EXTREMES.get(name, np.mean)(values))
-    return merged
+    return jax.tree_util.tree_map_with_path(one, params)

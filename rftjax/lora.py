@@ -82,15 +82,6 @@ def init(config: Config, *, rank: int, targets: str = "all", seed: int = 0) -> P
     return tree
 
 
-def freeze(config: Config, params: Params) -> Params:
-    """Returns the base as it is kept beside adapters: kernels in the compute dtype, norm gains in float32."""
-
-    def cast(path: tuple, leaf: Any) -> Any:
-        return leaf if path[-1].key == "scale" else leaf.astype(config.dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
 def save_peft(
     out: str | Path,
     config: Config,

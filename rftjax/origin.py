@@ -16,6 +16,7 @@ from rftjax import lora, optim, sharding, update
 from rftjax.checkpoint import Checkpoints
 from rftjax.errors import UserError
 from rftjax.learner import initial_reference
+from rftjax.models import decoder
 from rftjax.policy import Policy
 from rftjax.types import Params, TrainState
 
@@ -26,7 +27,11 @@ class Origin:
 
     def __init__(self, config: ConfigDict, model: Policy, mesh: Mesh) -> None:
         self.config, self.policy, self.mesh = config, model, mesh
-        self.adapters = first_adapters(config, model, mesh)
+
+    @functools.cached_property
+    def adapters(self) -> Params | None:
+        """The adapters of step 0; raises ValueError where those of `lora.path` cannot be used."""
+        return first_adapters(self.config, self.policy, self.mesh)
 
     @functools.cached_property
     def optimizer(self) -> Any:
@@ -37,38 +42,62 @@ class Origin:
         return optim.make_optimizer(steps=self.config.steps * updates, **settings)
 
     def state(self, checkpoints: Checkpoints, step: int) -> TrainState:
-        """Returns the state after a step: its checkpoint's, with what never changes from the base model."""
+        """Returns the state after a step: its checkpoint's, with what never changes from the base model.
+
+        Nothing else of step 0 is made for it.
+        """
         if step == 0:
             return self.initial()
-        kept = [getattr(self.outline, name) for name in checkpoints.fixed]
-        example = self.initial() if jax.tree.leaves(kept) else self.outline
+        fixed = [name for name in checkpoints.fixed if jax.tree.leaves(getattr(self.outline, name))]
+        example = self.outline
+        if fixed:
+            base = sharding.shard_tree(self.mesh, self.policy.take(masters=False))
+            example = example._replace(**dict.fromkeys(fixed, base))
         return checkpoints.restore(step, example)[0]
 
     def initial(self) -> TrainState:
         """Returns step 0, every leaf where an update leaves it: else the second update would compile again."""
-        return sharding.shard_tree(self.mesh, self._make(self.policy.params, self.adapters))
+        adapters = self.adapters
+        params = self.policy.take(masters=adapters is None)
+        return sharding.shard_tree(self.mesh, self._make(params, adapters))
+
+    def start(self) -> TrainState:
+        """Returns the policy of step 0 alone, without what only training needs."""
+        step = jnp.zeros((), jnp.int32)
+        if self.adapters is None:
+            return TrainState(step, self.policy.params, {}, ())
+        return TrainState(step, self.adapters, self.policy.params, ())
 
     @functools.cached_property
     def outline(self) -> TrainState:
         """Shapes and places of the state, which is not made for it."""
-        shapes = jax.eval_shape(self._make, self.policy.outline, self.adapters)
+        adapters = jax.eval_shape(lambda: new_adapters(self.config, self.policy))
+        shapes = jax.eval_shape(self._make, self.policy.outline, adapters)
         return sharding.outline(self.mesh, shapes)
 
     def _make(self, params: Params, adapters: Params | None) -> TrainState:
-        trainable, frozen = params, {}
+        trainable, frozen, dtype = params, {}, self.config.model.dtype
         if adapters is not None:
-            trainable, frozen = adapters, lora.freeze(self.policy.config, params)
-        reference = initial_reference(self.config.grpo, params, adapters, self.config.model.dtype)
+            trainable, frozen = adapters, decoder.cast(params, dtype)
+        loaded = bool(self.config.lora.path)
+        reference = initial_reference(self.config.grpo, params, adapters, dtype, loaded=loaded)
         step = jnp.zeros((), jnp.int32)
         return TrainState(step, trainable, frozen, self.optimizer.init(trainable), reference)
 
 
-def first_adapters(config: ConfigDict, model: Policy, mesh: Mesh) -> Params | None:
-    """Returns fresh adapters or those of `lora.path`, None in full fine-tuning."""
+def new_adapters(config: ConfigDict, model: Policy) -> Params | None:
+    """Returns fresh adapters, None in full fine-tuning."""
     section = config.lora
     if not section.rank:
         return None
-    adapters = lora.init(model.config, rank=section.rank, targets=section.targets, seed=config.seed)
+    return lora.init(model.config, rank=section.rank, targets=section.targets, seed=config.seed)
+
+
+def first_adapters(config: ConfigDict, model: Policy, mesh: Mesh) -> Params | None:
+    """Returns fresh adapters or those of `lora.path`, None in full fine-tuning."""
+    section, adapters = config.lora, new_adapters(config, model)
+    if adapters is None:
+        return None
     if section.path:
         found = load_adapters(section.path, model.config, section.alpha)
         lora.check_like(section.path, found, adapters)

@@ -16,8 +16,8 @@ class Sampling:
     """Takes draws from the stream and has them sampled; with `max_staleness` 1 one batch ahead of the update.
 
     `use` hands a state's weights to the sampler (`keep`: as copies that outlive the state), `sample` samples with them,
-    `release` frees the sampler's cache. A batch begun ahead is sampled in a thread of its own with the weights from
-    before the update under way.
+    `release` frees the sampler's cache and weights. A batch begun ahead is sampled in a thread of its own with the
+    weights from before the update under way.
     """
 
     def __init__(

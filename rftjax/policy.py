@@ -26,9 +26,10 @@ from rftjax.types import Message, Pack, Params, Task, Trajectory
 
 
 class Policy:
-    """A language model with its parameters (float32, nested dict) and, once asked for, its tokenizer.
+    """A language model with its parameters (nested dict) and, once asked for, its tokenizer.
 
-    Where `params` is a function it is called once they are asked for; setting `closed` lets it give up.
+    Where `params` is a function of `masters` it is called once they are asked for; setting `closed` lets it give up.
+    `masters` parameters are float32, others have the dtype in which the forward pass reads them.
     """
 
     def __init__(
@@ -39,18 +40,33 @@ class Policy:
         fields: dict[str, Any],
         mesh: Mesh | None = None,
         closed: threading.Event | None = None,
+        masters: bool = True,
     ) -> None:
         self.path, self.config, self.fields, self.mesh = path, config, fields, mesh
-        self._params = params
+        self._params, self.masters = params, masters
         self._closed = closed or threading.Event()
         self._ahead: concurrent.futures.Future[Params] | None = None
 
     @functools.cached_property
     def params(self) -> Params:
-        """The parameters, float32."""
+        """The parameters, as masters where the policy keeps these."""
         if self._ahead is not None:
             return self._ahead.result()
-        return self._params() if callable(self._params) else self._params
+        return self._read(self.masters)
+
+    def take(self, *, masters: bool) -> Params:
+        """Returns the parameters to an owner who may donate them: one that reads them lazily keeps none."""
+        if self._ahead is None and "params" not in self.__dict__:
+            return self._read(masters)
+        params = self.params if masters else decoder.cast(self.params, self.config.dtype)
+        del self.__dict__["params"]
+        self._ahead = None
+        return params
+
+    def _read(self, masters: bool) -> Params:
+        if callable(self._params):
+            return self._params(masters)
+        return self._params if masters else decoder.cast(self._params, self.config.dtype)
 
     def read_ahead(self) -> None:
         """Begins to read the parameters while the caller does something else."""
@@ -60,7 +76,7 @@ class Policy:
             before_s = sys.getswitchinterval()
             sys.setswitchinterval(1e-4)
             try:
-                return self._params()
+                return self._read(self.masters)
             finally:
                 sys.setswitchinterval(before_s)
 
@@ -74,7 +90,7 @@ class Policy:
 
     @property
     def outline(self) -> Params:
-        """Shapes and places of the parameters, which are not read for it."""
+        """Shapes and places of masters, which are not read for it."""
         shapes = hf.outline(self.config)
         return shapes if self.mesh is None else sharding.outline(self.mesh, shapes)
 
@@ -218,23 +234,30 @@ def load(
     init: str = "pretrained",
     seed: int = 0,
     lazy: bool = False,
+    masters: bool = True,
 ) -> Policy:
     """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in.
 
-    `attention` is one of `models.attention.FORMS`. With `lazy` the parameters are read once they are asked for.
+    `attention` is one of `models.attention.FORMS`. With `lazy` the parameters are read once they are asked for;
+    without `masters` they are kept in the dtype in which the forward pass reads them.
     """
     closed = threading.Event()
     put = sharding.placer(mesh) if mesh is not None else lambda _, leaf: jnp.asarray(leaf)
 
-    def place(at: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+    def place(masters: bool, at: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
         if closed.is_set():
             raise concurrent.futures.CancelledError
-        return put(at, leaf)
+        wanted = "float32" if masters else decoder.reading_dtype(at[-1], dtype)
+        # On the host, a leaf at a time: no device ever holds a float32 base that nothing reads.
+        return put(at, leaf.astype(jnp.dtype(wanted), copy=False))
+
+    def read(masters: bool) -> Params:
+        return model.read(functools.partial(place, masters))
 
     model = hf.open_model(path, dtype=dtype, init=init, seed=seed)
     config = dataclasses.replace(model.config, attention=attention)
-    params = functools.partial(model.read, place) if lazy else model.read(place)
-    return Policy(path, config, params, model.fields, mesh, closed)
+    params = read if lazy else read(masters)
+    return Policy(path, config, params, model.fields, mesh, closed, masters)
 
 
 def _rows(tokens_BT: jax.Array) -> Pack:

@@ -18,7 +18,7 @@ from rftjax.learner import has_variance, set_advantages
 from rftjax.metrics import rollout_metrics
 from rftjax.reports import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.tasks import TaskStream
-from rftjax.types import Task, TrainState, Trajectory
+from rftjax.types import Task, Trajectory
 
 # Prompts that `check` samples at once from the base model, of training and of each held-out set.
 CHECK_PROMPTS = 4
@@ -120,7 +120,7 @@ def _say_prompt(parts: Job, report: Report) -> None:
 def _sample(parts: Job) -> list[Trajectory]:
     """Returns scored samples of the base model, of a few prompts or more until a group's rewards differ."""
     config, scorer = parts.config, parts.scorer
-    parts.set_weights(TrainState(np.int32(0), parts.policy.params, {}, ()))
+    parts.set_weights(parts.origin.start())
     stream = TaskStream(parts.train_tasks, seed=config.seed)
     trajectories: list[Trajectory] = []
     left = min(config.batch.prompts, len(parts.train_tasks))

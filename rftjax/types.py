@@ -162,3 +162,4 @@ class Batch(NamedTuple):
     sampler_logprobs_BT: Any
     advantages_B: Any
     weights_B: Any
+    temperatures_B: Any = None  # of sampling; None: all rows have the spec's

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rftjax import grpo
+from rftjax import grpo, merging
 from rftjax.models import decoder
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import GONE, Settings, adjust, by_rows
@@ -51,6 +51,7 @@ def logprobs(
     adapters: Params | None,
     pack: Pack,
     *,
+    temperatures_RM: jax.Array | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -60,7 +61,8 @@ def logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats.
 
-    They are those of the sampler's distribution: after temperature, top-k, top-p and without padded ids. Where a
+    They are those of the sampler's distribution: after temperature (`temperatures_RM` where given, else the one of
+    all), top-k, top-p and without padded ids. Where a
     micro-batch's logits are large, they exist for one chunk of scored positions at a time, and not at all for chunks
     without any.
     """
@@ -78,13 +80,16 @@ def logprobs(
     used_RM = pack.places_RM != NOWHERE
     filtered = top_p < 1 or top_k > 0
 
-    def score(sources_RM: jax.Array, targets_RM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(
+        sources_RM: jax.Array, targets_RM: jax.Array, temperatures_RM: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
         logits_BV = decoder.logits(config, params, x_RMD.reshape(-1, config.width))
         targets_B = targets_RM.reshape(-1)
         ones_B = jnp.ones(targets_B.shape)
+        own = temperature if temperatures_RM is None else temperatures_RM.reshape(-1)
         settings = Settings(
-            temperature * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
+            own * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
         )
         adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit, keep_B=targets_B)
         logprobs_B, entropies_B = log_likelihood(adjusted_BV, targets_B)
@@ -92,7 +97,8 @@ def logprobs(
 
     whole = 4 * pack.sources_RM.size * config.vocab <= HEAD_BYTES
     scored = score if whole and not remat else _chunked(score, used_RM)
-    logprobs_RM, entropies_RM = scored(pack.sources_RM, pack.targets_RM)
+    own = () if temperatures_RM is None else (temperatures_RM,)
+    logprobs_RM, entropies_RM = scored(pack.sources_RM, pack.targets_RM, *own)
     return jnp.where(used_RM, logprobs_RM, 0.0), jnp.where(used_RM, entropies_RM, 0.0)
 
 
@@ -105,7 +111,7 @@ def _chunked(score: Callable[..., tuple], used_RM: jax.Array) -> Callable[..., t
     def split(values_RM: jax.Array) -> jax.Array:
         return jnp.pad(values_RM, spare).reshape(R, -1, chunk).swapaxes(0, 1)
 
-    def nothing(sources_RM: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def nothing(sources_RM: jax.Array, *_: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(sources_RM.shape), jnp.zeros(sources_RM.shape)
 
     @jax.checkpoint
@@ -113,8 +119,8 @@ def _chunked(score: Callable[..., tuple], used_RM: jax.Array) -> Callable[..., t
         *arrays, used_RM = inputs
         return None, jax.lax.cond(jnp.any(used_RM), score, nothing, *arrays)
 
-    def scored(sources_RM: jax.Array, targets_RM: jax.Array) -> tuple[jax.Array, ...]:
-        _, results = jax.lax.scan(one, None, (split(sources_RM), split(targets_RM), split(used_RM)))
+    def scored(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        _, results = jax.lax.scan(one, None, (*map(split, arrays), split(used_RM)))
         return tuple(values.swapaxes(0, 1).reshape(R, -1)[:, :M] for values in results)
 
     return scored
@@ -173,6 +179,14 @@ def to_rows(values_RM: jax.Array, places_RM: jax.Array, like_BT: jax.Array) -> j
     )
 
 
+def temperatures_of(batch: Batch, pack: Pack) -> jax.Array | None:
+    """Returns the temperature of each scored position's sequence, None where the batch names none."""
+    if batch.temperatures_B is None:
+        return None
+    B, T = batch.sampled_BT.shape
+    return jnp.asarray(batch.temperatures_B)[jnp.minimum(pack.places_RM // T, B - 1)]
+
+
 def micro_batch(pack: Pack, index: jax.Array | int) -> Pack:
     """Returns micro-batch `index` of a stacked pack."""
     return jax.tree.map(
@@ -196,7 +210,10 @@ def make_scorer(
 
         def one(index: jax.Array, total_BT: jax.Array) -> jax.Array:
             pack = micro_batch(batch.pack, index)
-            logprobs_RM, _ = logprobs(config, params, adapters, pack, **settings)
+            own_RM = temperatures_of(batch, pack)
+            logprobs_RM, _ = logprobs(
+                config, params, adapters, pack, temperatures_RM=own_RM, **settings
+            )
             return total_BT + to_rows(logprobs_RM, pack.places_RM, total_BT)
 
         zeros_BT = jnp.zeros(batch.sampled_BT.shape)
@@ -220,8 +237,9 @@ def normalizers(batch: Batch, aggregate: str, max_tokens: int) -> tuple[jax.Arra
 def make_update(
     config: Config,
     optimizer: optax.GradientTransformation,
-    loss_fields: Mapping[str, Any],
+    loss: grpo.LossSettings,
     *,
+    term: Callable[[grpo.LossInputs], Any] | None = None,
     lora_scale: float = 0.0,
     remat: bool = False,
     unroll: bool = False,
@@ -232,7 +250,7 @@ def make_update(
 
     The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
     does not change the gradient. `shardings` (a TrainState of them) is where the new state lies; `unroll`
-    runs the layers one by one instead of in a scan. `loss_fields` are
+    runs the layers one by one instead of in a scan. `loss` and `term` are
     `grpo.policy_loss`'s, `settings` are `logprobs`'s.
     """
 
@@ -242,19 +260,25 @@ def make_update(
         params, adapters = weights(TrainState(0, trainable, frozen, None), lora_scale)
         pack = micro_batch(batch.pack, index)
         logprobs_RM, entropies_RM = logprobs(
-            config, params, adapters, pack, remat=remat, **settings
+            config,
+            params,
+            adapters,
+            pack,
+            temperatures_RM=temperatures_of(batch, pack),
+            remat=remat,
+            **settings,
         )
         like_BT = batch.sampled_BT
         scored_RM = (pack.places_RM != NOWHERE).astype(jnp.int32)
         here_BT = (to_rows(scored_RM, pack.places_RM, like_BT) > 0) & like_BT
         logprobs_BT = to_rows(logprobs_RM, pack.places_RM, like_BT)
-        denominator, tokens = normalizers(
-            batch, loss_fields["aggregate"], loss_fields["max_tokens"]
-        )
-        loss, metrics = grpo.policy_loss(
+        denominator, tokens = normalizers(batch, loss.aggregate, loss.max_tokens)
+        value, metrics = grpo.policy_loss(
             logprobs_BT,
             here_BT,
             batch.advantages_B,
+            settings=loss,
+            term=term,
             old_logprobs=old_BT,
             reference_logprobs=reference_BT,
             sampler_logprobs=batch.sampler_logprobs_BT,
@@ -262,7 +286,6 @@ def make_update(
             weights=batch.weights_B,
             normalizer=denominator,
             token_normalizer=tokens,
-            **loss_fields,
         )
         # The policy that sampled is the one before this batch's updates.
         sampled_by_BT = logprobs_BT if old_BT is None else old_BT
@@ -270,7 +293,8 @@ def make_update(
         count = jnp.maximum(jnp.sum(here_BT), 1)
         metrics["sampler/logprob_diff_mean"] = jnp.sum(gap_BT) / count
         metrics["sampler/logprob_diff_max"] = jnp.max(gap_BT)
-        return loss, jax.lax.stop_gradient(metrics)
+        metrics["loss"] = value
+        return value, jax.lax.stop_gradient(metrics)
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
@@ -284,22 +308,18 @@ def make_update(
             frozen = decoder.unroll(config, frozen) if frozen else frozen
 
         def one(index: jax.Array, carry: tuple) -> tuple:
-            (loss, metrics), grads = gradient(trainable, frozen, batch, index, old_BT, reference_BT)
-            total, sums, kept = carry
+            (_, metrics), grads = gradient(trainable, frozen, batch, index, old_BT, reference_BT)
+            sums, kept = carry
             kept = {name: kept[name].at[index].set(value) for name, value in metrics.items()}
-            return total + loss, jax.tree.map(jnp.add, sums, grads), kept
+            return jax.tree.map(jnp.add, sums, grads), kept
 
         N = batch.pack.tokens_RX.shape[0]
         _, shapes = jax.eval_shape(micro_loss, trainable, frozen, batch, 0, old_BT, reference_BT)
         empty = {name: jnp.zeros(N, value.dtype) for name, value in shapes.items()}
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
-        loss, grads, metrics_N = jax.lax.fori_loop(
-            0, batch.micro_batches, one, (jnp.zeros(()), zeros, empty)
-        )
+        grads, metrics_N = jax.lax.fori_loop(0, batch.micro_batches, one, (zeros, empty))
         grads = decoder.roll(config, grads) if unroll else grads
-        gap = jnp.max(metrics_N["sampler/logprob_diff_max"])
-        metrics = grpo.merge_metrics(metrics_N) | {"sampler/logprob_diff_max": gap}
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = merging.merge_micro_batches(metrics_N) | {"grad_norm": optax.tree.norm(grads)}
         changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, changes)
         state = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)

@@ -16,6 +16,7 @@ from typing import Any
 from rftjax import config as configs
 from rftjax import hf, lora, tokenizer
 from rftjax.checkpoint import Checkpoints
+from rftjax.models import decoder
 from rftjax.sampler import device
 from rftjax.types import Params, TrainState
 from rftjax.update import weights
@@ -68,7 +69,7 @@ def export(workdir: Path, wanted: str, out: Path, dtype: str, adapter: bool) -> 
         shape, base, _ = hf.load(
             path, dtype=config.model.dtype, init=config.model.init, seed=config.seed
         )
-        frozen = lora.freeze(shape, base)
+        frozen = decoder.cast(base, config.model.dtype)
     params = merged(trainable, frozen, lora.scale(section.rank, section.alpha))
     words = tokenizer.load(path) if tokenizer.exists(path) else None
     shape, generation = hf.read_config(fields), hf.read_generation(path)

@@ -119,6 +119,9 @@ def test_relations_between_fields_are_checked():
     )
     assert "sampler.slots=64" in complaint(complete(sampler__pool=8))
     assert "must be below steps=100" in complaint(complete(optim__warmup_steps=100))
+    assert "optim.schedule='constant'" in complaint(complete(optim__final_lr_share=0.1))
+    config_lib.check(complete(optim__final_lr_share=0.1, optim__schedule="cosine"))
+    assert "optim.beta2=1.0: must be at least 0.0 and" in complaint(complete(optim__beta2=1.0))
     assert "tasks.heldout_count=5" in complaint(complete(tasks__heldout_count=5))
     config_lib.check(complete(tasks__heldout="", tasks__heldout_count=5))
     config_lib.check(complete(tasks__heldout=""))  # nothing to evaluate is no fault

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import grpo
+from rftjax import grpo, merging
 
 # Computed by TRL 1.16.0; the file names its own sources and conventions.
 TRL = json.loads((pathlib.Path(__file__).parent / "data/trl_1_16_loss_cases.json").read_text())
@@ -520,7 +520,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(aggregate, ratio, parts):
         metrics.append(grpo.policy_loss(**part, **settings)[1])
     np.testing.assert_allclose(sum(losses), whole, atol=1e-6)
     np.testing.assert_allclose(np.concatenate(gradients), gradient_BT, atol=1e-6)
-    merged = grpo.merge_metrics(
+    merged = merging.merge_micro_batches(
         {name: jnp.stack([m[name] for m in metrics]) for name in metrics[0]}
     )
     for name, value in whole_metrics.items():
@@ -572,7 +572,9 @@ def test_parts_without_any_token_merge_into_a_batch_without_any():
     data = batch(seed=16)
     data["loss_mask"] = np.zeros_like(data["loss_mask"])
     alone = grpo.policy_loss(**data, tis_cap=2.0)[1]
-    merged = grpo.merge_metrics({name: jnp.stack([value] * 2) for name, value in alone.items()})
+    merged = merging.merge_micro_batches(
+        {name: jnp.stack([value] * 2) for name, value in alone.items()}
+    )
     assert {name: float(value) for name, value in merged.items()} == {
         name: float(value) for name, value in alone.items()
     }

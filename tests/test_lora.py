@@ -58,7 +58,7 @@ def logits(config, params, adapters, tokens_BT=TOKENS_BT):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_the_start_the_adapted_model_is_the_base_exactly(tiny_dir, dtype):
     model = rftjax.load(str(tiny_dir), dtype=dtype)
-    frozen = lora.freeze(model.config, model.params)
+    frozen = decoder.cast(model.params, model.config.dtype)
     fresh = update.scale_adapters(lora.init(model.config, rank=4), 4.0)
     without = logits(model.config, model.params, None)
     np.testing.assert_array_equal(logits(model.config, frozen, fresh), without)
@@ -69,7 +69,9 @@ def test_at_the_start_the_adapted_model_is_the_base_exactly(tiny_dir, dtype):
 
 def test_the_base_is_kept_in_its_compute_dtype_and_norms_in_float32(tiny_dir):
     model = rftjax.load(str(tiny_dir), dtype="bfloat16")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(lora.freeze(model.config, model.params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        decoder.cast(model.params, model.config.dtype)
+    ):
         assert leaf.dtype == ("float32" if path[-1].key == "scale" else "bfloat16")
 
 

@@ -1,11 +1,15 @@
 """Schedules by their points, the chain by one update computed by hand."""
 
+import inspect
+from argparse import Namespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import optim
+from rftjax import config, optim
+from rftjax.origin import Origin
 
 PARAMS = {
     "layers": {
@@ -118,3 +122,26 @@ def test_the_state_has_one_structure_whatever_the_settings():
 def test_bad_settings_name_field_and_value(settings, words):
     with pytest.raises(ValueError, match=words):
         optim.make_optimizer(**({"lr": 0.1, "steps": 10} | settings))
+
+
+def test_every_setting_of_the_optimizer_is_a_field_of_its_section():
+    arguments = inspect.signature(optim.make_optimizer).parameters
+    section = config.base_config().optim
+    assert set(section) == set(arguments) - {"steps"}
+    for name in set(section) - {"lr"}:
+        assert section[name] == arguments[name].default
+
+
+def test_the_fields_reach_the_update(tiny_dir):
+    spec = config.base_config()
+    spec.model.path, spec.steps = str(tiny_dir), 4
+    spec.optim.lr, spec.optim.schedule, spec.optim.clip = 0.5, "linear", 0.0
+    spec.optim.beta1, spec.optim.beta2, spec.optim.eps = 0.0, 0.0, 1.0
+    spec.optim.final_lr_share = 0.5
+    model = Namespace(config=None, outline=None)
+    optimizer = Origin(spec, model, None).optimizer
+    params = {"kernel": jnp.zeros((2, 2))}
+    state = optimizer.init(params)
+    for rate in (0.5, 0.4375):  # without memory a step is rate g / (|g| + 1)
+        changes, state = optimizer.update({"kernel": jnp.full((2, 2), 3.0)}, state, params)
+        np.testing.assert_allclose(changes["kernel"], -rate * 0.75, rtol=1e-6)

@@ -33,8 +33,7 @@ CONFIG = Config(
     windows=(24,),
     init_std=0.3,
 )
-LOSS = grpo.resolve_preset("dapo")
-LOSS = {name: LOSS[name] for name in grpo.LOSS_DEFAULTS}
+LOSS = grpo.LossSettings.of(grpo.resolve_preset("dapo"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,7 +99,7 @@ def plain_gradient(params, batch):
     return jax.grad(loss)(params)
 
 
-def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False):
+def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False, settings=None):
     """The gradient as an update with plain descent at a rate of 1 applies it, its metrics too."""
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     optimizer = optax.sgd(1.0)
@@ -108,7 +107,9 @@ def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False
     step = sharding.shard_tree(mesh, jnp.zeros((), jnp.int32))
     state = TrainState(step, placed, {}, optimizer.init(placed))
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    apply = update.make_update(config, optimizer, loss, shardings=where, unroll=unroll, mesh=mesh)
+    apply = update.make_update(
+        config, optimizer, loss, shardings=where, unroll=unroll, mesh=mesh, **(settings or {})
+    )
     after, metrics = apply(state, sharding.put_batch(mesh, batch))
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(), after, where)
     changes = jax.tree.map(
@@ -195,7 +196,7 @@ def test_shared_prefixes_and_packed_neighbours_do_not_change_the_gradient(params
     packed = batch_of(made, share_prefix=True, pack_tokens=512)
     single = batch_of(made, share_prefix=False, pack_rows=2)
     assert packed.pack.segments_RX.max() == 4 and packed.pack.groups_RX.max() > 1
-    loss = LOSS | {"aggregate": "sequence_mean", "entropy_weight": 0.1}
+    loss = dataclasses.replace(LOSS, aggregate="sequence_mean", entropy_weight=0.1)
     one, one_metrics = gradient(params, packed, loss=loss)
     two, two_metrics = gradient(params, single, loss=loss)
     assert_close(one, two)
@@ -212,7 +213,7 @@ def test_leaving_out_samples_of_advantage_zero_does_not_change_the_gradient(para
     settings = {"share_prefix": True, "pack_rows": 1}
     full, lean = batch_of(made, **settings), batch_of(made, lean=True, **settings)
     assert lean.micro_batches < full.micro_batches
-    loss = LOSS | {"aggregate": aggregate, "max_tokens": 40, "tis_cap": 2.0}
+    loss = dataclasses.replace(LOSS, aggregate=aggregate, max_tokens=40, tis_cap=2.0)
     one, one_metrics = gradient(params, full, loss=loss)
     two, two_metrics = gradient(params, lean, loss=loss)
     assert_close(one, two)
@@ -267,6 +268,46 @@ def test_the_trainer_scores_tokens_as_the_sampler_drew_them(params, settings):
     assert gap_BT.mean() < 1e-5 and gap_BT.max() < 1e-4
     unfiltered_BT = update.make_scorer(CONFIG)(params, None, batch)
     assert np.abs(unfiltered_BT - batch.sampler_logprobs_BT).max() > 0.1
+
+
+def test_each_sequence_is_scored_with_its_tasks_own_temperature(params, monkeypatch):
+    made = trajectories(3, 2, 30, 60)
+    for one, own in zip(made, (0.5, 0.0, 2.0, 0.5, 0.0, 2.0), strict=True):
+        one.task = Task("0", [], temperature=own)
+    batch = batch_of(made, share_prefix=True, pack_tokens=256, temperature=0.7)
+    assert batch.temperatures_B.tolist() == pytest.approx([0.5, 0.7, 2.0, 0.5, 0.7, 2.0, 0.7, 0.7])
+    assert batch_of(made).temperatures_B is None
+    for limit in (update.HEAD_BYTES, 0):  # whole and in chunks
+        monkeypatch.setattr(update, "HEAD_BYTES", limit)
+        mixed_BT = update.make_scorer(CONFIG, temperature=0.7)(params, None, batch)
+        for own in (0.5, 0.7, 2.0):
+            rows = np.isclose(batch.temperatures_B, own)
+            same = batch._replace(temperatures_B=None)
+            alone_BT = update.make_scorer(CONFIG, temperature=own)(params, None, same)
+            np.testing.assert_allclose(mixed_BT[rows], alone_BT[rows], atol=1e-5)
+    # The update scores the same: against what the sampler drew with, nothing differs.
+    drawn = batch._replace(sampler_logprobs_BT=np.asarray(mixed_BT))
+    _, metrics = gradient(params, drawn, settings={"temperature": 0.7})
+    assert metrics["sampler/logprob_diff_max"] < 1e-5
+    _, metrics = gradient(params, drawn._replace(temperatures_B=None))
+    assert metrics["sampler/logprob_diff_max"] > 0.1
+
+
+def test_wrong_log_probabilities_of_the_sampler_are_told(params):
+    """The run's main health check: the mean over trained tokens and the largest, nats."""
+    made = trajectories(3, 2, 30, 60)
+    batch = batch_of(made, share_prefix=True, pack_rows=1)
+    right_BT = np.asarray(update.make_scorer(CONFIG)(params, None, batch))
+    _, metrics = gradient(params, batch._replace(sampler_logprobs_BT=right_BT))
+    assert metrics["sampler/logprob_diff_max"] < 1e-5
+    rng = np.random.default_rng(2)
+    wrong_BT = np.where(batch.sampled_BT, rng.normal(0, 0.3, right_BT.shape), 50.0)
+    wrong = batch._replace(sampler_logprobs_BT=(right_BT + wrong_BT).astype(np.float32))
+    assert int(wrong.micro_batches) > 1
+    gaps = np.abs(wrong_BT[batch.sampled_BT])
+    _, metrics = gradient(params, wrong)
+    np.testing.assert_allclose(metrics["sampler/logprob_diff_mean"], gaps.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["sampler/logprob_diff_max"], gaps.max(), rtol=1e-4)
 
 
 def test_adapters_score_as_the_sampler_merges_them(params):

@@ -241,6 +241,21 @@ def packed_mask(groups_RX: jax.Array, segments_RX: jax.Array) -> jax.Array:
     return same_group & visible & jnp.tril(jnp.ones((X, X), bool))[None]
 
 
+def reading_dtype(name: str, dtype: str) -> str:
+    """Returns the dtype in which the forward pass reads a parameter whose path ends in `name`: norm gains in float32,
+    all else in the compute dtype."""
+    return "float32" if name == "scale" else dtype
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """Returns the parameters as the forward pass reads them; leaves of that dtype are the same arrays."""
+
+    def one(path: tuple, leaf: Any) -> Any:
+        return leaf.astype(reading_dtype(path[-1].key, dtype))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def embed(config: Config, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """Returns x_BTD in the compute dtype."""
     return jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(config.dtype)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax import sharding
+from rftjax.models import decoder
 from rftjax.models.cached import attend
 from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
 from rftjax.models.distribution import Settings, adjust, by_rows, draw, uniforms
@@ -37,18 +38,18 @@ class Rows(NamedTuple):
 def sampler_params(
     config: Config, params: Params, adapters: Params | None = None, mesh: Mesh | None = None
 ) -> Params:
-    """Returns what decode reads: compute dtype, one tree a layer, adapters (already scaled) merged, laid out for it.
+    """Returns what decode reads: compute dtype but for norm gains, one tree a layer, adapters (already scaled) merged,
+    laid out for it.
 
     Nothing else hands weights to the sampler.
     """
-    dtype = jnp.dtype(config.dtype)
     stacked = merge(params["layers"], adapters["layers"]) if adapters else params["layers"]
     layers = [
-        jax.tree.map(lambda leaf, index=index: leaf[index].astype(dtype), stacked)
+        decoder.cast(jax.tree.map(lambda leaf, index=index: leaf[index], stacked), config.dtype)
         for index in range(config.layers)
     ]
     rest = {name: tree for name, tree in params.items() if name != "layers"}
-    weights = jax.tree.map(lambda leaf: leaf.astype(dtype), rest) | {"layers": layers}
+    weights = decoder.cast(rest, config.dtype) | {"layers": layers}
     if mesh is None:
         return weights
     return jax.lax.with_sharding_constraint(weights, sharding.decode_shardings(mesh, weights))

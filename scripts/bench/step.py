@@ -37,7 +37,7 @@ def start(config: Config, params: Params, flags: argparse.Namespace) -> tuple[Tr
     step = update.make_update(
         config,
         optimizer,
-        {name: fields[name] for name in grpo.LOSS_DEFAULTS},
+        grpo.LossSettings.of(fields),
         remat=flags.remat,
         unroll=jax.default_backend() == "cpu",
     )
