@@ -112,7 +112,18 @@ _REQUIRED = {
     "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory)",
 }
 _CALLABLES = ("evaluator", "environment", "tasks.map", "eval.evaluator", "grpo.loss")
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_DATA_SUFFIXES = (
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".gz",
+    ".zst",
+    ".bz2",
+    ".xz",
+)
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN_NAMES = ("train", "heldout", "part")  # the other streams of rollouts/, and eval/part/NAME
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}

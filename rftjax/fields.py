@@ -53,6 +53,8 @@ def base_config() -> ConfigDict:
                 "split": "train",
                 "heldout_split": "",  # "": the same as `split`
                 "limit": 0,  # rows read; 0: all
+                "weight": "",  # field of a row that scales its part of the loss; "": all count alike
+                "temperature": "",  # field of a row with its own sampling temperature
                 "allow_overlap": False,
             },
             "batch": {

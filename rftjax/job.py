@@ -85,13 +85,20 @@ def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:
     `tasks.allow_overlap` lets them overlap. The set that the section tasks names, if any, is the first.
     """
     section = config.tasks
-    train = tasks.load(section.train, map=section.map, split=section.split, limit=section.limit)
+    train = tasks.read(
+        section.train,
+        map=section.map,
+        split=section.split,
+        limit=section.limit,
+        weight=section.weight,
+        temperature=section.temperature,
+    )
     heldout: dict[str, list[Task]] = {}
 
     def add(name: str, source: str, split: str) -> None:
         field = set_field(name)
         split = split or section.heldout_split or section.split
-        heldout[name] = tasks.load(source, map=section.map, split=split, field=field)
+        heldout[name] = tasks.read(source, map=section.map, split=split, field=field)
         tasks.check_overlap(train, heldout[name], allow=section.allow_overlap, field=field)
 
     if section.heldout or section.heldout_split:

@@ -16,7 +16,7 @@ MAX_LINES = 500
 
 # Heavy libraries, each with the modules that may import it, so that it is replaced or updated in one place.
 OWNERS = {
-    "datasets": {"tasks"},
+    "datasets": {"sources"},
     "gguf": {"gguf"},
     "huggingface_hub": {"directories"},
     "orbax": {"checkpoint"},

@@ -47,7 +47,8 @@ def test_a_row_keeps_its_messages_and_passes_every_other_field_on(tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, *user("Hi")]
     row = {"messages": messages, "id": 7, "weight": 2, "answer": {"a": None}, "tools": [1]}
     (task,) = tasks.load(write(tmp_path / "a.jsonl", ["", row, "  "]))
-    assert task == Task("7", messages, {"answer": {"a": None}, "tools": [1]}, None, 2.0)
+    data = {"id": 7, "weight": 2, "answer": {"a": None}, "tools": [1]}
+    assert task == Task("7", messages, data)
 
 
 def test_a_prompt_is_kept_as_text_and_as_one_user_message(tmp_path):
@@ -84,37 +85,37 @@ def test_all_bad_rows_are_told_at_once_with_line_field_and_rule(tmp_path):
         '["not an object"]',
         {"answer": 1},
         {"prompt": "both", "messages": user("both")},
-        {"prompt": 3, "weight": -1},
+        {"prompt": 3, "loss": -1},
         {"messages": []},
         {"messages": user("x") + [{"role": "bot", "content": 5}]},
         {"messages": "text"},
         {"messages": user("q") + [{"role": "assistant", "content": "a"}]},
         {"messages": user(" ")},
-        '{"prompt": "x", "weight": NaN, "id": [1]}',
-        {"prompt": "", "weight": float("inf")},
+        '{"prompt": "x", "loss": NaN, "id": [1]}',
+        {"prompt": "", "loss": float("inf")},
         '{"prompt": "half \\ud800"}',
-        {"messages": [{"role": "user", "content": "x", "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
     ]
     path = write(tmp_path / "bad.jsonl", rows)
-    message = faults(path, field="tasks.heldout")
+    message = faults(path, field="tasks.heldout", weight="loss")
     assert message.startswith(f"tasks.heldout={path!r}: 18 faults in its rows")
     for expected in (
         ":2: line: is not valid JSON",
         ":3: row: must be an object",
-        ":4: messages: is missing; a row has messages or prompt",
+        ":4: messages: is missing, as is prompt; the row's fields are answer. tasks.map=",
         ":5: prompt: stands beside messages",
         ":6: prompt: must be a text, is a int",
-        ":6: weight: must be finite and at least 0, is -1",
+        ":6: loss: must be finite and at least 0 for tasks.weight, is -1",
         ":7: messages: must not be empty",
         ":8: messages[1].role: must be one of system,",
         ":8: messages[1].content: must be a text, is a int",
         ":9: messages: must be a list of messages, is a str",
         ":10: messages[1].role: the last must not be the assistant's",
         ":11: messages[0].content: the last must not be empty",
-        ":12: weight: must be finite and at least 0, is nan",
+        ":12: loss: must be finite and at least 0 for tasks.weight, is nan",
         ":12: id: must be a text or a whole number, is a list",
         ":13: prompt: must not be empty",
-        ":13: weight: must be finite and at least 0, is inf",
+        ":13: loss: must be finite and at least 0 for tasks.weight, is inf",
         ":14: prompt: holds half of a surrogate pair",
         ":15: messages[0].tool_calls: only the assistant",
     ):
@@ -133,7 +134,7 @@ def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n{"prompt": "\xe9"}\n')
     message = faults(path)
     assert f"{path}:2: line: is not UTF-8" in message
-    assert "1 faults" in message  # the mark at the file's start is none
+    assert "1 fault in" in message  # the mark at the file's start is none
 
 
 def test_a_source_without_rows_is_an_error_that_names_the_field(tmp_path):
@@ -173,10 +174,10 @@ def test_a_json_file_may_be_an_array_or_lines(tmp_path):
     assert loaded == tasks.load(lines) and loaded[1].data == {"record": {"y": 2}}
 
 
-def test_csv_and_parquet_files_and_directories_are_read_by_datasets(tmp_path):
+def test_csv_and_parquet_files_and_directories_are_read(tmp_path):
     import datasets
 
-    rows = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
     dataset = datasets.Dataset.from_list(rows)
     dataset.to_csv(str(tmp_path / "a.csv"))
     dataset.to_parquet(str(tmp_path / "a.parquet"))
@@ -191,7 +192,7 @@ def test_csv_and_parquet_files_and_directories_are_read_by_datasets(tmp_path):
         assert tasks.load(str(tmp_path / name)) == expected
     for name in ("parts", "folder"):
         assert tasks.load(str(tmp_path / name), split="test") == expected
-    assert "split 'train'" in faults(tmp_path / "parts")
+    assert "has no split 'train'; it has test. Set tasks.split" in faults(tmp_path / "parts")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:100])
     assert "torn.parquet': cannot be read" in faults(tmp_path / "torn.parquet")
 
@@ -210,7 +211,7 @@ def test_messages_from_parquet_lose_the_empty_keys_that_arrow_adds(tmp_path):
 
 def test_a_mapping_function_makes_rows_and_leaves_rows_out(tmp_path):
     code = (
-        "def rows(row):\n    n = row['n']\n"
+        "def rows(row):\n    n = int(row['n'])\n"
         "    return {'prompt': f'{6 / n}', 'n': n} if n < 3 else None\n"
     )
     (tmp_path / "maps.py").write_text(code)
@@ -221,7 +222,7 @@ def test_a_mapping_function_makes_rows_and_leaves_rows_out(tmp_path):
     bad = write(tmp_path / "bad.jsonl", [{"n": 1}, {"n": 0}, {"m": 0}])
     message = faults(bad, map=mapping)
     assert f"{bad}:2: map: {mapping} raised ZeroDivisionError: division by zero" in message
-    assert f"{bad}:3: map: {mapping} raised KeyError: 'n'" in message
+    assert f"{bad}:3: map: {mapping} raised KeyError: 'n' (the row's fields: m)" in message
     assert "left out all 1" in faults(write(tmp_path / "c.jsonl", [{"n": 3}]), map=mapping)
     assert faults(bad, map=f"{tmp_path}/nothing.py:rows").startswith("tasks.map=")
 

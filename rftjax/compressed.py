@@ -1,0 +1,55 @@
+"""Opens files that may be compressed, whatever their name says, and reads text in lines."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file for its bytes after decompression: gzip, Zstandard, bzip2 or xz by its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    if start.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, gzip.open(path))
+    if start.startswith(b"BZh"):
+        return cast(BinaryIO, bz2.open(path))
+    if start.startswith(b"\xfd7zXZ\0"):
+        return cast(BinaryIO, lzma.open(path))
+    if start.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow
+
+        return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(path, "zstd")))
+    return open(path, "rb")
+
+
+def head(path: str, count: int = 4096) -> bytes:
+    """Returns the first bytes after decompression."""
+    with open_file(path) as file:
+        return file.read(count)
+
+
+def lines(path: str) -> Iterator[tuple[int, str, str]]:
+    """Yields number, text with its line end, and what is wrong with it, of each line; a byte order mark is left out."""
+    utf16 = head(path, 2) in UTF16
+    with open_file(path) as file:
+        source = (
+            codecs.iterencode(io.TextIOWrapper(file, "utf-16", newline=""), "utf-8")
+            if utf16
+            else file
+        )
+        for number, line in enumerate(source, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield number, line.decode(), ""
+            except UnicodeDecodeError as error:
+                yield number, "", f"line: is not UTF-8 ({error})"
