@@ -109,7 +109,8 @@ _CHOICES = {
 _REQUIRED = {
     "model.path": "a directory in Hugging Face format, a .gguf file or a hub name",
     "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
-    "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory)",
+    "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory), or an environment "
+    "whose turn rewards are added up",
 }
 _CALLABLES = ("evaluator", "environment", "tasks.map", "eval.evaluator", "grpo.loss")
 _DATA_SUFFIXES = (
@@ -125,7 +126,7 @@ _DATA_SUFFIXES = (
     ".xz",
 )
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_TAKEN_NAMES = ("train", "heldout", "part")  # the other streams of rollouts/, and eval/part/NAME
+_TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, and eval/part/NAME
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -179,7 +180,7 @@ def _structure_problems(config: ConfigDict, values: Mapping[str, Any]) -> Iterat
 def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with single fields; of wrongly typed ones nothing is known."""
     for field, what in _REQUIRED.items():
-        if values.get(field) == "":
+        if values.get(field) == "" and not (field == "evaluator" and values.get("environment")):
             yield field, f"must be given: {what} (--config.{field}=... or in the spec)"
     for field, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -323,11 +324,12 @@ def _metric_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     prefixes = ["eval/"] * main + [f"eval/{heldout_set(text)[0]}/" for text in sets]
     names = ["reward", *(f"pass_at_{k}" for k in pass_k), "strict", "lenient"]
     known = [prefix + name for prefix in prefixes for name in names]
-    parts = tuple(f"{prefix}part/" for prefix in prefixes)
+    parts = tuple(f"{prefix}{kind}/" for prefix in prefixes for kind in ("part", "metric"))
     if metric not in known and not (metric.startswith(parts) and metric not in parts):
         yield (
             "checkpoint.best_metric",
-            f"must be a metric of a held-out set: {', '.join(known)} or {prefixes[0]}part/NAME",
+            f"must be a metric of a held-out set: {', '.join(known)}, {prefixes[0]}part/NAME or "
+            f"{prefixes[0]}metric/NAME",
         )
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 
 from rftjax.errors import UserError
-from rftjax.reports import commonest
+from rftjax.reports import commonest, mean_by_name
 from rftjax.rollout import Limits, Rollout
 from rftjax.scoring import Scorer
 from rftjax.types import Score, Task, Trajectory
@@ -55,7 +55,8 @@ def measure(
     `reward` (avg@k with k samples a task) is the mean reward, `pass_at_K`, for each K of `pass_k`, the chance that one
     of K samples has a reward of at least `pass_reward`, over the tasks with K valid samples. Where scores have parts,
     `strict` is the share of samples whose every part is at least `pass_reward`, `lenient` the mean of the mean part; a
-    sample without parts then counts with its reward as the only one. Each comes with a NAME_stderr.
+    sample without parts then counts with its reward as the only one. Each comes with a NAME_stderr. `part/NAME` and
+    `metric/NAME` are means over samples.
     """
     by_task: dict[int, list[Score]] = {}
     for trajectory in trajectories:
@@ -85,9 +86,11 @@ def measure(
         strict = [[float(min(one) >= pass_reward) for one in group] for group in parts]
         metrics |= _over_tasks("strict", strict)
         metrics |= _over_tasks("lenient", [[_mean(one) for one in group] for group in parts])
-    for name in sorted({name for score in scores for name in score.parts}):
-        metrics[f"part/{name}"] = _mean(s.parts[name] for s in scores if name in s.parts)
-    return metrics
+    return (
+        metrics
+        | mean_by_name("part/", [score.parts for score in scores])
+        | mean_by_name("metric/", [score.metrics for score in scores])
+    )
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

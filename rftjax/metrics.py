@@ -27,6 +27,7 @@ from rftjax.reports import (
     dropped,
     encode,
     is_valid,
+    mean_by_name,
     mean_tokens,
     reward_of,
     rollouts_markdown,
@@ -361,10 +362,9 @@ def rollout_metrics(
     }
     if len(groups) >= GROUPS:
         metrics |= {f"rollout/{name}": value for name, value in commonest(trajectories).items()}
-    parts = sorted({name for one in valid if one.score for name in one.score.parts})
-    for name in parts:
-        values = [one.score.parts[name] for one in valid if one.score and name in one.score.parts]
-        metrics[f"reward/part/{name}"] = float(np.mean(values))
+    scores = [one.score for one in valid if one.score]
+    metrics |= mean_by_name("reward/part/", [score.parts for score in scores])
+    metrics |= mean_by_name("metric/", [score.metrics for score in scores])
     right = [one for one in valid if reward_of(one) >= right_reward]
     wrong = [one for one in valid if reward_of(one) < right_reward]
     if rewards:

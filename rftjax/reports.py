@@ -6,7 +6,7 @@ import collections
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ def trajectory_record(step: int, trajectory: Trajectory, stream: str = "train") 
         ],
         "reward": score.reward if score else None,
         "parts": score.parts if score else {},
+        "metrics": score.metrics if score else {},
         "valid": bool(score and score.valid),
         "reason": score.reason if score else "",
         "finish_reason": trajectory.finish_reason,
@@ -123,6 +124,15 @@ def mean_tokens(trajectories: Sequence[Trajectory]) -> float:
     return sum(map(sampled_tokens, trajectories)) / len(trajectories)
 
 
+def mean_by_name(prefix: str, records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the mean of each name over the records that have it."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            values.setdefault(name, []).append(value)
+    return {prefix + name: math.fsum(found) / len(found) for name, found in sorted(values.items())}
+
+
 def to_json(value: Any) -> str:
     """One line of strict JSON: NaN becomes null, what JSON does not know becomes text."""
     try:
@@ -161,7 +171,14 @@ def _conversation(trajectory: Trajectory) -> str:
     facts = [
         f"reward **{score.reward:.3g}**" if score and score.valid else "**no valid reward**",
         f"advantage {trajectory.advantage:+.3g}",
-        *([f"{_one_line(name)} {part:.3g}" for name, part in score.parts.items()] if score else []),
+        *(
+            [
+                f"{_one_line(name)} {value:.3g}"
+                for name, value in [*score.parts.items(), *score.metrics.items()]
+            ]
+            if score
+            else []
+        ),
         f"finish {trajectory.finish_reason or 'unknown'}",
         f"{sampled_tokens(trajectory)} tokens",
     ]

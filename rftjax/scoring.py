@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import decimal
 import inspect
 import math
+import numbers
 import random
 import sys
 import zlib
@@ -132,15 +134,24 @@ def error_share(scores: list[Score]) -> float:
 
 
 def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]:
-    """Wraps an evaluator, in a worker process, so that it answers with a checked Score."""
+    """Wraps an evaluator, in a worker process, so that it answers with a checked Score.
+
+    A class whose objects can be called is made once, without arguments.
+    """
+    if inspect.isclass(evaluate):
+        evaluate = _made(evaluate)
     try:
-        inspect.signature(evaluate).bind("task", "trajectory")
+        names = [*inspect.signature(evaluate).bind("task", "trajectory").arguments]
     except TypeError as error:
         raise UserError(
             f"evaluator: must be callable as evaluate(task, trajectory), but {error}"
         ) from None
     except ValueError:  # no signature to be had
-        pass
+        names = []
+    if names == ["trajectory", "task"]:
+        raise UserError(
+            "evaluator: is called as evaluate(task, trajectory), but names its arguments the other way round"
+        )
 
     async def evaluate_async(seed: int, trajectory: Trajectory) -> Score:
         return as_score(await evaluate(trajectory.task, trajectory))
@@ -155,6 +166,24 @@ def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]
     return evaluate_sync
 
 
+def _made(evaluator: type) -> Callable[..., Any]:
+    if "__call__" not in dir(evaluator) or not any(
+        "__call__" in vars(one) for one in evaluator.__mro__
+    ):
+        raise UserError(
+            f"evaluator: {evaluator.__name__} is a class whose objects cannot be called; "
+            "give it __call__(self, task, trajectory), or name a function"
+        )
+    try:
+        inspect.signature(evaluator).bind()
+    except TypeError as error:
+        raise UserError(
+            f"evaluator: the class {evaluator.__name__} is made without arguments, but {error}; "
+            "give them defaults, or name an object of the class"
+        ) from None
+    return evaluator()
+
+
 async def _score_later(value: Any) -> Score:
     return as_score(await value)
 
@@ -167,18 +196,35 @@ def as_score(value: Any) -> Score:
         raise ValueError("Score.valid must be a bool and Score.reason a str")
     if not value.valid:
         return _invalid(value.reason or "the evaluator calls it invalid")
-    if not isinstance(value.parts, dict) or not all(isinstance(name, str) for name in value.parts):
-        raise ValueError("Score.parts must be a dict of names and numbers")
-    parts = {name: _number(part, f"Score.parts[{name!r}]") for name, part in value.parts.items()}
-    return Score(_number(value.reward, "Score.reward"), parts, True, value.reason)
+    fields = {"parts": value.parts, "metrics": value.metrics}
+    for field, found in fields.items():
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+            raise ValueError(f"Score.{field} must be a dict of names and numbers")
+    parts, metrics = (
+        {name: _number(one, f"Score.{field}[{name!r}]") for name, one in found.items()}
+        for field, found in fields.items()
+    )
+    return Score(_number(value.reward, "Score.reward"), parts, True, value.reason, metrics)
+
+
+# What is usually meant by a result that is no number.
+_WAYS_OUT = {
+    "NoneType": "return one on every path",
+    "dict": "return Score(reward, parts={...}, metrics={...})",
+    "tuple": "return Score(reward, parts={...}), or the reward alone",
+    "str": "convert it with float()",
+}
 
 
 def _number(value: Any, name: str) -> float:
     given = value
     if not isinstance(value, (bool, int, float)) and getattr(value, "ndim", None) == 0:
         value = value.item()  # a scalar of NumPy, JAX or PyTorch
-    if not isinstance(value, (bool, int, float)):
-        raise ValueError(f"{name} must be a number, not {type(given).__name__}")
+    if not isinstance(value, (numbers.Real, decimal.Decimal)):
+        kind = type(given).__name__
+        shape = f" of shape {tuple(given.shape)}" if hasattr(given, "shape") else ""
+        way_out = f"; {_WAYS_OUT[kind]}" if kind in _WAYS_OUT else ""
+        raise ValueError(f"{name} must be a number, not {kind}{shape}{way_out}")
     try:
         number = float(value)
     except OverflowError:

@@ -157,7 +157,14 @@ def test_held_out_sets_are_named_texts_and_their_faults_are_all_told(tmp_path, m
 
 @pytest.mark.parametrize(
     "metric",
-    ["eval/pass_at_4", "eval/ood/pass_at_2", "eval/ood/strict", "eval/lenient", "eval/part/a/b"],
+    [
+        "eval/pass_at_4",
+        "eval/ood/pass_at_2",
+        "eval/ood/strict",
+        "eval/lenient",
+        "eval/part/a/b",
+        "eval/metric/a",
+    ],
 )
 def test_the_best_metric_is_one_of_a_held_out_set(metric):
     config_lib.check(
@@ -193,6 +200,13 @@ def test_a_best_metric_that_no_evaluation_can_have_is_refused(metric):
     )
     assert f"checkpoint.best_metric={metric!r}: must be a metric of a held-out set: " in text
     assert "eval/reward, eval/pass_at_2, " in text and "eval/ood/strict, eval/ood/lenient" in text
+
+
+def test_an_evaluator_may_be_left_out_where_an_environment_gives_turn_rewards(tmp_path):
+    (tmp_path / "game.py").write_text("")
+    config_lib.check(complete(evaluator="", environment=f"{tmp_path}/game.py:Game"))
+    text = complaint(complete(evaluator=""))
+    assert "evaluator='': must be given" in text and "an environment whose turn rewards" in text
 
 
 def test_the_metric_of_the_main_set_is_refused_where_there_are_only_others():

@@ -114,6 +114,15 @@ def test_a_sample_without_parts_counts_with_its_reward_among_others_that_have_pa
     assert (metrics["strict"], metrics["lenient"], metrics["part/form"]) == (0.5, 0.5, 1.0)
 
 
+def test_numbers_that_are_only_recorded_change_no_share():
+    one = Score(1.0, {"form": 1.0}, metrics={"words": 12.0})
+    other = Score(0.0, {"form": 0.0}, metrics={"words": 3.0, "cost": 0.5})
+    metrics = measure(scored([one, other, Score(1.0, {"form": 1.0}), INVALID]))
+    assert (metrics["strict"], metrics["lenient"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+    assert (metrics["metric/words"], metrics["metric/cost"]) == (7.5, 0.5)
+    assert "strict" not in measure(scored([Score(1.0, metrics={"words": 12.0})]))
+
+
 def test_scores_without_parts_are_neither_strict_nor_lenient():
     assert not {"strict", "lenient"} & set(measure(scored([1, 0], [0, INVALID])))
 

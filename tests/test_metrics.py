@@ -160,7 +160,7 @@ def test_a_run_that_starts_over_before_its_first_checkpoint_shows_step_0_once(tm
 
 def test_rollouts_are_written_whole(tmp_path):
     recorder = make_recorder(tmp_path)
-    score = Score(0.5, {"format": 1.0}, reason="half")
+    score = Score(0.5, {"format": 1.0}, reason="half", metrics={"words": 3.0})
     one = make_trajectory(7, 3, score=score, advantage=-0.5, completion="ä \ud800 \u2028")
     broken = make_trajectory(7, 4, score=Score(math.nan, valid=False, reason="raised"))
     recorder.write(2, trajectories=[one, broken])
@@ -185,6 +185,7 @@ def test_rollouts_are_written_whole(tmp_path):
         ],
         "reward": 0.5,
         "parts": {"format": 1.0},
+        "metrics": {"words": 3.0},
         "valid": True,
         "reason": "half",
         "finish_reason": "stop",
@@ -426,3 +427,14 @@ def test_copies_of_right_and_of_short_answers_are_no_odd_ones_and_the_commonest_
     metrics = rollout_metrics(group)
     assert metrics["rollout/commonest_share"] == 0.4 and metrics["rollout/commonest_reward"] == 0.5
     assert metrics["rollout/duplicate_wrong_share"] == 0.0
+
+
+def test_numbers_that_an_evaluator_only_records_are_averaged_apart_from_parts():
+    rows = [
+        make_trajectory(score=Score(1.0, metrics={"words": 4.0, "cost": 2.0})),
+        make_trajectory(sample=1, score=Score(0.0, metrics={"words": 1.0})),
+        make_trajectory(sample=2, score=Score(0.0, valid=False, metrics={"words": 99.0})),
+    ]
+    metrics = rollout_metrics(rows)
+    assert (metrics["metric/words"], metrics["metric/cost"]) == (2.5, 2.0)
+    assert not any(name.startswith("reward/part/") for name in metrics)

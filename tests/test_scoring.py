@@ -11,7 +11,8 @@ from rftjax.scoring import EvaluatorError, Scorer, error_share
 from rftjax.types import Score, Task, Trajectory
 
 EVALUATOR = """
-import asyncio, os, random, subprocess, sys, time
+import asyncio, decimal, fractions, functools, os, random, subprocess, sys, time
+import numpy
 from rftjax.types import Score
 
 class Number:
@@ -26,6 +27,11 @@ VALUES = {
     "nan_score": Score(float("nan")), "text_score": Score("1"), "none_part": Score(1.0, {"a": None}),
     "nan_part": Score(1.0, {"a": float("nan")}), "list_parts": Score(1.0, [1.0]),
     "number_part_name": Score(1.0, {1: 1.0}), "none_valid": Score(1.0, valid=None),
+    "metrics": Score(1.0, {"form": 1}, metrics={"words": 12, "share": Number()}),
+    "nan_metric": Score(1.0, metrics={"a": float("nan")}), "list_metrics": Score(1.0, metrics=[1.0]),
+    "tuple": (1.0, {}), "dict": {"reward": 1.0}, "numpy": numpy.float32(0.25), "numpy_bool": numpy.True_,
+    "array": numpy.ones(1), "fraction": fractions.Fraction(1, 4), "decimal": decimal.Decimal("0.25"),
+    "complex": 1j,
     "invalid": Score(float("nan"), valid=False, reason="the judge was down"),
 }
 
@@ -73,6 +79,35 @@ def returns_coroutine(task, trajectory):
 
 def one_argument(trajectory):
     return 1.0
+
+def star(*args, **options):
+    return evaluate(*args)
+
+def more(task, trajectory, scale=1.0):
+    return evaluate(task, trajectory)
+
+def swapped(trajectory, task):
+    return 1.0
+
+def three(task, trajectory, scale):
+    return 1.0
+
+class Fine:
+    def __init__(self, value=0.5):
+        self.value = value
+    def __call__(self, task, trajectory):
+        return self.value
+
+class Needy(Fine):
+    def __init__(self, value):
+        self.value = value
+
+class Record:
+    pass
+
+part = functools.partial(three, scale=2.0)
+async_part = functools.partial(evaluate_async)
+method = Judge().__call__
 """
 
 
@@ -101,7 +136,17 @@ def score_of(scorer: Scorer, completion: str) -> Score:
 
 
 @pytest.mark.parametrize(
-    ("completion", "reward"), [("half", 0.5), ("one", 1.0), ("true", 1.0), ("scalar", 0.25)]
+    ("completion", "reward"),
+    [
+        ("half", 0.5),
+        ("one", 1.0),
+        ("true", 1.0),
+        ("scalar", 0.25),
+        ("numpy", 0.25),
+        ("numpy_bool", 1.0),
+        ("fraction", 0.25),
+        ("decimal", 0.25),
+    ],
 )
 def test_a_number_is_a_reward(scorer: Scorer, completion: str, reward: float):
     score = score_of(scorer, completion)
@@ -115,6 +160,31 @@ def test_a_score_keeps_its_parts_as_plain_numbers(scorer: Scorer):
     assert {type(part) for part in score.parts.values()} == {float}
 
 
+def test_a_score_keeps_numbers_that_are_only_recorded(scorer: Scorer):
+    score = score_of(scorer, "metrics")
+    assert (score.parts, score.metrics) == ({"form": 1.0}, {"words": 12.0, "share": 0.25})
+
+
+@pytest.mark.parametrize("name", ["star", "more", "part", "Fine", "async_part", "method"])
+def test_whatever_takes_task_and_trajectory_is_an_evaluator(user_file: Path, name: str):
+    with Scorer(f"{user_file}:{name}", workers=1) as scorer:
+        assert scorer.gather([trajectory("half")])[0].valid
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("swapped", "the other way round"),
+        ("three", "missing a required argument: 'scale'"),
+        ("Needy", "the class Needy is made without arguments, but missing a required argument"),
+        ("Record", "Record is a class whose objects cannot be called"),
+    ],
+)
+def test_what_does_not_is_refused_at_the_start(user_file: Path, name: str, fault: str):
+    with pytest.raises(ValueError, match=fault):
+        Scorer(f"{user_file}:{name}", workers=1)
+
+
 def test_an_evaluator_sees_task_and_trajectory(scorer: Scorer):
     (score,) = scorer.gather([trajectory("data", turn_rewards=[0.0, 0.0, 0.0])])
     assert score == Score(2.0 + 0 + 3)
@@ -123,7 +193,13 @@ def test_an_evaluator_sees_task_and_trajectory(scorer: Scorer):
 @pytest.mark.parametrize(
     ("completion", "reason"),
     [
-        ("none", "must be a number, not NoneType"),
+        ("none", "must be a number, not NoneType; return one on every path"),
+        ("tuple", "must be a number, not tuple; return Score(reward, parts={...})"),
+        ("dict", "must be a number, not dict; return Score(reward"),
+        ("array", "must be a number, not ndarray of shape (1,)"),
+        ("complex", "must be a number, not complex"),
+        ("nan_metric", "Score.metrics['a'] must be finite"),
+        ("list_metrics", "Score.metrics must be a dict"),
         ("text", "must be a number, not str"),
         ("list", "must be a number, not list"),
         ("class", "must be a number, not type"),
