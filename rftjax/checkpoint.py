@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rftjax.errors import UserError
+from rftjax.errors import NotFinite, UserError
 from rftjax.types import Params, TrainState
 
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
@@ -109,7 +109,8 @@ class Checkpoints:
         The arrays are copied off the devices (on CPU: held, so that JAX copies instead of reusing
         them) before it returns, so that the caller may donate them at once; the files are written
         in the background. `host` is anything that JSON can say (tuples come back as lists). Waits
-        for the save before it, and raises what went wrong there.
+        for the save before it, and raises what went wrong there. Raises NotFinite for a state with
+        numbers that are not finite.
         """
         _check_json(host)
         best = float(metrics.get(self.best_metric, math.nan))
@@ -118,13 +119,28 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return False
             trees = {
-                name: ocp.args.PyTreeSave(tree)
+                name: tree
                 for name, tree in _as_trees(state).items()
                 if jax.tree.leaves(tree) and name not in self.fixed
             }
-            args = ocp.args.Composite(**trees, host=ocp.args.JsonSave(dict(host)))
+            self._check_finite(step, trees)
+            items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+            args = ocp.args.Composite(**items, host=ocp.args.JsonSave(dict(host)))
             ranked = {self.best_metric: best} if math.isfinite(best) else None
             return self._manager.save(step, args=args, metrics=ranked, force=True)
+
+    def rank(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Adds the metric of an evaluation that came after the save; nothing where there is one, or no such step."""
+        best = float(metrics.get(self.best_metric, math.nan))
+        if not math.isfinite(best) or step not in self.steps() or not math.isnan(self.metric(step)):
+            return
+        with self._writing():
+            # Orbax keeps metrics as an item of that name, with a file of that name. A kill leaves what it cleans up.
+            partial = self.directory / f"{step}.metrics.orbax-checkpoint-tmp-0"
+            partial.mkdir(exist_ok=True)
+            (partial / "metrics").write_text(json.dumps({self.best_metric: best}))
+            partial.rename(self.directory / str(step) / "metrics")
+            self._manager.reload()
 
     def wait(self) -> None:
         """Returns when the save under way is whole on disk; raises what went wrong in it."""
@@ -201,6 +217,24 @@ class Checkpoints:
         with self._writing():
             for found in newer:
                 self._manager.delete(found)
+
+    def _check_finite(self, step: int, trees: Mapping[str, Any]) -> None:
+        """Raises NotFinite where a state holds numbers that are not finite, so that no good checkpoint goes for it."""
+        leaves = jax.tree_util.tree_flatten_with_path(trees)[0]
+        held = [
+            ("/".join(map(_key, path)), leaf)
+            for path, leaf in leaves
+            if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
+        ]
+        finite = jax.device_get(_all_finite([leaf for _, leaf in held]))
+        broken = [name for (name, _), good in zip(held, finite, strict=True) if not good]
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            raise NotFinite(
+                f"step {step} is not saved: {', '.join(broken[:3])}{more} hold numbers that are not finite. The same"
+                " command with a lower --config.optim.lr goes on from the last checkpoint,"
+                f" of step {max(self._manager.all_steps(), default=0)}"
+            )
 
     def _metadata(self, step: int, name: str) -> Any:
         """An item's structure with Orbax's array metadata as leaves; {} for an empty item."""
@@ -283,6 +317,11 @@ class Checkpoints:
             self._manager.reload()  # Orbax thinks that it deleted what this save was to replace
             for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)  # it holds space that is needed
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jax.numpy.isfinite(leaf).all() for leaf in leaves]
 
 
 def exists(directory: Path) -> bool:

@@ -59,7 +59,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
         "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
         "grpo.kl_refresh_steps grpo.dynamic_prompts "
-        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay",
+        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
+        "optim.max_nonfinite",
     ),
     (
         "must be at least 0, or -1 to choose by the device",

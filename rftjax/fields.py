@@ -128,6 +128,7 @@ def base_config() -> ConfigDict:
                 "beta2": 0.999,  # and of their squares
                 "eps": 1e-8,
                 "final_lr_share": 0.0,  # of lr, where the linear and the cosine schedule end
+                "max_nonfinite": 3,  # steps in a row without a finite gradient after which a run ends; 0: never
             },
             "lora": {
                 "rank": 0,  # 0: full fine-tuning

@@ -5,34 +5,71 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_S = 20.0  # for the step under way after SIGTERM or SIGHUP: schedulers kill 30 s later
+
 
 class Interruption:
-    """Notes SIGTERM and SIGINT, so that the step under way can end and be saved; a second one acts at once."""
+    """Notes SIGINT, SIGTERM and SIGHUP, so that the step under way can end and be saved.
+
+    A second one raises KeyboardInterrupt where the main thread is, as `GRACE_S` after a SIGTERM or SIGHUP do: those
+    come before a SIGKILL. Nothing is raised inside `hold`.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._urgent = False
+        self._holds = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._before[number] = signal.signal(number, self._note)
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._hurry)
         return self
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps a second signal waiting until the block has ended: an update or a save must not be cut."""
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+        if self._urgent and not self._holds:
+            self._raise()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received:
-            self._restore()
-            signal.raise_signal(number)
+            self._hurry(number, frame)
+            return
         self.received = True
         log.warning("%s: the step under way ends first", signal.Signals(number).name)
+        if number != signal.SIGINT:
+            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _hurry(self, number: int, frame: Any) -> None:
+        if not self._holds:
+            self._raise()
+        if not self._urgent:
+            log.warning("%s: what is being written ends first", signal.Signals(number).name)
+        self._urgent = True
+
+    def _raise(self) -> None:
+        self._urgent = False
+        raise KeyboardInterrupt
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

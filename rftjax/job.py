@@ -393,6 +393,12 @@ class Job:
         on = every > 0 and (step % every == 0 or step == self.config.steps)
         return bool(self.heldout) and on
 
+    def heldout_missing(self, step: int, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether this run evaluates held-out tasks and has not done so after this step."""
+        at_step = [name for line in lines if line["step"] == step for name in line]
+        evaluated = any(name.startswith("eval/") for name in at_step)
+        return bool(self.heldout) and self.config.eval.every > 0 and not evaluated
+
     def stop_reason(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """Returns why the run that has these metrics should end early, "" where it should not."""
         section, metric = self.config.eval, self.config.checkpoint.best_metric

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         modes.run(
             MODE.value, CONFIG.value, overrides, Path(WORKDIR.value).absolute(), STOP_AFTER.value
         )
-    except (UserError, OSError, FloatingPointError) as error:
+    except (UserError, OSError) as error:
         logging.debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -39,6 +39,7 @@ class Origin:
         section, settings = self.config.grpo, self.config.optim.to_dict()
         updates = section.updates_per_batch * section.minibatches
         settings["warmup_steps"] *= updates
+        del settings["max_nonfinite"]  # the loop's
         return optim.make_optimizer(steps=self.config.steps * updates, **settings)
 
     def state(self, checkpoints: Checkpoints, step: int) -> TrainState:

@@ -21,6 +21,8 @@ from rftjax.errors import UserError
 from rftjax.types import Score, Trajectory
 from rftjax.workers import WorkerError, Workers
 
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # advantages are float32, in which what is beyond is infinite
+
 
 class EvaluatorError(UserError):
     """More samples than allowed could not be scored; the caller saves before it lets this go up."""
@@ -231,6 +233,8 @@ def _number(value: Any, name: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, not {number}")
+    if abs(number) > FLOAT32_MAX:
+        raise ValueError(f"{name} must be finite in float32, not {number}")
     return number
 
 

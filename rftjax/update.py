@@ -249,7 +249,8 @@ def make_update(
     """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
 
     The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
-    does not change the gradient. `shardings` (a TrainState of them) is where the new state lies; `unroll`
+    does not change the gradient. Where the norm of the gradient is not finite the state stays as it was, and
+    `update/nonfinite_share` is 1. `shardings` (a TrainState of them) is where the new state lies; `unroll`
     runs the layers one by one instead of in a scan. `loss` and `term` are
     `grpo.policy_loss`'s, `settings` are `logprobs`'s.
     """
@@ -319,10 +320,15 @@ def make_update(
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
         grads, metrics_N = jax.lax.fori_loop(0, batch.micro_batches, one, (zeros, empty))
         grads = decoder.roll(config, grads) if unroll else grads
-        metrics = merging.merge_micro_batches(metrics_N) | {"grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm)
+        metrics = merging.merge_micro_batches(metrics_N)
+        metrics |= {"grad_norm": norm, "update/nonfinite_share": 1.0 - finite}
         changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, changes)
-        state = state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state)
-        return state, metrics
+        made = state.step + 1, trainable, opt_state
+        before = state.step, state.trainable, state.opt_state
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, before)
+        return state._replace(step=kept[0], trainable=kept[1], opt_state=kept[2]), metrics
 
     return update

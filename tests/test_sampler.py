@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rftjax import policy, sharding
+from rftjax.errors import NotFinite
 from rftjax.models import decoder
 from rftjax.models.decoder import FULL, Config, Rope
 from rftjax.models.distribution import draw, uniforms
@@ -345,7 +346,7 @@ def test_logits_that_are_not_numbers_are_an_error(params, temperature):
     broken = params | {"final_norm": {"scale": params["final_norm"]["scale"].at[0].set(jnp.nan)}}
     engine = new_engine(device.sampler_params(CONFIG, broken))
     open_all(engine, random_prompts(2), temperature=temperature)
-    with pytest.raises(FloatingPointError, match="not finite after .* tokens of conversation"):
+    with pytest.raises(NotFinite, match="not finite after .* tokens of conversation"):
         finish(engine)
 
 

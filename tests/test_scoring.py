@@ -23,6 +23,7 @@ class Number:
 VALUES = {
     "half": 0.5, "one": 1, "true": True, "scalar": Number(), "none": None, "nan": float("nan"),
     "inf": float("inf"), "text": "1.0", "list": [1.0], "huge": 10**400, "class": Score,
+    "large": 1e39, "large_part": Score(1.0, {"a": -1e39}), "largest": 3.4e38,
     "score": Score(0.75, {"format": 1, "answer": Number()}),
     "nan_score": Score(float("nan")), "text_score": Score("1"), "none_part": Score(1.0, {"a": None}),
     "nan_part": Score(1.0, {"a": float("nan")}), "list_parts": Score(1.0, [1.0]),
@@ -185,6 +186,10 @@ def test_what_does_not_is_refused_at_the_start(user_file: Path, name: str, fault
         Scorer(f"{user_file}:{name}", workers=1)
 
 
+def test_the_largest_rewards_that_float32_holds_are_valid(scorer: Scorer):
+    assert score_of(scorer, "largest") == Score(3.4e38)
+
+
 def test_an_evaluator_sees_task_and_trajectory(scorer: Scorer):
     (score,) = scorer.gather([trajectory("data", turn_rewards=[0.0, 0.0, 0.0])])
     assert score == Score(2.0 + 0 + 3)
@@ -206,6 +211,8 @@ def test_an_evaluator_sees_task_and_trajectory(scorer: Scorer):
         ("nan", "must be finite, not nan"),
         ("inf", "must be finite, not inf"),
         ("huge", "must be finite"),
+        ("large", "must be finite in float32, not 1e+39"),
+        ("large_part", "Score.parts['a'] must be finite in float32, not -1e+39"),
         ("nan_score", "Score.reward must be finite"),
         ("text_score", "Score.reward must be a number"),
         ("none_part", "Score.parts['a'] must be a number"),

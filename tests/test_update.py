@@ -8,7 +8,7 @@ import pytest
 from jax import export
 from jax.sharding import Mesh
 
-from rftjax import grpo, policy, sharding, update
+from rftjax import grpo, optim, policy, sharding, update
 from rftjax.batching import make_batch
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
@@ -332,6 +332,28 @@ def test_adapters_score_as_the_sampler_merges_them(params):
     plain_RM, _ = update.logprobs(CONFIG, base, None, pack)
     np.testing.assert_allclose(with_adapters_RM, merged_RM, atol=1e-5)
     assert np.abs(plain_RM - merged_RM).max() > 0.01
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e25])
+def test_an_update_whose_gradient_is_not_finite_leaves_the_state_as_it_was(params, broken):
+    made = trajectories(2, 4, 30, 60)
+    good = batch_of(made)
+    made[3].advantage = broken  # 1e25: finite, but the squares in Adam's second moment would not be
+    bad = batch_of(made)
+    optimizer = optim.make_optimizer(lr=1e-2, steps=4, clip=0.0, weight_decay=0.1)
+    apply = update.make_update(CONFIG, optimizer, LOSS, limit=CONFIG.vocab)
+    place = jax.tree.map(jnp.array, params)
+    state = TrainState(jnp.zeros((), jnp.int32), place, {}, optimizer.init(place))
+    # The third: moments that are not zero stay too.
+    for step, batch in enumerate((bad, good, bad)):
+        before = jax.device_get(state)
+        state, metrics = apply(state, batch)
+        skipped = batch is bad
+        assert float(metrics["update/nonfinite_share"]) == skipped
+        same = jax.tree.map(np.array_equal, before, jax.device_get(state))
+        assert all(jax.tree.leaves(same)) == skipped, step
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    assert int(state.step) == 1
 
 
 def test_equal_rewards_change_nothing(params):

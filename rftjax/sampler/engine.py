@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rftjax import sharding
 from rftjax.compilation import Program
-from rftjax.errors import UserError
+from rftjax.errors import NotFinite, UserError
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import Settings
 from rftjax.sampler import device
@@ -412,9 +412,10 @@ class Engine:
     ) -> SampledTurn | None:
         """Appends a row's new tokens to its conversation; returns the turn where it ended."""
         if not np.isfinite(logprobs_T).all():
-            raise FloatingPointError(
-                f"the model's logits are not finite after {len(c.tokens)} tokens of conversation {c.key};"
-                " the weights have diverged: lower optim.lr or go back to an earlier checkpoint"
+            raise NotFinite(
+                f"the model's logits are not finite after {len(c.tokens)} tokens of conversation {c.key}. Weights that"
+                " training made so are not saved: the same command with a lower --config.optim.lr goes on from the last"
+                " checkpoint. Where the base model does this, set model.dtype='float32' or give another model.path"
             )
         c.cached = len(c.tokens) - 1 + len(tokens_T)
         tokens = tokens_T.tolist()
