@@ -17,7 +17,7 @@ from rftjax import gguf, shards
 from rftjax.directories import locate, read_json, write_json
 from rftjax.errors import NotFinite, UserError
 from rftjax.exporting import NO_FACTS, replacing
-from rftjax.model_config import read_config, read_fields
+from rftjax.model_config import exported_fields, read_config, read_fields
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.decoder import Config
 from rftjax.models.names import Name
@@ -203,8 +203,7 @@ def save(
         raise UserError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
     with replacing(out, facts) as (work, target):
         _write_weights(work, config, params, np.dtype(dtype), max_shard_bytes)
-        kept = {key: value for key, value in fields.items() if key not in ("torch_dtype", "dtype")}
-        write_json(work / "config.json", kept | {"dtype": dtype})
+        write_json(work / "config.json", exported_fields(fields, config, dtype))
         write_json(work / "generation_config.json", generation or generation_fields(fields))
         if tokenizer is not None:
             _write_tokenizer(work, tokenizer)

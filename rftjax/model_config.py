@@ -171,3 +171,21 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
             f" num_key_value_heads={config.kv_heads}"
         )
     return config
+
+
+def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:
+    """Returns the config of an export, which transformers 4 and 5 read alike.
+
+    Version 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`, version 5 `dtype` and `rope_parameters`.
+    """
+    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = config.rope.kind
+    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}
+    scaling = {"rope_type": kind} | {k: v for k, v in scaling.items() if k != "rope_type"}
+    return fields | {
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if kind == "default" else scaling,
+        "rope_parameters": scaling | {"rope_theta": config.rope.theta},
+    }

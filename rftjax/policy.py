@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from rftjax import chat, hf, sharding, tokenizer, types, update
@@ -23,6 +24,10 @@ from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, Sampling
 from rftjax.types import Message, Pack, Params, Task, Trajectory
+
+_PROMPT_RULE = (
+    "must be a text, a list of messages ({'role': ..., 'content': ...}) or a list of token ids"
+)
 
 
 class Policy:
@@ -102,10 +107,11 @@ class Policy:
     @functools.cached_property
     def vocabulary(self) -> int:
         """Number of ids that the tokenizer knows; the model's rows beyond them are padding and never sampled."""
-        return min(len(self.tokenizer), self.config.vocab)
+        return min(tokenizer.vocabulary(self.tokenizer), self.config.vocab)
 
     def stop_tokens(self, extra: Sequence[str | int] = ()) -> tuple[int, ...]:
         """Returns the ids that end a turn: the model's own and `extra` ones, given as ids or as texts of one token."""
+        tokenizer.check_template(self.tokenizer, self.config.vocab, self.path)
         stops = list(tokenizer.stop_tokens(self.path, self.tokenizer))
         for stop in extra:
             ids = [stop] if isinstance(stop, int) else chat.encode_plain(self.tokenizer, stop)
@@ -119,20 +125,38 @@ class Policy:
             stops.append(ids[0])
         if not stops:
             raise UserError(
-                f"model.path={self.path}: neither the generation config nor the tokenizer names a stop token;"
-                " name one in sampler.stop"
+                f"model.path={self.path}: generation config, model config, tokenizer and chat template name no stop"
+                " token; name one in sampler.stop"
             )
         return tuple(dict.fromkeys(int(stop) for stop in stops))
 
     def logits(self, tokens: Any) -> jax.Array:
         """Returns float32 logits (B, T, V) of (B, T) token ids, without padding."""
-        tokens_BT = jnp.asarray(tokens, jnp.int32)
-        return _logits(self._portable, self.params, tokens_BT)
+        return _logits(self._portable, self.params, self._rows_of_ids(tokens))
 
-    def logprobs(self, tokens: Any, temperature: float = 1.0) -> jax.Array:
-        """Returns (B, T) log-probabilities: `[:, t]` scores token t given those before it, `[:, 0]` is 0."""
-        tokens_BT = jnp.asarray(tokens, jnp.int32)
-        return _logprobs(self._portable, self.params, tokens_BT, temperature)
+    def logprobs(
+        self, tokens: Any, temperature: float = 1.0, *, params: Params | None = None
+    ) -> jax.Array:
+        """Returns (B, T) log-probabilities: `[:, t]` scores token t given those before it, `[:, 0]` is 0.
+
+        `params` are others of the same shapes than the policy's own: the result is differentiable in them.
+        """
+        tokens_BT = self._rows_of_ids(tokens)
+        params = self.params if params is None else params
+        return _logprobs(self._portable, params, tokens_BT, temperature)
+
+    def _rows_of_ids(self, tokens: Any) -> jax.Array:
+        """Returns (B, T) ids, each with a row in the embedding; traced ones are taken as they are."""
+        if not isinstance(tokens, Tracer):
+            found = np.asarray(tokens)
+            if found.ndim != 2 or found.dtype.kind not in "iu":
+                raise UserError(
+                    f"tokens of shape {found.shape} and type {found.dtype}: must be (B, T) token ids, one list of ids"
+                    " a row and all of one length"
+                )
+            wrong = np.unique(found[(found < 0) | (found >= self.config.vocab)])
+            tokenizer.check_ids(wrong.tolist(), self.config.vocab, "tokens")
+        return jnp.asarray(tokens, jnp.int32)
 
     @property
     def _portable(self) -> Config:
@@ -141,7 +165,7 @@ class Policy:
 
     def sample(
         self,
-        prompts: Sequence[Sequence[Message]] | Sequence[Sequence[int]],
+        prompts: Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 256,
         samples: int = 1,
@@ -154,17 +178,20 @@ class Policy:
     ) -> list[Trajectory]:
         """Returns `samples` one-turn trajectories a prompt, in order.
 
-        A prompt is a list of messages or of token ids; ids need no tokenizer when `stop` is given (a sequence of ids,
-        possibly empty). Prompt i's sample j depends on nothing but (seed, i, j), the weights and the settings.
+        A prompt is a list of messages, a text (which no chat template goes around) or a list of token ids; one alone
+        may stand in place of the list. Ids need no tokenizer when `stop` is given (a sequence of ids, possibly empty).
+        Prompt i's sample j depends on nothing but (seed, i, j), the weights and the settings.
         """
         tasks, tokens = [], []
-        for index, prompt in enumerate(prompts):
-            messages, ids = self._read_prompt(prompt, index)
-            tasks.append(Task(str(index), messages))
+        for index, prompt in enumerate(_several(prompts)):
+            task, ids = self._read_prompt(prompt, index)
+            tasks.append(task)
             tokens.append(ids)
         given = [] if stop is None else [int(one) for one in stop if not isinstance(one, str)]
         plain = stop is not None and len(given) == len(stop)
         stops = tuple(given) if plain else self.stop_tokens(stop or ())
+        tokenizer.check_ids(stops, self.config.vocab, "stop")
+        words = self.tokenizer if tokenizer.exists(self.path) else None
         limit = 0 if plain else self.vocabulary
         engine = Engine(
             self.config,
@@ -189,8 +216,8 @@ class Policy:
                 sequence.extend(tokens[index])
                 sequence.extend(turn.tokens, turn.logprobs, 0)
                 messages = list(tasks[index].messages)
-                if messages:
-                    content = chat.decode(self.tokenizer, turn.tokens, stop_tokens=stops)
+                if words is not None:
+                    content = chat.decode(words, turn.tokens, stop_tokens=stops)
                     messages.append({"role": "assistant", "content": content})
                 results[turn.key] = Trajectory(
                     tasks[index],
@@ -203,14 +230,27 @@ class Policy:
                 )
         return [results[key] for key in sorted(results)]
 
-    def _read_prompt(self, prompt: Any, index: int) -> tuple[list[Message], list[int]]:
-        """Returns the messages (none where ids were given) and the ids of one prompt."""
-        if len(prompt) == 0:
-            raise UserError(f"prompt {index} is empty")
-        if isinstance(prompt[0], dict):
-            messages = [dict(message) for message in prompt]
-            return messages, chat.render(self.tokenizer, messages, generation_prompt=True)
-        return [], [int(token) for token in prompt]
+    def _read_prompt(self, prompt: Any, index: int) -> tuple[Task, list[int]]:
+        """Returns a task (without messages where a text or ids were given) and the ids of one prompt."""
+        if isinstance(prompt, str):
+            task = Task(str(index), [], prompt=prompt)
+            ids = chat.encode_plain(self.tokenizer, prompt)
+        elif not isinstance(prompt, Iterable):
+            raise UserError(f"prompt {index}: {_PROMPT_RULE}")
+        elif all(isinstance(message, Mapping) for message in prompt):
+            task = Task(str(index), [dict(message) for message in prompt])
+            ids = (
+                chat.render(self.tokenizer, task.messages, generation_prompt=True) if prompt else []
+            )
+        elif all(isinstance(token, int | np.integer) for token in prompt):
+            task, ids = Task(str(index), []), [int(token) for token in prompt]
+        else:
+            raise UserError(f"prompt {index}: {_PROMPT_RULE}")
+        if not ids:
+            raise UserError(f"prompt {index} is empty; give at least one token")
+        words = self.tokenizer if not isinstance(prompt, str) and task.messages else None
+        tokenizer.check_ids(ids, self.config.vocab, f"prompt {index}", words)
+        return task, ids
 
     def export(self, out: str | Path, *, dtype: str = "float32") -> Path:
         """Writes a Hugging Face directory: weights, configs and the tokenizer where there is one."""
@@ -258,6 +298,15 @@ def load(
     config = dataclasses.replace(model.config, attention=attention)
     params = read if lazy else read(masters)
     return Policy(path, config, params, model.fields, mesh, closed, masters)
+
+
+def _several(prompts: Any) -> list[Any]:
+    """Returns a list of prompts where one text, one conversation or one list of ids was given."""
+    if isinstance(prompts, str):
+        return [prompts]
+    found = list(prompts)
+    parts = (Mapping, int, np.integer)
+    return [found] if found and all(isinstance(part, parts) for part in found) else found
 
 
 def _rows(tokens_BT: jax.Array) -> Pack:

@@ -1,49 +1,32 @@
-"""Tokenizers of Hugging Face directories and GGUF files, with their chat templates."""
+"""Tokenizers of Hugging Face directories and GGUF files, with their chat templates and the tokens that end a turn."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rftjax import gguf, hf
+from rftjax import gguf, gguf_tokenizer, hf
+from rftjax.directories import check_content
 from rftjax.errors import UserError
 
-# How each `tokenizer.ggml.pre` splits text before byte-pair merges.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (GPT2,),
-    "llama-bpe": (WORDS.format(digits="{1,3}"),),
-    "qwen2": (WORDS.format(digits=""),),
-    "smollm": (r"\p{N}", GPT2),
-}
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-CONTROL, USER_DEFINED = 3, 4  # token types of the GGUF format
-SPECIAL = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+MARK = "6e0b9f4c21"  # stands for an assistant's content while the text behind it is looked up
+# Control tokens that end a turn or a message, which GGUF files have without a key that says so.
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 def load(path: str | os.PathLike[str]) -> Any:
     """Returns the fast tokenizer of a directory, hub name or GGUF file.
 
-    A tokenizer.json is taken as it is: the automatic class rebuilds some as another kind.
-    Raises ValueError where there is no tokenizer.
+    A tokenizer.json is taken as it is: the automatic class rebuilds some as another kind. Tokens that other files of
+    the directory add are added as transformers does. Raises UserError where there is no tokenizer.
     """
     found = hf.locate(path)
-    if found.suffix == ".gguf":
-        return from_gguf(gguf.read(found))
+    if _is_gguf(found):
+        built, settings = gguf_tokenizer.build(gguf.read(found))
+        return _fast(tokenizer_object=built, **settings)
     directory = found if found.is_dir() else found.parent
     if (directory / "tokenizer.json").exists():
         return _from_directory(directory)
@@ -64,24 +47,109 @@ def load(path: str | os.PathLike[str]) -> Any:
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether a model comes with a tokenizer: a directory of weights alone is a model too."""
     found = hf.locate(path)
-    if found.suffix == ".gguf":
+    if _is_gguf(found):
         return gguf.read(found).metadata("tokenizer.ggml.tokens") is not None
     directory = found if found.is_dir() else found.parent
     return any((directory / name).exists() for name in FILES)
 
 
+def vocabulary(tokenizer: Any) -> int:
+    """Returns the largest id plus one: the ids of some tokenizers have gaps, so `len` is less."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_ids(ids: Iterable[int], vocab: int, what: str, tokenizer: Any = None) -> None:
+    """Raises UserError where ids have no row in an embedding of `vocab` rows; `what` says where they come from."""
+    for index in ids:
+        if not 0 <= index < vocab:
+            token = (
+                tokenizer.convert_ids_to_tokens([index])[0] if tokenizer and index >= 0 else None
+            )
+            named = f"token {token!r} (id {index})" if token else f"id {index}"
+            raise UserError(
+                f"{what}: {named} is outside the model's embedding, vocab_size={vocab}; use the tokenizer files that"
+                " belong to these weights, or give the model a row for each token (transformers'"
+                " resize_token_embeddings)"
+            )
+
+
+def check_template(tokenizer: Any, vocab: int, path: str) -> None:
+    """Raises UserError where the chat template itself writes a token that the model has no row for."""
+    text = _rendered(tokenizer)
+    if text:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        check_ids(ids, vocab, f"model.path={path}: the chat template", tokenizer)
+
+
 def stop_tokens(path: str | os.PathLike[str], tokenizer: Any = None) -> tuple[int, ...]:
-    """Returns the ids that end a turn: the generation config's, the tokenizer's or the config's."""
+    """Returns the ids that end a turn: those of the generation config, model config, GGUF and tokenizer together.
+
+    With a tokenizer also the token that its chat template writes behind an assistant's turn. Raises UserError for an
+    id outside the embedding, naming file and field.
+    """
     found = hf.locate(path)
-    generation = found / "generation_config.json"
-    ids = hf.read_json(generation).get("eos_token_id") if generation.exists() else None
-    if ids is None and tokenizer is not None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        ids = hf.read_fields(found).get("eos_token_id")
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    fields = hf.read_fields(found)
+    sources: list[tuple[str, Any]] = []
+    if _is_gguf(found):
+        sources += _gguf_stops(gguf.read(found))
+    else:
+        directory = found if found.is_dir() else found.parent
+        generation = directory / "generation_config.json"
+        if generation.exists():
+            value = hf.read_json(generation).get("eos_token_id")
+            sources.append((f"{generation}: eos_token_id", value))
+        sources.append((f"{directory / 'config.json'}: eos_token_id", fields.get("eos_token_id")))
+    if tokenizer is not None:
+        name = f"{path}: the tokenizer's eos_token {tokenizer.eos_token!r}"
+        sources.append((name, tokenizer.eos_token_id))
+        sources.append((f"{path}: the end of a turn in the chat template", end_of_turn(tokenizer)))
+    stops: list[int] = []
+    for source, value in sources:
+        for index in value if isinstance(value, list) else [] if value is None else [value]:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise UserError(
+                    f"model.path={source}={value!r}: must be the id of a token or a list of ids; correct it there"
+                )
+            check_ids([index], fields["vocab_size"], f"model.path={source}")
+            stops.append(index)
+    return tuple(dict.fromkeys(stops))
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Returns the added token that the chat template writes behind an assistant's content, None without one."""
+    text = _rendered(tokenizer)
+    tail = text.rpartition(MARK)[2].lstrip() if MARK in text else ""
+    ids = tokenizer.encode(tail, add_special_tokens=False) if tail else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+
+
+def _rendered(tokenizer: Any) -> str:
+    """Returns a short conversation by the chat template, "" where there is none or it refuses."""
+    if not tokenizer.chat_template:
+        return ""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except (
+        Exception
+    ):  # a template raises what its author wrote; rows are rendered and judged one by one later
+        return ""
+
+
+def _gguf_stops(file: gguf.File) -> list[tuple[str, Any]]:
+    tokens = file.metadata("tokenizer.ggml.tokens") or []
+    types = file.metadata("tokenizer.ggml.token_type") or []
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    found = [(f"{file.path}: {key}", file.metadata(key)) for key in keys]
+    for token in TURN_ENDS:
+        index = tokens.index(token) if token in tokens else -1
+        if 0 <= index < len(types) and types[index] == gguf_tokenizer.CONTROL:
+            found.append((f"{file.path}: {token}", index))
+    return found
+
+
+def _is_gguf(found: Path) -> bool:
+    return found.suffix == ".gguf" and found.is_file()
 
 
 def _transformers() -> Any:
@@ -102,91 +170,38 @@ def _fast(**settings: Any) -> Any:
 
 
 def _from_directory(directory: Path) -> Any:
-    settings: dict[str, Any] = {}
-    if (directory / "tokenizer_config.json").exists():
-        found = hf.read_json(directory / "tokenizer_config.json")
-        for name in (*SPECIAL, "additional_special_tokens", "extra_special_tokens"):
-            if found.get(name):
-                settings[name] = _text(found[name])
-        for name in ("chat_template", "model_max_length", "padding_side"):
-            if found.get(name) is not None:
-                settings[name] = found[name]
-    if isinstance(settings.get("chat_template"), list):
-        templates = settings["chat_template"]
-        settings["chat_template"] = {item["name"]: item["template"] for item in templates}
-    if (directory / "chat_template.jinja").exists():
-        template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        settings["chat_template"] = template
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (directory / name).exists():
+            settings[name] = hf.read_json(directory / name)
+    check_content(directory / "tokenizer.json")
+    kind = _transformers().PreTrainedTokenizerFast
     try:
-        return _fast(tokenizer_file=str(directory / "tokenizer.json"), **settings)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UserError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from error
-
-
-def _text(token: Any) -> Any:
-    # tokenizer_config.json writes a special token as text or as the fields of an AddedToken.
-    if isinstance(token, list):
-        return [_text(item) for item in token]
-    if isinstance(token, dict) and "content" in token:
-        return token["content"]
-    return token
-
-
-def from_gguf(file: gguf.File) -> Any:
-    """Returns the tokenizer that a GGUF file's metadata describe; refuses kinds not implemented."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
-    kind = file.metadata("tokenizer.ggml.model")
-    pre = file.metadata("tokenizer.ggml.pre") or "default"
-    if kind != "gpt2" or pre not in SPLITS:
-        raise UserError(
-            f"model.path={file.path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not"
-            f" implemented; rftjax reads byte-pair tokenizers ('gpt2') with {', '.join(SPLITS)}"
+        tokenizer = kind.from_pretrained(
+            str(directory), clean_up_tokenization_spaces=False, local_files_only=True
         )
-    tokens = file.metadata("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata("tokenizer.ggml.merges")]
-    model = models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=merges,
-        ignore_merges=pre == "llama-bpe",
-    )
-    built = Tokenizer(model)
-    if pre == "qwen2":
-        from tokenizers import normalizers
-
-        built.normalizer = normalizers.NFC()
-    built.pre_tokenizer = _pre_tokenizer(pre)
-    built.decoder = decoders.ByteLevel()
-    types = file.metadata("tokenizer.ggml.token_type") or []
-    for token, token_type in zip(tokens, types, strict=False):
-        if token_type in (CONTROL, USER_DEFINED):
-            special = token_type == CONTROL
-            built.add_tokens([AddedToken(token, special=special, normalized=False)])
-    settings: dict[str, Any] = {}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        index = file.metadata(f"tokenizer.ggml.{theirs}_token_id")
-        if index is not None:
-            settings[f"{ours}_token"] = tokens[index]
-    if file.metadata("tokenizer.ggml.add_bos_token") and "bos_token" in settings:
-        bos = settings["bos_token"]
-        built.post_processor = _prepend(bos, file.metadata("tokenizer.ggml.bos_token_id"))
-    template = file.metadata("tokenizer.chat_template")
-    if template:
-        settings["chat_template"] = template
-    return _fast(tokenizer_object=built, **settings)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise UserError(
+            f"model.path={directory}: tokenizer.json and the files beside it make no tokenizer"
+            f" ({type(error).__name__}: {error}); download them again"
+        ) from error
+    _check_added(directory, settings, tokenizer)
+    return tokenizer
 
 
-def _pre_tokenizer(pre: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([*splits, byte_level])
-
-
-def _prepend(bos: str, index: int) -> Any:
-    from tokenizers import processors
-
-    return processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, index)]
-    )
+def _check_added(directory: Path, settings: dict[str, Any], tokenizer: Any) -> None:
+    """Raises UserError where a file that adds tokens gives one another id than tokenizer.json does."""
+    file = "tokenizer_config.json"
+    entries = settings.get(file, {}).get("added_tokens_decoder")
+    if entries is None:  # transformers reads the older file then, and only then
+        file = "added_tokens.json"
+        added = settings.get(file, {})
+    else:
+        added = {entry["content"]: int(index) for index, entry in entries.items()}
+    for token, index in added.items():
+        actual = tokenizer.backend_tokenizer.token_to_id(token)
+        if actual != index:
+            raise UserError(
+                f"model.path={directory}: {file} gives token {token!r} the id {index}, with tokenizer.json it has"
+                f" {actual}; use the files of one version of this tokenizer"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,26 @@ def finish(out: Any) -> None:
 def write_words(path: Path, pre: str, **settings: Any) -> Path:
     """Writes a GGUF file that holds a tokenizer and nothing else."""
     out = writer.GGUFWriter(path, "llama")
+    unused = [f"[PAD{index}]" for index in range(settings.get("unused", 0))]
+    tokens = settings.get("tokens", WORDS)
     out.add_tokenizer_model(settings.get("model", "gpt2"))
     out.add_tokenizer_pre(pre)
-    out.add_token_list(WORDS)
-    out.add_token_types([3, 3] + [1] * (len(WORDS) - 2))
-    out.add_token_merges(MERGES)
+    out.add_token_list(tokens + unused)
+    types = settings.get("types", [3, 3] + [1] * (len(tokens) - 2))
+    out.add_token_types(types + [5] * len(unused))
+    if (merges := settings.get("merges", MERGES)) is not None:
+        out.add_token_merges(merges)
     out.add_bos_token_id(1)
-    out.add_eos_token_id(0)
-    out.add_add_bos_token(settings.get("add_bos", False))
+    ids = {"eos": settings.get("eos", 0)} | settings.get("ids", {})
+    for name, index in ids.items():
+        out.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    if (add := settings.get("add_bos", False)) is not None:
+        out.add_add_bos_token(add)
+    if "add_eos" in settings:
+        out.add_add_eos_token(settings["add_eos"])
+    out.add_vocab_size(len(tokens + unused))
+    for key in ("embedding_length", "block_count", "feed_forward_length", "attention.head_count"):
+        out.add_uint32(f"llama.{key}", 4)
     out.add_chat_template("{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}")
     finish(out)
     return path
@@ -288,10 +301,111 @@ def test_control_tokens_are_special_and_the_template_is_kept(tmp_path: Path):
     assert words.apply_chat_template(messages, tokenize=False) == "<|start|>a<|end|>"
 
 
-@pytest.mark.parametrize(("model", "pre"), [("gpt2", "tekken"), ("llama", "default")])
-def test_tokenizers_that_are_not_implemented_are_refused(model: str, pre: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=f"'{model}' with pre-tokenizer '{pre}' is not"):
+@pytest.mark.parametrize(
+    ("model", "pre", "words"),
+    [
+        ("gpt2", "tekken", "pre='tekken' is not.*llama-bpe"),
+        ("bert", "default", "model='bert' is not"),
+    ],
+)
+def test_tokenizers_that_are_not_implemented_are_refused(model, pre, words, tmp_path: Path):
+    with pytest.raises(ValueError, match=f"model.path=.*tokenizer.ggml.{words}"):
         tokenizer.load(write_words(tmp_path / "m.gguf", pre, model=model))
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        *(("llama3", "llama-bpe"), ("llama-v3", "llama-bpe"), ("falcon3", "llama-bpe")),
+        *(("deepseek-r1-qwen", "qwen2"), ("megrez", "qwen2"), ("phi-2", "gpt-2")),
+        *(("starcoder", "smollm"), ("dbrx", "smaug-bpe")),
+    ],
+)
+def test_an_alias_of_a_pre_tokenizer_is_that_pre_tokenizer(alias: str, name: str, tmp_path: Path):
+    one, two = (write_words(tmp_path / f"{pre}.gguf", pre) for pre in (alias, name))
+    for text in ("ab 1234 12", " ab!! a\n\n  b", "it's  123"):
+        assert encode(one, text) == encode(two, text)
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "expected"),
+    [
+        *(("llama-bpe", None, True), ("llama-bpe", False, False), ("falcon3", None, True)),
+        *(("qwen2", None, False), ("qwen2", True, True), ("smaug-bpe", None, False)),
+    ],
+)
+def test_a_text_begins_with_bos_as_llama_cpp_decides(pre, said, expected, tmp_path: Path):
+    ids = tokenizer.load(write_words(tmp_path / "m.gguf", pre, add_bos=said)).encode("ab")
+    assert ids == [1] * expected + [WORDS.index("ab")]
+
+
+def test_end_and_beginning_of_sequence_are_added_where_the_file_says_so(tmp_path: Path):
+    path = write_words(tmp_path / "m.gguf", "llama-bpe", add_bos=None, add_eos=True)
+    assert tokenizer.load(path).encode("ab") == [1, WORDS.index("ab"), 0]
+
+
+def test_unused_tokens_at_the_end_are_padding_and_no_vocabulary(tmp_path: Path):
+    path = write_words(tmp_path / "m.gguf", "qwen2", unused=5)
+    words = tokenizer.load(path)
+    assert tokenizer.vocabulary(words) == len(WORDS)
+
+
+def test_stop_tokens_are_those_of_all_keys_and_of_the_template(tmp_path: Path):
+    add = {"eot": WORDS.index("ab"), "eom": WORDS.index("12")}
+    path = write_words(tmp_path / "m.gguf", "qwen2", eos=1, ids=add)
+    stops = tokenizer.stop_tokens(path, tokenizer.load(path))
+    assert stops == (1, WORDS.index("ab"), WORDS.index("12"), 0)
+
+
+@pytest.mark.parametrize("name", ["eos", "eot", "eom"])
+def test_a_stop_token_that_the_file_does_not_have_is_refused_by_its_key(name: str, tmp_path: Path):
+    path = write_words(tmp_path / "m.gguf", "qwen2", ids={name: 1000})
+    with pytest.raises(ValueError, match=rf"m\.gguf.*tokenizer\.ggml\.{name}_token_id"):
+        tokenizer.stop_tokens(path, tokenizer.load(path))
+
+
+def test_metadata_that_make_no_tokenizer_are_refused_by_key(tmp_path: Path):
+    for settings, words in (
+        ({"merges": None}, "no tokenizer.ggml.merges"),
+        ({"merges": ["a zz"]}, "make no tokenizer"),
+        ({"merges": ["ab"]}, "make no tokenizer"),
+        ({"tokens": [*WORDS[:-1], "a"]}, "has 'a' at 2 and"),
+        ({"types": [3, 3]}, "2 entries of tokenizer.ggml.token_type"),
+        ({"model": "llama"}, "tokenizer.ggml.scores are not there"),
+    ):
+        with pytest.raises(ValueError, match=rf"model\.path=.*m\.gguf: .*{words}"):
+            tokenizer.load(write_words(tmp_path / "m.gguf", "qwen2", **settings))
+
+
+@pytest.fixture
+def sentencepiece_file(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A file with the tokens, scores and types of a model that the sentencepiece package made."""
+    known = json.loads((DATA / "sentencepiece.json").read_text(encoding="utf-8"))
+    out = writer.GGUFWriter(tmp_path / "m.gguf", "llama")
+    out.add_tokenizer_model("llama")
+    out.add_token_list(known["pieces"])
+    out.add_token_scores(known["scores"])
+    out.add_token_types(known["types"])
+    finish(out)
+    return tmp_path / "m.gguf", known
+
+
+def test_a_sentencepiece_file_encodes_as_sentencepiece_does(sentencepiece_file):
+    path, known = sentencepiece_file
+    words = tokenizer.load(path)
+    for text, ids in zip(known["texts"], known["ids"], strict=True):
+        assert words.encode(text, add_special_tokens=False) == ids, text
+        assert words.encode(text) == [1, *ids]  # bos, unless the file says otherwise
+        assert words.decode(ids) == text
+    assert (words.bos_token, words.eos_token, words.unk_token) == ("<s>", "</s>", "<unk>")
+    assert words.encode("a</s>b", add_special_tokens=False)[-3:].count(2) == 1
+
+
+def test_an_exported_sentencepiece_tokenizer_is_the_same(sentencepiece_file, tmp_path: Path):
+    path, known = sentencepiece_file
+    tokenizer.load(path).save_pretrained(str(tmp_path / "out"))
+    again = tokenizer.load(tmp_path / "out")
+    assert [again.encode(text)[1:] for text in known["texts"]] == known["ids"]
 
 
 @needs_model

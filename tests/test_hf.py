@@ -341,16 +341,6 @@ def test_a_word_level_tokenizer_json_is_taken_as_it_is():
     assert (words.eos_token_id, words.pad_token_id) == (1, 0)
 
 
-def test_stop_tokens_come_from_the_generation_config_then_the_tokenizer(tmp_path: Path):
-    copy = Path(shutil.copytree(DATA / "tiny", tmp_path / "copy"))
-    words = tokenizer.load(copy)
-    (copy / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert tokenizer.stop_tokens(copy, words) == (7, 9)
-    (copy / "generation_config.json").unlink()
-    assert tokenizer.stop_tokens(copy, words) == (1,)
-    assert tokenizer.stop_tokens(edit(copy, eos_token_id=5)) == (5,)
-
-
 def test_a_directory_without_a_tokenizer_says_so(copy: Path):
     assert not tokenizer.exists(copy)
     assert tokenizer.exists(DATA / "tiny")

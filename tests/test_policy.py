@@ -9,6 +9,7 @@ import pytest
 
 import rftjax
 from rftjax import hf, sharding
+from rftjax.errors import UserError
 from rftjax.policy import Policy
 
 
@@ -143,6 +144,37 @@ def test_a_stop_is_one_known_token(model):
             ValueError, match="sampler.stop: .* a stop is exactly one of the 64 tokens"
         ):
             model.stop_tokens([wrong])
+
+
+def test_a_text_a_conversation_and_ids_alone_are_prompts_too(model):
+    limits = {"max_new_tokens": 4, "stop": []}
+    ids = [4, 8, 63]
+    (by_ids,) = model.sample([ids], **limits)
+    for prompts in (ids, np.asarray(ids), [np.asarray(ids)], "w1 w5 w60", ["w1 w5 w60"]):
+        (found,) = model.sample(prompts, **limits)
+        assert found.sequences[0].tokens == by_ids.sequences[0].tokens
+        assert found.completion == model.tokenizer.decode(by_ids.sequences[0].tokens[3:])
+        assert found.completion
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    chatty = Policy(model.path, model.config, model.params, model.fields)
+    chatty.tokenizer.chat_template = template
+    conversation = [{"role": "user", "content": "w1 w5"}, {"role": "user", "content": "w60"}]
+    for prompts in (conversation, [conversation]):
+        (found,) = chatty.sample(prompts, **limits)
+        assert found.sequences[0].tokens == by_ids.sequences[0].tokens
+        assert found.messages[:2] == conversation
+    for wrong in ([[1, "w1"]], [[conversation]], [5.0]):
+        with pytest.raises(UserError, match="prompt 0: must be a text, a list of messages"):
+            model.sample(wrong, **limits)
+
+
+def test_log_probabilities_of_other_parameters_have_a_gradient(model):
+    louder = jax.tree.map(lambda leaf: leaf * 1.1, model.params)
+    other = Policy(model.path, model.config, louder, model.fields)
+    found_BT = model.logprobs(TOKENS, params=louder)
+    np.testing.assert_allclose(found_BT, other.logprobs(TOKENS), atol=1e-6)
+    grads = jax.jit(jax.grad(lambda params: model.logprobs(TOKENS, params=params).mean()))(louder)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
 def test_an_empty_prompt_is_refused(model):

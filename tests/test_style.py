@@ -22,7 +22,7 @@ OWNERS = {
     "orbax": {"checkpoint"},
     "safetensors": {"shards"},
     "tensorboard": {"events"},
-    "tokenizers": {"tokenizer"},
+    "tokenizers": {"gguf_tokenizer"},
     "transformers": {"tokenizer"},
 }
 

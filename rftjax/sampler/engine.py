@@ -211,6 +211,12 @@ class Engine:
                 " fit (both must be at least 1); raise rollout.max_length or shorten the prompt"
             )
 
+        if outside := [index for index in tokens if not 0 <= index < self.config.vocab]:
+            raise UserError(
+                f"the prompt holds token id {outside[0]}, and the model's embedding has vocab_size={self.config.vocab}"
+                " rows; use the tokenizer files that belong to these weights"
+            )
+
     def close(self, key: Key) -> None:
         """Ends a conversation and frees its row."""
         conversation = self._open.pop(key)
