@@ -126,6 +126,7 @@ _DATA_SUFFIXES = (
     ".bz2",
     ".xz",
 )
+LOGGERS = ("wandb", "mlflow", "trackio")  # modules of rftjax.loggers
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, and eval/part/NAME
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -209,6 +210,10 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         names = values.get(field)
         if isinstance(names, tuple) and not all(isinstance(name, str) and name for name in names):
             yield field, 'must hold names of environment variables, as ("OPENAI_API_KEY",)'
+    for service in values["logging.to"] if isinstance(values.get("logging.to"), tuple) else ():
+        if service not in LOGGERS:
+            yield "logging.to", f"must hold names of {', '.join(LOGGERS)}, as ('wandb',)"
+            break
     for stop in values["sampler.stop"] if isinstance(values.get("sampler.stop"), tuple) else ():
         if isinstance(stop, bool) or not isinstance(stop, (str, int)) or stop == "":
             yield "sampler.stop", "must hold texts and token ids only"

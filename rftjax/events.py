@@ -11,7 +11,36 @@ from typing import Any
 
 import numpy as np
 
+from rftjax.fields import base_config, flatten
 from rftjax.reports import encode
+
+# TensorBoard opens on the group whose name comes first: what a run is for is shown there a second time.
+OVERVIEW = {"eval/reward": "_overview/heldout_reward", "reward/mean": "_overview/training_reward"}
+ALWAYS = (
+    "seed",
+    "steps",
+    "grpo.preset",
+    "optim.lr",
+    "batch.prompts",
+    "batch.group_size",
+    "lora.rank",
+)
+NEVER = ("alarms.", "logging.", "checkpoint.", "scoring.", "environments.")
+
+
+def hyperparameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """Returns the fields that tell runs apart: a few, and all that have another value than the general spec's."""
+    defaults = flatten(base_config())
+    found = {
+        field: value
+        for field, value in values.items()
+        if field in ALWAYS or (value != defaults.get(field) and not field.startswith(NEVER))
+    }
+    return {
+        field: value if isinstance(value, bool | int | float | str) else str(value)
+        for field, value in found.items()
+        if value is not None and value != ()
+    }
 
 
 class Events:
@@ -39,7 +68,30 @@ class Events:
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         make = self._summary_pb2.Summary.Value
-        self._write_values(step, [make(tag=tag, simple_value=x) for tag, x in metrics.items()])
+        first = {OVERVIEW[tag]: value for tag, value in metrics.items() if tag in OVERVIEW}
+        found = [make(tag=tag, simple_value=x) for tag, x in {**metrics, **first}.items()]
+        self._write_values(step, found)
+        self._file.flush()
+
+    def config(self, step: int, name: str, values: Mapping[str, Any]) -> None:
+        """Shows the fields of a run as a table in the text tab, and those that tell runs apart among the hparams.
+
+        `values` are the fields by path, `name` is the run's.
+        """
+        from tensorboard.plugins.hparams import summary_v2 as hparams
+
+        cell = {"|": "\\|", "\n": " "}
+        rows = [
+            f"| {field} | {str(value).translate(str.maketrans(cell))} |"
+            for field, value in sorted(values.items())
+        ]
+        self.text(step, "config", "\n".join(["| field | value |", "|---|---|", *rows]))
+        chosen = hyperparameters(values)
+        metrics = [hparams.Metric(tag, display_name=tag) for tag in OVERVIEW]
+        experiment = hparams.hparams_config_pb([hparams.HParam(field) for field in chosen], metrics)
+        session = hparams.hparams_pb(chosen, trial_id=name)
+        for summary in (experiment, session):
+            self._write(step=step, summary=summary)
         self._file.flush()
 
     def text(self, step: int, tag: str, markdown: str) -> None:

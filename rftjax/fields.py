@@ -168,7 +168,14 @@ def base_config() -> ConfigDict:
                 "truncated_rise": 0.2,  # of that share since the first steps
                 "same_answer_share": 0.5,  # of answers to all tasks that are one text, and wrong
             },
-            "logging": {"every": 1, "rollouts": 8, "histograms": True},  # rollouts in TensorBoard
+            "logging": {
+                "every": 1,
+                "rollouts": 8,  # in TensorBoard
+                "histograms": True,
+                "to": (),  # services beside TensorBoard: wandb, mlflow, trackio
+                "project": "rftjax",  # of these services
+                "name": "",  # of the run there; "": its workdir's
+            },
         }
     )
     return config.lock()

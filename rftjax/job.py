@@ -37,6 +37,7 @@ from rftjax.compilation import Compilations, Program, compiling
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
 from rftjax.learner import Learner
+from rftjax.loggers import open_loggers
 from rftjax.origin import Origin
 from rftjax.overlap import Sampling
 from rftjax.rollout import Limits, Rollout
@@ -439,13 +440,22 @@ class Job:
 
     def recorder(self, resume_step: int) -> metrics.Recorder:
         """Returns the recorder of the run's workdir."""
+        section = self.config.logging.to_dict()
+        fields = configs.flatten(self.config)
+        primary = jax.process_index() == 0
+        settings = {name: section.pop(name) for name in ("project", "name")}
+        loggers = (
+            open_loggers(section.pop("to"), self.workdir, fields, **settings) if primary else None
+        )
         return metrics.Recorder(
             self.workdir,
             steps=self.config.steps,
             resume_step=resume_step,
-            primary=jax.process_index() == 0,
+            primary=primary,
             alarms=functools.partial(alarms.find, **self.config.alarms),
-            **self.config.logging,
+            config=fields,
+            loggers=loggers,
+            **section,
         )
 
     def checkpoints(self, *, read_only: bool = False) -> Checkpoints:

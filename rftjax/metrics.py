@@ -21,6 +21,7 @@ import numpy as np
 
 from rftjax.errors import UserError
 from rftjax.events import Events
+from rftjax.loggers import Loggers
 from rftjax.reports import (
     by_draw,
     commonest,
@@ -55,7 +56,8 @@ class Recorder:
     run that wrote it went on past its last checkpoint. `every` is the number of steps between
     histograms and rollout texts in TensorBoard, `rollouts` the number of conversations in a text
     (0: none); metrics.jsonl and rollouts/ have every step whatever these say. `alarms` says of the
-    metrics' lines what is wrong at the last one, a sentence by name. A process that is not `primary`
+    metrics' lines what is wrong at the last one, a sentence by name. `config` has the run's fields by
+    path, for TensorBoard; `loggers` get every line as well. A process that is not `primary`
     keeps the timers and writes nothing.
     """
 
@@ -71,6 +73,8 @@ class Recorder:
         quiet: bool = False,
         primary: bool = True,
         alarms: Alarms = lambda lines: {},
+        config: Mapping[str, Any] = NO_TEXTS,
+        loggers: Loggers | None = None,
     ) -> None:
         if every < 1:
             raise UserError(f"logging.every={every}: a number of steps, at least 1")
@@ -78,6 +82,7 @@ class Recorder:
         self._every, self._rollouts, self._histograms = every, rollouts, histograms
         self._primary = primary
         self._alarms = alarms
+        self._loggers = loggers or Loggers({})
         self._metrics_path = self.workdir / "metrics.jsonl"
         self._pending: dict[int, dict[str, SupportsFloat]] = {}
         self._times_s: dict[str, float] = collections.defaultdict(float)
@@ -90,6 +95,8 @@ class Recorder:
                 self._lines = _cut_metrics(self._metrics_path, resume_step)
                 _cut_rollouts(self.workdir / "rollouts", resume_step)
                 self._events = Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
+                if config:
+                    self._events.config(resume_step, self.workdir.name, config)
         self._progress = Progress(steps, self._lines, quiet=quiet or not primary)
         self._step_began_s = time.monotonic()
 
@@ -172,6 +179,7 @@ class Recorder:
                 with open(self._metrics_path, "ab") as file:
                     file.write(encode(to_json(line)))
             self._events.scalars(step, metrics)
+            self._loggers.log(step, metrics)
             if alarms:
                 text = "\n".join(f"- **{name}**: {words}" for name, words in alarms.items())
                 self._events.text(step, "alarms", text)
@@ -196,6 +204,7 @@ class Recorder:
                 self.flush(step)
         finally:
             self._progress.close()
+            self._loggers.close()
             if self._primary:
                 with self._writing():
                     self._events.close()

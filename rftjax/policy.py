@@ -175,12 +175,14 @@ class Policy:
         seed: int = 0,
         stop: Sequence[str | int] | None = None,
         slots: int = 0,
+        first_draw: int = 0,
     ) -> list[Trajectory]:
         """Returns `samples` one-turn trajectories a prompt, in order.
 
         A prompt is a list of messages, a text (which no chat template goes around) or a list of token ids; one alone
         may stand in place of the list. Ids need no tokenizer when `stop` is given (a sequence of ids, possibly empty).
-        Prompt i's sample j depends on nothing but (seed, i, j), the weights and the settings.
+        Prompt i is draw `first_draw` + i; its sample j depends on nothing but (seed, draw, j), the weights and the
+        settings.
         """
         tasks, tokens = [], []
         for index, prompt in enumerate(_several(prompts)):
@@ -205,7 +207,7 @@ class Policy:
         engine.set_params(device.sampler_params(self.config, self.params, mesh=self.mesh))
         for index, ids in enumerate(tokens):
             for sample in range(samples):
-                sampling = Sampling((0, index, sample), temperature, top_p, top_k)
+                sampling = Sampling((0, first_draw + index, sample), temperature, top_p, top_k)
                 engine.open((index, sample), ids, max_new_tokens, sampling)
         results: dict[tuple[int, int], Trajectory] = {}
         while engine.busy:
@@ -221,7 +223,7 @@ class Policy:
                     messages.append({"role": "assistant", "content": content})
                 results[turn.key] = Trajectory(
                     tasks[index],
-                    index,
+                    first_draw + index,
                     sample,
                     messages,
                     [sequence],

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util import tensor_util
 
+from rftjax.loggers import Loggers
 from rftjax.metrics import Recorder, check_workdir, format_duration, rollout_metrics
 from rftjax.reports import rollouts_markdown
 from rftjax.types import Score, Sequence, Task, Trajectory
@@ -84,8 +86,11 @@ def test_one_object_a_step_with_the_names_that_tensorboard_has(tmp_path):
         "loss": pytest.approx(0.1),
         "eval/reward": 0.75,
     }
-    assert tags(tmp_path, "scalars") == ["eval/reward", "loss", "reward/mean", "time/step_s"]
-    assert scalars(tmp_path, "eval/reward") == {0: 0.25, 1: 0.75}
+    first_group = ["_overview/heldout_reward", "_overview/training_reward"]
+    named = ["eval/reward", "loss", "reward/mean", "time/step_s"]
+    assert tags(tmp_path, "scalars") == [*first_group, *named]
+    for tag in ("eval/reward", "_overview/heldout_reward"):
+        assert scalars(tmp_path, tag) == {0: 0.25, 1: 0.75}
 
 
 def test_flushing_the_last_step_again_adds_to_its_line(tmp_path):
@@ -438,3 +443,40 @@ def test_numbers_that_an_evaluator_only_records_are_averaged_apart_from_parts():
     metrics = rollout_metrics(rows)
     assert (metrics["metric/words"], metrics["metric/cost"]) == (2.5, 2.0)
     assert not any(name.startswith("reward/part/") for name in metrics)
+
+
+def test_tensorboard_shows_the_config_and_hparams_with_the_held_out_reward(tmp_path):
+    config = {"optim.lr": 1e-3, "seed": 3, "evaluator": "a|b:c", "eval.pass_k": (1, 4), "steps": 10}
+    recorder = make_recorder(tmp_path, config=config | {"logging.every": 2, "lora.path": ""})
+    recorder.write(1, {"eval/reward": 0.5})
+    recorder.close()
+    table = texts(tmp_path, "config")[0]
+    assert "| optim.lr | 0.001 |" in table and r"| evaluator | a\|b:c |" in table
+    events = accumulated(tmp_path)
+    metadata = {tag: events.SummaryMetadata(tag) for tag in tags(tmp_path, "hparams")}
+    experiment = hparams.parse_experiment_plugin_data(
+        metadata["_hparams_/experiment"].plugin_data.content
+    )
+    assert [one.name.tag for one in experiment.metric_infos] == ["eval/reward", "reward/mean"]
+    session = hparams.parse_session_start_info_plugin_data(
+        metadata["_hparams_/session_start_info"].plugin_data.content
+    )
+    assert session.group_name == tmp_path.name
+    assert set(session.hparams) == {"optim.lr", "seed", "evaluator", "eval.pass_k", "steps"}
+    assert session.hparams["optim.lr"].number_value == 1e-3
+    assert session.hparams["eval.pass_k"].string_value == "(1, 4)"
+
+
+def test_loggers_get_the_lines_and_are_closed_with_the_run(tmp_path):
+    lines = []
+
+    class Service:
+        log = staticmethod(lambda step, metrics: lines.append((step, metrics["loss"])))
+        close = staticmethod(lambda: lines.append("closed"))
+
+    recorder = make_recorder(tmp_path, loggers=Loggers({"own": Service}))
+    recorder.write(1, {"loss": 0.5})
+    recorder.flush(1)
+    recorder.write(2, {"loss": 0.25})
+    recorder.close()
+    assert lines == [(1, 0.5), (2, 0.25), "closed"]
