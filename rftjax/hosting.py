@@ -159,7 +159,7 @@ def as_messages(value: Any, name: str) -> list[Message]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        value = [{"role": "user", "content": value}]
     if not isinstance(value, (list, tuple)):
         raise UserError(f"{name} must be a list of messages, not {type(value).__name__}")
     for message in value:

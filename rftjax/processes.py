@@ -54,16 +54,18 @@ class Process:
 
     def send(self, number: int, body: bytes) -> None:
         """Sends a call."""
-        self._writer.write(wire.HEADER.pack(wire.CALL, number, len(body)) + body)
+        with contextlib.suppress(OSError, RuntimeError):  # one that ends says so to who reads
+            self._writer.write(wire.HEADER.pack(wire.CALL, number, len(body)) + body)
 
     def finish(self) -> None:
         """Lets the process end by itself, once it has answered what it has."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.write_eof()
 
-    def interrupt(self) -> None:
-        """Raises Overrun in the user's code."""
-        self._life_writer.write(wire.INTERRUPT)
+    def interrupt(self, number: int) -> None:
+        """Raises Overrun in the user's code where it runs this call, or as soon as it does."""
+        with contextlib.suppress(OSError, RuntimeError):  # it is being killed
+            self._life_writer.write(wire.INTERRUPT.pack(number))
 
     def kill(self) -> None:
         """Has the guardian kill the process and everything that it started."""
@@ -235,7 +237,12 @@ class Supply:
             assert self._template is not None
             process = await self._template.fork(self._show)
             self._processes.add(process)
-            return process
+        # Calls are sent when it is ready: its start takes nothing of their time.
+        try:
+            await asyncio.wait_for(process.read(), self._start_timeout_s)
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            process.kill()  # whoever sends it a call sees its end
+        return process
 
     async def end(self, process: Process, within_s: float = 0.0) -> None:
         """Ends a process and all that it started; it has `within_s` seconds to end by itself."""
@@ -284,6 +291,8 @@ class Supply:
         template.alone = about["alone"]
         if template.alone:
             await template.serve()
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await template.read()
             self.spare.append(template)
         else:
             self._template = template
@@ -319,7 +328,7 @@ async def _read(reader: asyncio.StreamReader) -> tuple[bytes, int, bytes]:
 def explain(status: int | None) -> str:
     """Says how a process ended."""
     if status is None:
-        return "ended with the process that it was forked from"
+        return "with the process that watches it"
     if status < 0:
         try:
             name = signal.Signals(-status).name

@@ -54,6 +54,8 @@ def trajectory_record(step: int, trajectory: Trajectory, stream: str = "train") 
         "error": trajectory.error,
         "advantage": trajectory.advantage,
         "turn_rewards": trajectory.turn_rewards,
+        "infos": trajectory.infos,
+        "state": trajectory.state,
     }
 
 

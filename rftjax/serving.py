@@ -16,6 +16,7 @@ import traceback
 from typing import Any
 
 from rftjax import wire
+from rftjax.errors import UserError
 from rftjax.resolve import resolve, traceback_text
 
 
@@ -107,25 +108,27 @@ def _is_concurrent(handler: Any) -> bool:
 
 def _serve_one_by_one(channel: Channel, handler: Any) -> None:
     loop = None
-    running = False
+    current = -2  # the number of the call that runs
 
     def interrupt(*_: object) -> None:
-        if running:
+        if current == _interrupted():
             raise Overrun
 
     signal.signal(signal.SIGUSR2, interrupt)
+    channel.write(wire.READY, 0, None)
     while (frame := channel.read()) is not None:
         number, body = frame
         kind, value = wire.VALUE, None
         try:
-            running = True
+            current = number
             try:
+                interrupt()  # it may be too late already
                 value = handler(*pickle.loads(body))
                 if inspect.isawaitable(value):  # a plain function that returns a coroutine
                     loop = loop or asyncio.new_event_loop()
                     value = loop.run_until_complete(_awaited(value))
             finally:
-                running = False
+                current = -2
         except Overrun:
             kind, value = wire.OVERRUN, None
         except BaseException as error:
@@ -157,6 +160,8 @@ async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
     async def run(number: int, body: bytes) -> None:
         work = asyncio.ensure_future(_call(handler, body))
         works[work] = number
+        if number == _interrupted():  # it is too late already
+            work.cancel()
         try:
             if not await in_time(work):
                 work.cancel()
@@ -199,12 +204,15 @@ async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
             time.sleep(min(0.2, timeout_s / 4))
 
     def interrupt(*_: object) -> None:
-        if asyncio.current_task(loop) in works:
+        current, number = asyncio.current_task(loop), _interrupted()
+        if current in works and works[current] == number:
             raise Overrun
-        for work in works:  # the loop is at rest
-            loop.call_soon_threadsafe(work.cancel)
+        for work in works:  # it waits
+            if works[work] == number:
+                loop.call_soon_threadsafe(work.cancel)
 
     signal.signal(signal.SIGUSR2, interrupt)
+    channel.write(wire.READY, 0, None)
     for thread in (listen, watch):
         threading.Thread(target=thread, daemon=True).start()
     await ended.wait()
@@ -229,6 +237,8 @@ def describe(error: BaseException) -> tuple[str, str]:
     ]
     where = f" ({os.path.basename(users[-1].filename)}:{users[-1].lineno})" if users else ""
     line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, UserError):  # a rule of this package, which the text names
+        line, where = text, ""
     details = ""
     with contextlib.suppress(Exception):  # an exception that cannot be printed
         details = traceback_text(error)[-4000:]
@@ -248,6 +258,13 @@ def _encodable(text: str) -> str:
 
 def _unsendable(value: Any, why: str) -> tuple[str, str]:
     return f"the result, of type {type(value).__name__}, {why[:300]}", ""
+
+
+interrupted: Any = None  # shared memory in which a guardian says which call is to end
+
+
+def _interrupted() -> int:
+    return wire.INTERRUPT.unpack(interrupted)[0] if interrupted is not None else -1
 
 
 withheld: dict[str, str] = {}  # names of environment variables, and the field that lets them in

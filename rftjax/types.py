@@ -91,7 +91,8 @@ class Trajectory:
     """One finished conversation: draw `draw` of the task stream, sample `sample` of that draw's group.
 
     `finish_reason` is stop (the model or the environment ended it), length (a token limit), turns (the turn limit) or
-    error (the environment failed; `error` says how). `score` and `advantage` are filled in after scoring.
+    error (the environment failed; `error` says how). `infos` holds the environment's `Turn.info`, one a turn; `state`
+    is what its `state()` said at the end. `score` and `advantage` are filled in after scoring.
     """
 
     task: Task
@@ -100,6 +101,8 @@ class Trajectory:
     messages: list[Message] = dataclasses.field(default_factory=list)
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     turn_rewards: list[float] = dataclasses.field(default_factory=list)
+    infos: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    state: Any = None
     finish_reason: str = ""
     error: str = ""
     score: Score | None = None

@@ -12,7 +12,7 @@ import time
 HEADER = struct.Struct("<cqQ")
 READY, FAILED, VALUE, ERROR, OVERRUN, BLOCKED, CALL = b"R", b"F", b"V", b"E", b"T", b"B", b"C"
 PRINTED, ENDED = b"P", b"X"  # what a guardian tells
-INTERRUPT = b"I"  # what a guardian is told
+INTERRUPT = struct.Struct("<q")  # what a guardian is told: the number of the call
 FORK, SERVE = b"F", b"S"  # what a template is told
 MAX_RESULT_BYTES = 64 * 2**20
 TAIL_BYTES = 2000  # of a worker's output, for the error of a crash

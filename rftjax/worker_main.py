@@ -17,6 +17,7 @@ import ctypes
 import faulthandler
 import gc
 import json
+import mmap
 import os
 import resource
 import select
@@ -125,6 +126,9 @@ def _split(life_fd: int, others: tuple[int, ...]) -> None:
     guardian = os.getpid()
     wake_read, wake_write = os.pipe()
     printed_read, printed_write = os.pipe()
+    # Shared with the guardian, which writes the number of a call here before it signals.
+    interrupted = mmap.mmap(-1, wire.INTERRUPT.size)
+    interrupted[:] = wire.INTERRUPT.pack(-1)
     os.set_blocking(wake_write, False)
     old_wakeup = signal.set_wakeup_fd(wake_write)
     old_handler = signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -136,7 +140,8 @@ def _split(life_fd: int, others: tuple[int, ...]) -> None:
             os.setpgid(pid, pid)
         for fd in (*others, printed_write):
             os.close(fd)
-        _guard(pid, life_fd, wake_read, printed_read)
+        _guard(pid, life_fd, wake_read, printed_read, interrupted)
+    serving.interrupted = interrupted
     signal.set_wakeup_fd(old_wakeup)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if old_handler is None else old_handler)
     os.setpgid(0, 0)
@@ -183,7 +188,9 @@ def _tell(life_fd: int, kind: bytes, number: int, body: bytes) -> None:
             frame = frame[os.write(life_fd, frame) :]
 
 
-def _guard(worker: int, life_fd: int, wake_fd: int, printed_fd: int) -> NoReturn:
+def _guard(
+    worker: int, life_fd: int, wake_fd: int, printed_fd: int, interrupted: mmap.mmap
+) -> NoReturn:
     """Outlives the worker by a moment, tells its exit status (negative: the signal that ended it) and ends."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -202,10 +209,10 @@ def _guard(worker: int, life_fd: int, wake_fd: int, printed_fd: int) -> NoReturn
                 alive, status = False, ended
         if alive and life_fd in readable:
             told = _read_life(life_fd)
-            if told == wire.INTERRUPT:
-                os.kill(worker, signal.SIGUSR2)
-            elif not told:
+            if not told:
                 break
+            interrupted[:] = told
+            os.kill(worker, signal.SIGUSR2)
     _kill_descendants(worker)
     give_up = time.monotonic() + 2.0
     while time.monotonic() < give_up:
@@ -225,7 +232,7 @@ def _guard(worker: int, life_fd: int, wake_fd: int, printed_fd: int) -> NoReturn
 
 def _read_life(life_fd: int) -> bytes:
     try:
-        return os.read(life_fd, 1)
+        return os.read(life_fd, wire.INTERRUPT.size)
     except ConnectionError:
         return b""
 

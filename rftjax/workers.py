@@ -35,7 +35,8 @@ from rftjax.processes import (
 )
 
 _CLOSED = "the workers were closed"
-_TRIES = 3  # of a call whose worker ended by no fault of its own
+_GRACE_S = 2.0  # for a call that was interrupted to end
+_TRIES = 3  # of a call in company, where its worker ends by no fault of its own
 
 
 class WorkerError(RuntimeError):
@@ -367,8 +368,8 @@ class Workers:
         worker.blamed = blamed
         if worker.session and blamed is not None:
             # An episode's environment is to be closed: the call is interrupted first.
-            process.interrupt()
-            self._loop.call_later(0.5, self._stop, worker, process, blamed)
+            process.interrupt(blamed.number)
+            self._loop.call_later(_GRACE_S, self._stop, worker, process, blamed)
         else:
             self._stop(worker, process, blamed)
 
@@ -393,11 +394,11 @@ class Workers:
             call.tries += 1
             if self._closed:
                 call.fail(WorkerError(_CLOSED, bystander=True))
-            elif worker.session or call.tries > _TRIES or not (innocent or len(calls) > 1):
+            elif worker.session or not (innocent or len(calls) > 1):
                 call.fail(WorkerError(worker.ended, details, bystander=innocent))
-            elif innocent:
+            elif innocent and call.tries < _TRIES:
                 self._waiting.appendleft(call)
-            else:  # one of them is at fault
+            else:  # one of them may be at fault, or it has bad company again and again
                 call.alone, call.session = True, f"alone {call.number}"
                 self._enqueue_in_session(call)
 

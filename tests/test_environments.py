@@ -63,10 +63,22 @@ class Counter:
         self.total += int(message["content"])
         return Turn([{"role": "user", "content": str(self.total)}], self.total > 9, 0.5)
 
+    def state(self):
+        return {"total": self.total, "pair": (1, 2)}
+
     def close(self):
         if self.path:
+            time.sleep(0.2)
             with open(self.path, "a") as file:
                 file.write(f"{self.total}\\n")
+
+class Stubborn(Counter):
+    def step(self, message):
+        while True:
+            try:
+                time.sleep(60)
+            except BaseException:
+                pass
 
 class AsyncCounter(Counter):
     async def reset(self):
@@ -80,6 +92,11 @@ class AsyncCounter(Counter):
 
     async def close(self):
         super().close()
+
+class Slow(Counter):
+    def reset(self):
+        time.sleep(0.2)
+        return "ready"
 
 class OnlyStep:
     def __init__(self, task, seed):
@@ -250,6 +267,69 @@ def test_reset_and_close_may_be_missing_and_a_result_may_be_awaitable(user_file:
         environments.close_episode(0)
 
 
+@pytest.mark.parametrize("name", ["Counter", "AsyncCounter", "factory"])
+def test_every_episode_is_closed_also_after_an_error_an_overrun_and_at_the_end(
+    user_file: Path, tmp_path: Path, name: str
+):
+    path = tmp_path / "closed"
+    with Environments(f"{user_file}:{name}", workers=1, timeout_s=0.5) as environments:
+        for seed in range(4):
+            environments.start(seed, task(path=str(path)), seed).result(10)
+        for seed, fault in ((0, "loop"), (1, "no number")):
+            with pytest.raises(WorkerError):
+                answer(environments, seed, fault)
+            environments.close_episode(seed)
+        running = environments.step(2, said("loop"))
+        # The others are still open here.
+    assert sorted(path.read_text().split()) == ["0", "1", "2", "3"]
+    assert running.exception(0) is not None
+
+
+def test_a_call_that_cannot_be_interrupted_is_stopped_within_its_limit(user_file: Path):
+    with Environments(f"{user_file}:Stubborn", workers=1, timeout_s=0.3) as environments:
+        for key in (0, 1):
+            environments.start(key, task(), 0).result(10)
+        for key in (0, 1):
+            with pytest.raises(WorkerError, match="overran the time limit"):
+                answer(environments, key, "1")
+            environments.close_episode(key)
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [("Counter", {"total": 3, "pair": [1, 2]}), ("factory", {"total": 3, "pair": [1, 2]})]
+    + [(name, None) for name in ("OnlyStep", "sync_tools", "reply")],
+)
+def test_the_end_state_is_read_before_the_episode_closes(
+    user_file: Path, tmp_path: Path, name: str, state: Any
+):
+    path = tmp_path / "closed"
+    with Environments(f"{user_file}:{name}", workers=1, timeout_s=5.0) as environments:
+        environments.start(0, task(path=str(path)), 1).result(10)
+        answer(environments, 0, "2")
+        assert environments.finish_episode(0).result(10) == state
+        environments.close_episode(0)
+    assert path.exists() == (state is not None)
+
+
+def test_a_queue_takes_nothing_of_a_calls_time(user_file: Path):
+    with Environments(f"{user_file}:Slow", workers=1, timeout_s=0.5) as environments:
+        starts = [environments.start(key, task(), key) for key in range(6)]
+        assert [start.result(10) for start in starts] == [user("ready")] * 6
+
+
+def test_a_few_bad_episodes_among_many_lose_only_themselves(user_file: Path):
+    faults = {3: "loop", 17: "exit", 40: "loop", 41: "exit"}
+    with Environments(f"{user_file}:Counter", workers=2, timeout_s=0.5) as environments:
+        starts = [environments.start(key, task(), key) for key in range(48)]
+        assert [start.result(30) for start in starts] == [
+            user(f"start at {key}") for key in range(48)
+        ]
+        turns = [environments.step(key, said(faults.get(key, "1"))) for key in range(48)]
+        failed = {key for key, turn in enumerate(turns) if turn.exception(30)}
+    assert failed == set(faults)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -265,6 +345,10 @@ def test_an_environment_that_cannot_be_called_is_refused_at_the_start(
         Environments(f"{user_file}:{name}", workers=1)
 
 
+CYCLE: dict[str, Any] = {}
+CYCLE["again"] = CYCLE
+
+
 def turn(**fields: Any) -> Turn:
     return Turn(user("x"), **fields)
 
@@ -276,7 +360,14 @@ def turn(**fields: Any) -> Turn:
         (turn(done=1), "Turn.done must be a bool"),
         (Turn(user("x"), reward=float("nan")), "Turn.reward must be a finite number"),
         (turn(reward=None), "Turn.reward must be a finite number"),
+        (turn(reward=1e39), "Turn.reward must be a finite number"),
         (turn(info=[]), "Turn.info must be a dict"),
+        (turn(info={"a": [object()]}), r"Turn.info\['a'\]\[0\] must be plain data .* not a object"),
+        (turn(info={"a": "x" * 300_000}), "bytes as JSON, more than the 262144 allowed"),
+        (turn(info=CYCLE), "nested more than 100 levels deep"),
+        ("half \ud83d", r"holds '\\ud83d', half of a character"),
+        ([{"role": "tool", "content": "x", "name": "\udfff"}], "half of a character"),
+        ([{"content": "x"}], "a str as 'role'"),
         (["hello"], "must hold dicts, not str"),
         ([{"role": 1, "content": "x"}], "a str as 'role'"),
         ([{"role": "user", "content": None}], "a str as 'content'"),

@@ -316,6 +316,19 @@ def test_a_death_among_async_calls_costs_only_the_call_at_fault(async_pool: Work
     assert [future.result(20) for future in others] == [0.1] * 5
 
 
+def test_bad_company_again_and_again_costs_an_asynchronous_call_nothing(
+    async_pool: Workers, tmp_path: Path
+):
+    guilty, innocent = [], []
+    for number in range(5):
+        guilty.append(async_pool.submit("block", str(tmp_path / f"{number}")))
+        innocent += [async_pool.submit("sleep", 0.2) for _ in range(2)]
+    for future in guilty:
+        with pytest.raises(WorkerError, match="overran the time limit"):
+            future.result(60)
+    assert [future.result(60) for future in innocent] == [0.2] * 10
+
+
 def test_a_session_stays_in_its_process_and_is_lost_with_it(user_file: Path):
     with Workers(f"{user_file}:act", 2, 0.5) as pool:
         pids = {name: pool.submit("pid", session=name).result(10) for name in ("a", "b")}
@@ -330,6 +343,98 @@ def test_a_session_stays_in_its_process_and_is_lost_with_it(user_file: Path):
         assert pool.submit("pid", session="b").result(10) == pids["b"]
         pool.end_session("a")
         assert pool.submit("pid", session="a").result(10) != pids["a"]
+
+
+def test_each_session_has_a_process_that_starts_as_the_import_left_it(tmp_path: Path):
+    path = tmp_path / "counted.py"
+    log = tmp_path / "imports"
+    path.write_text(
+        f"import os, random\nopen({str(log)!r}, 'a').write('x')\nseen = []\n"
+        "def act(value):\n    seen.append(value)\n    return seen, random.random()\n"
+    )
+    with Workers(f"{path}:act", 1, 5.0) as pool:
+        path.write_text(
+            "this is no longer Python"
+        )  # a run goes on with the code that it began with
+        answers = [pool.submit(n, session=str(n)).result(10) for n in range(3)]
+    assert [seen for seen, _ in answers] == [[0], [1], [2]]
+    assert len({drawn for _, drawn in answers}) == 3
+    assert log.read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "at_import",
+    [
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+        "import socket\nsocket.socketpair()[0].detach()",
+        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])",
+        "file = open(__file__)",
+    ],
+)
+def test_code_that_a_fork_would_break_is_imported_by_each_process(tmp_path: Path, at_import: str):
+    path, log = tmp_path / "threads.py", tmp_path / "imports"
+    path.write_text(
+        f"import os, time\nopen({str(log)!r}, 'a').write('x')\n{at_import}\n"
+        "def act(what):\n"
+        "    if what == 'exit': os._exit(3)\n"
+        "    return os.getpid()\n"
+    )
+    with Workers(f"{path}:act", 1, 5.0) as pool:
+        a, b = (pool.submit("pid", session=name).result(20) for name in "ab")
+        assert a != b
+        with pytest.raises(WorkerError, match="exit status 3"):
+            pool.submit("exit", session="a").result(20)
+        assert pool.submit("pid", session="b", last=True).result(20) == b
+        assert (
+            pool.submit("pid", session="c").result(20) == b
+        )  # costly to start, so it is used again
+    assert log.read_text() == "xx"
+
+
+def test_a_crash_says_what_was_printed_last(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    path = tmp_path / "loud.py"
+    path.write_text(
+        "import os, subprocess\n"
+        "def act():\n"
+        "    print('to stdout')\n"
+        "    subprocess.run(['echo', 'of a child'])\n"
+        "    os.write(2, b'no licence found\\n')\n"
+        "    os._exit(9)\n"
+    )
+    with (
+        Workers(f"{path}:act", 1, 5.0, field="evaluator") as pool,
+        pytest.raises(
+            WorkerError, match="exit status 9.*it last printed: no licence found"
+        ) as caught,
+    ):
+        pool.submit().result(10)
+    assert "of a child" in caught.value.details
+    shown = capfd.readouterr().err
+    for line in ("to stdout", "of a child", "no licence found"):
+        assert f"[evaluator] {line}\n" in shown
+
+
+def test_an_exception_without_a_text_is_an_error_of_the_call(tmp_path: Path):
+    path = tmp_path / "mute.py"
+    path.write_text(
+        "class Mute(Exception):\n    def __str__(self): raise ValueError\ndef act(): raise Mute\n"
+    )
+    with Workers(f"{path}:act", 1, 5.0) as pool, pytest.raises(WorkerError, match="^Mute: "):
+        pool.submit().result(10)
+
+
+def test_an_asynchronous_call_does_not_pay_for_one_that_holds_the_loop(tmp_path: Path):
+    path = tmp_path / "holding.py"
+    path.write_text(
+        "import asyncio, time\n"
+        "async def act(what):\n"
+        "    if what == 'hold':\n        await asyncio.sleep(0.1)\n        time.sleep(0.6)\n"
+        "    await asyncio.sleep(0.4)\n"
+        "    return what\n"
+    )
+    with Workers(f"{path}:act", 1, 0.8) as pool:
+        futures = [pool.submit(what) for what in ("hold", "a", "b")]
+        assert [future.result(10) for future in futures] == ["hold", "a", "b"]
 
 
 def test_code_that_no_longer_imports_fails_calls_instead_of_hanging(tmp_path: Path):
