@@ -130,18 +130,28 @@ class Environments:
         if isinstance(error, WorkerError) and not error.bystander:
             _log.warning("an environment's close() failed: %s", error)
 
+    @property
+    def bystanders(self) -> int:
+        """Calls that another's fault has stopped so far."""
+        return self._workers.bystanders if self._workers else 0
+
     def close(self) -> None:
         """Closes every episode that is open, waits for that within the time limit, and ends the processes."""
         if self._workers is None:
             return
+        try:
+            self._close_all()
+        finally:
+            self._workers.close()
+
+    def _close_all(self) -> None:
         for key in list(self._open):
             _, session = self._open.pop(key)
             if session:
                 self._close(session, urgent=True)
         # Twice: the last episodes may tell their end state first. An interrupted call needs a moment, too.
         for _ in range(2):
-            concurrent.futures.wait(list(self._closing), timeout=self._timeout_s + 2.0)
-        self._workers.close()
+            concurrent.futures.wait(list(self._closing), timeout=self._timeout_s + 4.0)
 
     def __enter__(self) -> Environments:
         return self

@@ -386,6 +386,8 @@ class Job:
             counters = self.rollout.engine.counters
             metrics["throughput/evicted_rows"] = float(counters.evicted_rows)
             counters.evicted_rows = 0
+            metrics["environment/bystanders"] = float(self.environments.bystanders)
+        metrics["evaluator/bystanders"] = float(self.scorer.bystanders)
         return metrics
 
     def heldout_due(self, step: int) -> bool:

@@ -118,6 +118,11 @@ class Scorer:
             lines += ["The first of them in full:", details]
         raise EvaluatorError("\n".join(lines))
 
+    @property
+    def bystanders(self) -> int:
+        """Calls that another's fault has stopped so far; they ran again."""
+        return self._workers.bystanders if self._workers else 0
+
     def close(self) -> None:
         """Ends the worker processes."""
         if self._workers is not None:

@@ -133,6 +133,7 @@ class Workers:
             collections.deque()
         )  # sessions with calls to begin
         self._busy = 0  # calls of sessions that run
+        self.bystanders = 0  # calls that another's fault has stopped so far; most run again
         self._closed = False
         allow_open_files()
         self._loop = asyncio.new_event_loop()
@@ -390,6 +391,8 @@ class Workers:
             self._take(worker, call)
         details = "" if stopped else process.tail
         innocent = worker.cleared or (process.status is None and not stopped)
+        if not self._closed:
+            self.bystanders += len(calls) if innocent else max(0, len(calls) - 1)
         for call in calls:
             call.tries += 1
             if self._closed:

@@ -311,6 +311,7 @@ def test_a_blocked_event_loop_costs_only_the_call_that_blocks_it(
 
 def test_a_death_among_async_calls_costs_only_the_call_at_fault(async_pool: Workers):
     others = [async_pool.submit("sleep", 0.1) for _ in range(5)]
+    assert async_pool.bystanders == 0
     with pytest.raises(WorkerError, match="exit status 3"):
         async_pool.submit("exit").result(10)
     assert [future.result(20) for future in others] == [0.1] * 5
@@ -327,6 +328,7 @@ def test_bad_company_again_and_again_costs_an_asynchronous_call_nothing(
         with pytest.raises(WorkerError, match="overran the time limit"):
             future.result(60)
     assert [future.result(60) for future in innocent] == [0.2] * 10
+    assert async_pool.bystanders > 0
 
 
 def test_a_session_stays_in_its_process_and_is_lost_with_it(user_file: Path):
