@@ -113,7 +113,14 @@ _REQUIRED = {
     "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory), or an environment "
     "whose turn rewards are added up",
 }
-_CALLABLES = ("evaluator", "environment", "tasks.map", "eval.evaluator", "grpo.loss")
+_CALLABLES = (
+    "evaluator",
+    "environment",
+    "tasks.map",
+    "tasks.sampling",
+    "eval.evaluator",
+    "grpo.loss",
+)
 _DATA_SUFFIXES = (
     ".jsonl",
     ".ndjson",

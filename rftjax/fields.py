@@ -55,6 +55,7 @@ def base_config() -> ConfigDict:
                 "limit": 0,  # rows read; 0: all
                 "weight": "",  # field of a row that scales its part of the loss; "": all count alike
                 "temperature": "",  # field of a row with its own sampling temperature
+                "sampling": "",  # "file.py:name" of a curriculum or of weights; "": each task once an epoch
                 "allow_overlap": False,
             },
             "batch": {

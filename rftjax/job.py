@@ -356,9 +356,9 @@ class Job:
     def _programs(self, learner: Learner, stream: tasks.TaskStream) -> Iterator[Program]:
         yield from learner.programs(self.origin.outline)
         weights = self._weights(self.origin.outline).outline()
-        ahead = range(stream.draw, stream.draw + self.config.batch.prompts)
+        ahead = stream.upcoming(self.config.batch.prompts)
         tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
-        prompts = chat.prompts(tokenizer, [stream.task(draw) for draw in ahead], tools=tools)
+        prompts = chat.prompts(tokenizer, ahead, tools=tools)
         limits = self.limits()
         filtered = limits.top_p < 1 or limits.top_k > 0
         yield from self.rollout.engine.programs(

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from rftjax import chat, reasons, sharding, transcripts, update
+from rftjax.curriculum import task_stream
 from rftjax.errors import UserError
 from rftjax.evaluation import MAIN
 from rftjax.job import Job, resolve
 from rftjax.learner import has_variance, set_advantages
 from rftjax.metrics import rollout_metrics
 from rftjax.reports import by_draw, encode, reward_of, to_json, trajectory_record
-from rftjax.tasks import TaskStream
 from rftjax.types import Task, Trajectory
 
 # Prompts that `check` samples at once from the base model, of training and of each held-out set.
@@ -121,7 +121,7 @@ def _sample(parts: Job) -> list[Trajectory]:
     """Returns scored samples of the base model, of a few prompts or more until a group's rewards differ."""
     config, scorer = parts.config, parts.scorer
     parts.set_weights(parts.origin.start())
-    stream = TaskStream(parts.train_tasks, seed=config.seed)
+    stream = task_stream(parts.train_tasks, config.seed, config.tasks.sampling)
     trajectories: list[Trajectory] = []
     left = min(config.batch.prompts, len(parts.train_tasks))
     # A step's prompts at most: where rewards are rare, a few show no variance.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from rftjax import rows, sources
 from rftjax.errors import UserError
 from rftjax.resolve import resolve
 from rftjax.rows import digest
-from rftjax.types import Task
+from rftjax.types import Task, Trajectory
 
 SHOWN_BAD_ROWS = 20
 
@@ -210,6 +210,13 @@ class TaskStream:
         draws = range(self.draw, self.draw + count)
         self.draw += count
         return [(draw, self.task(draw)) for draw in draws]
+
+    def upcoming(self, count: int) -> list[Task]:
+        """Tasks of the next `count` draws, which stay the next ones."""
+        return [self.task(draw) for draw in range(self.draw, self.draw + count)]
+
+    def observe(self, trajectories: Iterable[Trajectory]) -> None:
+        """Hears how a step's trajectories were scored, on which this order does not depend."""
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here, as JSON-able values."""

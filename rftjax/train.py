@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from rftjax.curriculum import task_stream
 from rftjax.interruption import Interruption
 from rftjax.job import Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.saving import Saving, check_updates
-from rftjax.tasks import TaskStream
 from rftjax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
     Raises EvaluatorError where too many samples cannot be scored.
     """
     with Job.build(config, workdir) as job, Interruption() as interruption:
-        stream = TaskStream(job.train_tasks, seed=config.seed)
+        stream = task_stream(job.train_tasks, config.seed, config.tasks.sampling)
         learner = job.learner()
         checkpoints = job.checkpoints()
         start = step = checkpoints.latest_step() or 0
@@ -67,6 +67,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 pauses = job.heldout_due(step + 1) or checkpoints.due(step + 1)
                 with recorder.time("update"), interruption.hold():
                     step += 1
+                    stream.observe(trajectories)
                     ends = step == last or interruption.received
                     sampling.begin(state, last=ends or pauses)
                     batches, choice = learner.batch(state, trajectories, step)
