@@ -120,6 +120,7 @@ _CALLABLES = (
     "tasks.sampling",
     "eval.evaluator",
     "grpo.loss",
+    "hooks",
 )
 _DATA_SUFFIXES = (
     ".jsonl",
@@ -469,7 +470,7 @@ def merge_resume(stored: ConfigDict, given: ConfigDict, flags: Mapping[str, Any]
         for field, value in overridden.items():
             if field not in before or before[field] == value:
                 continue
-            if field == "steps" or field.startswith(_FREE_SECTIONS):
+            if field in ("steps", "hooks") or field.startswith(_FREE_SECTIONS):
                 assign(merged, field, value)
             else:
                 contradictions.append(
@@ -477,7 +478,7 @@ def merge_resume(stored: ConfigDict, given: ConfigDict, flags: Mapping[str, Any]
                     "leave the flag out to go on with it, or start in a new workdir"
                 )
     if contradictions:
-        allowed = ", ".join(["steps", *(f"{section}*" for section in _FREE_SECTIONS)])
+        allowed = ", ".join(["steps", "hooks", *(f"{section}*" for section in _FREE_SECTIONS)])
         raise UserError(
             "flags contradict the config.json of the run to resume, "
             f"where only {allowed} may change:\n  " + "\n  ".join(contradictions)

@@ -37,6 +37,7 @@ def base_config() -> ConfigDict:
             "steps": 100,
             "evaluator": "",  # "module:name" or "file.py:name"; required
             "environment": "",  # the same; "": the model answers once
+            "hooks": "",  # "file.py:name" of a function that sees every step; "": none
             "export": True,  # write a Hugging Face directory at the end
             "model": {
                 "path": "",  # directory, .gguf file or hub name; required

@@ -36,6 +36,7 @@ from rftjax.checkpoint import Checkpoints
 from rftjax.compilation import Compilations, Program, compiling
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
+from rftjax.hooks import Hook
 from rftjax.learner import Learner
 from rftjax.loggers import open_loggers
 from rftjax.origin import Origin
@@ -162,6 +163,7 @@ class Job:
     rollout: Rollout
     replicated: list[str]
     shortest_prompt: int  # tokens, of the training tasks
+    hook: Hook
     compilations: Compilations = dataclasses.field(default_factory=Compilations)
 
     @classmethod
@@ -183,6 +185,7 @@ class Job:
             mesh = sharding.make_mesh(**config.mesh)
             checks.check_attention(config)
             custom.check(config.grpo)
+            hook = Hook(config.hooks)
             model = policy.load(
                 config.model.path,
                 dtype=config.model.dtype,
@@ -225,6 +228,7 @@ class Job:
             rollout,
             replicated,
             shortest,
+            hook,
         )
 
     def close(self) -> None:

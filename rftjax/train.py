@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                     saving.finished(step, state, {"stream": sampling.position()})
                 metrics |= choice | rollout_metrics(trajectories) | job.counts()
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
+                recorder.write(step, job.hook(step, metrics, trajectories, state))
                 if job.heldout_due(step) and heldout_missing():
                     heldout()
                 recorder.flush(step)
