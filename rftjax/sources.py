@@ -126,8 +126,14 @@ def _read_function(source: str, split: str, field: str) -> Iterator[Read]:
     function = resolve(source, field=field)
     try:
         takes_split = "split" in inspect.signature(function).parameters
-        for number, value in enumerate(function(split=split) if takes_split else function()):
-            yield f"{source}[{number + 1}]", value, ""
+        rows = function(split=split) if takes_split else function()
+        if isinstance(rows, (dict, str, bytes)) or hasattr(rows, "columns"):
+            raise TypeError(
+                f"it must return rows, an iterable of dicts, and returned a {type(rows).__name__}"
+            )
+        arrow = type(rows).__module__.partition(".")[0] == "datasets"
+        for number, value in enumerate(rows, start=1):
+            yield f"{source}[{number}]", Padded(value) if arrow else value, ""
     except Exception as error:
         raise UserError(
             f"{field}={source!r}: the function raised {type(error).__name__}: {error}"
@@ -216,14 +222,18 @@ def _read_hub(source: str, split: str) -> Iterator[Read]:
 
 def _read_dataset(source: str, rows: Iterable[Any]) -> Iterator[Read]:
     for number, value in enumerate(rows, start=1):
-        yield f"{source}[{number}]", _unpadded(value), ""
+        yield f"{source}[{number}]", Padded(value), ""
 
 
-def _unpadded(value: Any) -> Any:
-    """The value without the keys of None that Arrow gives a record for the keys of others."""
+class Padded(dict):
+    """A row from Arrow, which gives every record the keys of all others with None."""
+
+
+def unpadded(value: Any) -> Any:
+    """Returns the value without the keys of None, at every depth."""
     if isinstance(value, dict):
-        return {key: _unpadded(one) for key, one in value.items() if one is not None}
-    return [_unpadded(one) for one in value] if isinstance(value, list) else value
+        return {key: unpadded(one) for key, one in value.items() if one is not None}
+    return [unpadded(one) for one in value] if isinstance(value, list) else value
 
 
 # ---- JSON

@@ -68,10 +68,12 @@ def read(
     seen = taken = 0
     for place, value, problem in sources.read(source, split, field):
         seen += 1
+        padded = isinstance(value, sources.Padded)
         if mapping and not problem:
             value, problem = rows.mapped(mapping, value, map)
             if value is None and not problem:
                 continue
+        value = sources.unpadded(value) if padded else value
         task, problems = (None, [problem]) if problem else checker.task(value)
         bad += [f"{place}: {one}" for one in problems]
         if task is not None:

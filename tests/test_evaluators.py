@@ -83,6 +83,22 @@ def test_exact_match_ignores_only_the_amount_of_white_space():
     assert reward(exact_match, "b", answer=["a", "b"]) == 1.0
 
 
+@pytest.mark.parametrize(
+    "completion", ["1420", "It is 420.", "4.42", "1,42", "42.5", "42nd", "x42"]
+)
+def test_contains_does_not_find_a_number_inside_another(completion):
+    assert reward(contains, completion, answer="42") == 0.0
+    assert reward(contains, f"{completion} and 42.", answer=42) == 1.0
+
+
+def test_contains_finds_words_beside_signs_and_in_scripts_without_spaces():
+    for completion in ("(Bonn)", "Bonn's", "bonn.", "x=Bonn", "**Bonn**", "Bonn-Beuel"):
+        assert reward(contains, completion, answer="Bonn") == 1.0
+    assert reward(contains, "Bonnet", answer="Bonn") == 0.0
+    assert reward(contains, "\u7b54\u6848\u662f\u4e1c\u4eac\u3002", answer="\u4e1c\u4eac") == 1.0
+    assert reward(contains, "C++ is it", answer="c++") == 1.0
+
+
 def test_contains_ignores_case_and_white_space():
     assert reward(contains, "It is new\nYORK, surely.", answer="New York") == 1.0
     assert reward(contains, "It is York.", answer="New York") == 0.0

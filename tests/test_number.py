@@ -17,6 +17,16 @@ def reward(module, completion, **data) -> float:
 
 
 RIGHT_NUMBERS = [
+    ("90^\\circ", "90"),
+    (90, r"\boxed{90^{\circ}}"),
+    ("12 000", "12000"),
+    (12000, "12 000 people"),
+    ("+5", "5"),
+    ("#### 10.00", "10"),
+    ("75\\%", "75%"),
+    (r"-\frac{1}{2}", r"$-\frac12$"),
+    ("3.14e-2", "0.0314"),
+    (72, "#### 72."),
     (7, "3 and 4 make 7."),
     ("1234.5", "so $1,234.50!"),
     ("-4", "the result is -4"),
@@ -95,6 +105,9 @@ RIGHT_NUMBERS = [
 ]
 
 WRONG_NUMBERS = [
+    ("12 000", "3 000"),
+    (12, "12 000"),
+    (0, "12 000"),
     (42, "1420"),
     (42, "The answer is 1420"),
     (42, "420"),
@@ -178,7 +191,6 @@ def test_number_takes_no_other_number_for_the_answer(answer, completion):
     [
         "12 cm^2",
         "10^{5}",
-        "12 000",
         "18:30",
         "(1, 2)",
         "2\\sqrt{3}",

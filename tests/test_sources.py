@@ -237,3 +237,31 @@ def test_keys_that_arrow_pads_with_null_are_dropped_at_every_depth(tmp_path):
         {"prompt": "b", "info": {"x": {"q": 2}, "y": "t"}, "list": [{"w": 2}], "more": 1},
     ]
     assert rows(tmp_path / "a.parquet") == padded
+
+
+def test_a_mapping_function_sees_every_column_of_a_dataset(tmp_path):
+    import datasets
+
+    given = [{"prompt": "a", "hint": None}, {"prompt": "b", "hint": "h"}]
+    datasets.Dataset.from_list(given).to_parquet(str(tmp_path / "a.parquet"))
+    (tmp_path / "maps.py").write_text(
+        "def add(row):\n    return {**row, 'hinted': row['hint'] is not None}\n"
+    )
+    found = rows(tmp_path / "a.parquet", map=f"{tmp_path}/maps.py:add")
+    assert found == [
+        {"prompt": "a", "hinted": False},
+        {"prompt": "b", "hint": "h", "hinted": True},
+    ]
+
+
+def test_a_function_may_return_a_dataset_and_nothing_that_is_one_row(tmp_path):
+    (tmp_path / "made.py").write_text(
+        "import datasets, pandas\n"
+        "def saved():\n"
+        "    return datasets.Dataset.from_list([{'prompt': 'a', 'x': None}, {'prompt': 'b', 'x': 1}])\n"
+        "def one():\n    return {'prompt': 'a'}\n"
+        "def frame():\n    return pandas.DataFrame({'prompt': ['a']})\n"
+    )
+    assert rows(f"{tmp_path}/made.py:saved") == [{"prompt": "a"}, {"prompt": "b", "x": 1}]
+    assert "iterable of dicts, and returned a dict" in faults(f"{tmp_path}/made.py:one")
+    assert "and returned a DataFrame" in faults(f"{tmp_path}/made.py:frame")

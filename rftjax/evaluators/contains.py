@@ -1,6 +1,12 @@
-"""Reward 1.0 for a completion that contains `answer`, apart from case and amount of white space."""
+"""Reward 1.0 for a completion that contains `answer` as words, apart from case and amount of white space.
+
+"1420", "42nd" and "4.42" do not contain "42". For final answers `number`, `math` and `choice` are better: what contains
+the answer may say others too.
+"""
 
 from __future__ import annotations
+
+import re
 
 from rftjax.types import Task, Trajectory
 
@@ -15,7 +21,14 @@ def evaluate(task: Task, trajectory: Trajectory) -> float:
             f"task {task.id!r}: field 'answer' is {answer!r}; contains needs a text, not empty"
         )
     text = _folded(trajectory.completion)
-    return float(any(one in text for one in wanted))
+    return float(any(_stands(one, text) for one in wanted))
+
+
+def _stands(words: str, text: str) -> bool:
+    """Whether the words stand in the text without a Latin letter or digit, or a number's point, next to them."""
+    before = r"(?<![a-z0-9])(?<![0-9][.,])" if re.match("[a-z0-9]", words) else ""
+    behind = r"(?![a-z0-9]|[.,][0-9])" if re.search(r"[a-z0-9]\Z", words) else ""
+    return re.search(before + re.escape(words) + behind, text) is not None
 
 
 def _folded(text: str) -> str:

@@ -48,7 +48,7 @@ _PAIR_BEFORE, _PAIR_BEHIND = re.compile(r"[(\[][^()\[\]]*[0-9]\s*,\s*$"), re.com
 _ANSWER = re.compile(
     r"(?i:answer\b(?: to (?:the|this|your)\b[^.\n:]{0,80}?)?[^\w\n]{0,6}(?:is|was|would be|should be|equals|[:=]))"
 )
-_UNIT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?|\^\\circ|\\circ")
+_UNIT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}(?:\^\{?[0-9]\}?)?|\u00b0")
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> Score:
@@ -116,7 +116,9 @@ def _plain(text: str) -> str:
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\([$%#])", r"\1", text)
     text = re.sub(r"\\times|\\cdot|[\u00d7\u00b7]", "*", text)
-    return re.sub(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))", ",", text)
+    text = re.sub(r"\^\{?\\circ\}?|\\circ", "\u00b0", text)
+    groups = r"(?<![\w.,])[0-9]{1,3}(?:[ \u00a0\u2009\u202f][0-9]{3})+(?![0-9/]|[.,][0-9]{4})"
+    return re.sub(groups, lambda found: re.sub(r"\s", ",", found[0]), text)
 
 
 def _boxed(text: str) -> str:
