@@ -25,28 +25,42 @@ from rftjax.types import Params
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
 PREFIX = "base_model.model."  # what peft puts before the names of a causal language model
-# Fields of an adapter_config.json with the values under which reading it is exact; None and empty ones always are.
-EXACT = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "use_dora": False,
-    "use_qalora": False,
+# Fields of an adapter_config.json that are read, and those that change nothing once an adapter is trained.
+READ = {"lora_alpha", "r", "use_rslora"}
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
 }
-EMPTY = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "layer_replication",
-    "layers_to_transform",
-    "megatron_config",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "velora_config",
+# Fields with the values under which reading an adapter is exact. Any other field must be empty: None, False, {} or [].
+EXACT = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM", None),
+}
+MERGE = (
+    "merge that adapter into its base with peft (merge_and_unload), and start from the merged model"
 )
+WAY_OUT = {
+    "init_lora_weights": (
+        "that start also changes the base's weights: let peft write the adapter as plain LoRA (save_pretrained with"
+        f" path_initial_model_for_weight_conversion), or {MERGE}"
+    ),
+    "peft_type": f"rftjax reads LORA; {MERGE}",
+}
 
 
 def parse_targets(targets: str) -> tuple[str, ...]:
@@ -111,7 +125,12 @@ def save_peft(
         raise NotFinite(
             f"tensor {broken[0]} holds numbers that are not finite, so nothing was exported; export an earlier step"
         )
-    fields = EXACT | {
+    fields = {
+        "peft_type": "LORA",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "init_lora_weights": True,
         "base_model_name_or_path": base or None,
         "inference_mode": True,
         "lora_alpha": alpha,
@@ -132,18 +151,18 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
 
     Raises ValueError for every setting whose effect is not implemented and for tensors that do not fit the model.
     """
-    path = Path(path)
-    fields = hf.read_json(path / "adapter_config.json")
-    wrong = [name for name, value in EXACT.items() if fields.get(name, value) != value]
-    wrong += [name for name in EMPTY if fields.get(name)]
-    if wrong:
-        raise UserError(
-            f"lora.path={path}: {wrong[0]}={fields[wrong[0]]!r} is not implemented; merge that adapter into its"
-            " base with peft, and start from the merged model"
-        )
+    path = Path(path).expanduser()
+    fields = hf.read_json(path / "adapter_config.json", "lora.path")
+    _check_fields(path, fields)
     rank = fields["r"]
     own = fields["lora_alpha"] / (math.sqrt(rank) if fields.get("use_rslora") else rank)
-    tensors = hf.read_safetensors(path / "adapter_model.safetensors")
+    file = path / "adapter_model.safetensors"
+    if not file.exists() and (path / "adapter_model.bin").exists():
+        raise UserError(
+            f"lora.path={path}: rftjax reads adapter_model.safetensors and not adapter_model.bin; load the adapter with"
+            " peft and write it again with save_pretrained"
+        )
+    tensors = hf.read_safetensors(file, "lora.path")
     tree: Params = {}
     for name in _kernels(config, TARGETS):
         names = {
@@ -169,6 +188,49 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
         unknown = sorted(tensors)[0] if tensors else "no adapter of a linear layer"
         raise UserError(f"lora.path={path}: {unknown} does not belong to a {config.family} model")
     return tree
+
+
+def _check_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Raises UserError for each setting of peft whose effect is not implemented."""
+    for name, value in fields.items():
+        if name in READ | HARMLESS:
+            continue
+        if name in EXACT:
+            exact = any(
+                value is one or (isinstance(one, str) and value == one) for one in EXACT[name]
+            )
+        else:
+            exact = value is None or value is False or value in ({}, [], "")
+        if not exact:
+            raise UserError(
+                f"lora.path={path}: adapter_config.json: {name}={value!r} is not implemented;"
+                f" {WAY_OUT.get(name, MERGE)}"
+            )
+    if "peft_type" not in fields:
+        raise UserError(
+            f"lora.path={path}: adapter_config.json has no peft_type; rftjax reads LORA"
+        )
+    rank, alpha = fields.get("r"), fields.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(
+            f"lora.path={path}: adapter_config.json: r={rank!r}: must be a rank of at least 1"
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
+        raise UserError(
+            f"lora.path={path}: adapter_config.json: lora_alpha={alpha!r}: must be a number above 0"
+        )
+
+
+def instead_of_adapter(path: Path) -> str:
+    """Returns what a path without adapter_config.json is, and what to give in its place."""
+    expected = "give a directory that peft wrote (adapter_config.json), or the workdir of a run with adapters"
+    if not path.exists():
+        return f"no such directory; {expected} (an adapter of the hub: hf download OWNER/NAME --local-dir DIR)"
+    if path.is_file():
+        return f"is a file; {expected}"
+    if (path / "config.json").exists():
+        return f"holds a whole model and no adapter, which model.path takes; {expected}"
+    return f"holds neither adapter_config.json nor a run's config.json and checkpoints; {expected}"
 
 
 def check_like(path: str, found: Params, wanted: Params) -> None:

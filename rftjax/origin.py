@@ -112,9 +112,7 @@ def load_adapters(path: str, model: Any, alpha: float) -> Params:
     if (folder / "adapter_config.json").exists():
         return lora.load_peft(folder, model, alpha=alpha)
     if not (folder / "config.json").exists() or not (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"lora.path={path}: holds neither adapter_config.json nor a run's config.json and checkpoints"
-        )
+        raise UserError(f"lora.path={path}: {lora.instead_of_adapter(folder)}")
     run: Any = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
     checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
     try:

@@ -9,7 +9,7 @@ import pytest
 
 import rftjax
 from rftjax import config as configs
-from rftjax import hf, job, lora, modes, policy, update
+from rftjax import hf, job, lora, modes, origin, policy, update
 from rftjax.models import decoder
 from rftjax.sampler import device
 
@@ -121,16 +121,24 @@ def test_a_peft_directory_comes_back_bit_for_bit(model, adapters, tmp_path):
 REFUSED = {
     "alora_invocation_tokens": [1],
     "alpha_pattern": {"q_proj": 3},
+    "arrow_config": {"top_k": 2},
     "bias": "all",
+    "corda_config": {"corda_method": "ipm"},
     "fan_in_fan_out": True,
+    "field_of_a_later_version": 1,
+    "init_lora_weights": "pissa",
+    "kasa_config": {"a": 1},
     "layer_replication": [[0, 1]],
-    "layers_to_transform": [1],
+    "layers_to_transform": 0,
+    "lora_alpha": "8",
     "lora_bias": True,
     "megatron_config": {"a": 1},
     "modules_to_save": ["lm_head"],
     "peft_type": "LOHA",
+    "r": 0,
     "rank_pattern": {"q_proj": 3},
     "target_parameters": ["x"],
+    "task_type": "SEQ_CLS",
     "trainable_token_indices": [3],
     "use_bdlora": True,
     "use_dora": True,
@@ -139,15 +147,72 @@ REFUSED = {
 }
 
 
+def edit(directory, **fields):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 @pytest.mark.parametrize(("field", "value"), REFUSED.items())
 def test_settings_of_peft_that_are_not_implemented_are_refused(
     model, adapters, tmp_path, field, value
 ):
-    lora.save_peft(tmp_path, model.config, adapters, alpha=8.0)
-    fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {field: value}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=field):
-        lora.load_peft(tmp_path, model.config, alpha=8.0)
+    lora.save_peft(tmp_path / "a", model.config, adapters, alpha=8.0)
+    edit(tmp_path / "a", **{field: value})
+    with pytest.raises(ValueError, match=f"lora.path=.*adapter_config.json: {field}="):
+        lora.load_peft(tmp_path / "a", model.config, alpha=8.0)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica"])
+def test_an_adapter_whose_start_changed_the_base_is_refused_with_the_way_out(
+    model, adapters, tmp_path, start
+):
+    lora.save_peft(tmp_path / "a", model.config, adapters, alpha=8.0)
+    edit(tmp_path / "a", init_lora_weights=start)
+    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
+        lora.load_peft(tmp_path / "a", model.config, alpha=8.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"init_lora_weights": start} for start in (False, "gaussian", "eva", "orthogonal")),
+        {"lora_dropout": 0.1, "revision": "main", "peft_version": "9.9", "loftq_config": {"a": 1}},
+        {"exclude_modules": ["lm_head"], "runtime_config": {"ephemeral_gpu_offload": False}},
+        {"field_of_a_later_version": None, "another": False, "third": {}},
+    ],
+)
+def test_settings_that_change_nothing_once_an_adapter_is_trained_are_accepted(
+    model, adapters, tmp_path, fields
+):
+    lora.save_peft(tmp_path / "a", model.config, adapters, alpha=8.0)
+    edit(tmp_path / "a", **fields)
+    read = lora.load_peft(tmp_path / "a", model.config, alpha=8.0)
+    jax.tree.map(np.testing.assert_array_equal, read, adapters)
+
+
+def test_messages_about_an_adapters_files_name_lora_path(model, adapters, tiny_dir, tmp_path):
+    folder = lora.save_peft(tmp_path / "a", model.config, adapters, alpha=8.0)
+    file = folder / "adapter_model.safetensors"
+    file.rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"^lora\.path=.*not adapter_model\.bin"):
+        lora.load_peft(folder, model.config, alpha=8.0)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"^lora\.path=.*adapter_model\.safetensors is missing"):
+        lora.load_peft(folder, model.config, alpha=8.0)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=r"^lora\.path=.*Git LFS pointer"):
+        lora.load_peft(folder, model.config, alpha=8.0)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^lora\.path=.*not readable as JSON"):
+        lora.load_peft(folder, model.config, alpha=8.0)
+    for path, words in (
+        (tiny_dir, "a whole model and no adapter, which model.path takes"),
+        (tiny_dir / "config.json", "is a file"),
+        (tmp_path / "nowhere", "no such directory"),
+        (tmp_path, "neither adapter_config.json nor"),
+    ):
+        with pytest.raises(ValueError, match=f"^lora.path=.*{words}.*give a directory that peft"):
+            origin.load_adapters(str(path), model.config, 8.0)
 
 
 def test_adapters_scaled_by_the_root_of_the_rank_keep_their_product(model, adapters, tmp_path):
