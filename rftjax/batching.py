@@ -60,14 +60,16 @@ def make_batch(
     mask_truncated: bool = False,
     lean: bool = False,
     temperature: float = 0.0,
+    longest: int = 0,
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
 
-    A packed row takes `pack_tokens` tokens, or as many as the longest sequence needs, and `pack_scored` of them may be
-    trained on (0: all; see `most_scored`); a micro-batch has `pack_rows` of them. Shapes depend on the settings alone
-    while no trajectory has several sequences and both hold the longest one. `mask_truncated` trains on nothing of a
-    trajectory that a token limit cut. `lean` leaves sequences of advantage 0 out of the packed rows, as those without
-    a token to train on always are: they still count in the loss's denominators, which are taken from `sampled_BT`.
+    A packed row takes `pack_tokens` tokens, or the first of `widths` that holds the longest sequence, and `pack_scored`
+    of `pack_tokens` may be trained on (0: all; see `most_scored`); a micro-batch has `pack_rows` of them. Shapes depend
+    on the settings and the width alone, while there are no more sequences than `rows`. `longest` is a length that the
+    width holds whatever the sequences are. `mask_truncated` trains on nothing of a trajectory that a token limit cut.
+    `lean` leaves sequences of advantage 0 out of the packed rows, as those without a token to train on always are: they
+    still count in the loss's denominators, which are taken from `sampled_BT`.
     `temperature` is that of tasks without one of their own; 0.0 where no task has any, and the batch then names none.
     """
     used: list[tuple[int, types.Sequence]] = []
@@ -95,9 +97,8 @@ def make_batch(
         sampler_logprobs_BT[index, :count] = sequence.logprobs
         advantages_B[index], weights_B[index] = advantages[index], weights[index]
     scored = sampled_BT.sum(axis=1).tolist()
-    longest = max((len(sequence.tokens) for _, sequence in used), default=1)
-    tokens = _at_least(pack_tokens, longest)
-    room = _Room(tokens, min(tokens, _at_least(pack_scored or tokens, max(scored))))
+    longest = max(longest, *(len(sequence.tokens) for _, sequence in used), 1)
+    room = _room(pack_tokens, pack_scored, max_length, _Room(longest, max(scored)))
     packed = [
         (draw, _Row(index, sequence, scored[index]))
         for index, (draw, sequence) in enumerate(used)
@@ -124,9 +125,26 @@ def most_scored(pack_tokens: int, *, prompt: int, sampled: int) -> int:
     return -(-pack_tokens * sampled // (prompt + sampled))
 
 
-def _at_least(setting: int, needed: int) -> int:
-    """Returns the setting where it holds what is needed, else that in multiples of 128: few shapes."""
-    return setting if needed <= setting else -(-needed // 128) * 128
+def widths(pack_tokens: int, max_length: int) -> list[int]:
+    """Returns the tokens that a packed row may have: doubled until a sequence of `max_length` fits, so that few shapes
+    serve all lengths."""
+    found = [pack_tokens]
+    while found[-1] < max_length:
+        found.append(min(2 * found[-1], -(-max_length // 128) * 128))
+    return found
+
+
+def _room(pack_tokens: int, pack_scored: int, max_length: int, needed: _Room) -> _Room:
+    """Returns the first of the few rooms of the settings that holds a sequence.
+
+    The scored share of all is that of `pack_tokens`, which holds any sequence with a prompt as `most_scored` was told;
+    another one gets a room where every token may be scored.
+    """
+    tokens = widths(pack_tokens, max_length)
+    scored = pack_scored or pack_tokens
+    rooms = [_Room(width, min(width, -(-width * scored // pack_tokens))) for width in tokens]
+    rooms.append(_Room(tokens[-1], tokens[-1]))
+    return next(room for room in rooms if room.holds(needed))
 
 
 def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) -> None:

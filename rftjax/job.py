@@ -37,7 +37,7 @@ from rftjax.compilation import Compilations, Program, compiling
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
 from rftjax.hooks import Hook
-from rftjax.learner import Learner
+from rftjax.learner import GUARD, Learner
 from rftjax.loggers import open_loggers
 from rftjax.origin import Origin
 from rftjax.overlap import Sampling
@@ -310,14 +310,22 @@ class Job:
             shardings=jax.tree.map(lambda leaf: leaf.sharding, self.origin.outline),
         )
 
+    @functools.cached_property
+    def rewrites_history(self) -> bool:
+        """Whether the chat template may make a new sequence of each turn."""
+        chats = any(task.prompt is None for task in self.train_tasks)
+        several = chats and self.config.rollout.max_turns > 1
+        return several and bool(chat.instability(self.policy.tokenizer))
+
     @property
     def batch_shape(self) -> dict[str, Any]:
         """What `batching.make_batch` takes beside the trajectories."""
         section, limits = self.config.batch, self.limits()
+        samples = -(-section.prompts * section.group_size // self.config.grpo.minibatches)
         own_temperatures = any(task.temperature for task in self.train_tasks)
         sampled = section.group_size * limits.max_new_tokens * limits.max_turns
         return {
-            "rows": -(-section.prompts * section.group_size // self.config.grpo.minibatches),
+            "rows": samples * limits.max_turns if self.rewrites_history else samples,
             "max_length": self.config.rollout.max_length,
             "pack_tokens": section.pack_tokens,
             "pack_scored": batching.most_scored(
@@ -334,10 +342,11 @@ class Job:
         The sampler's weights of before are freed first.
         """
         self.rollout.engine.set_params(None)
-        weights = self._weights(state, self.lora_scale).run()
-        weights = jax.tree.map(jnp.copy, weights) if keep else weights
+        with jax.transfer_guard(GUARD):
+            weights = self._weights(state, self.lora_scale).run()
+            weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self.rollout.engine.set_params(weights)
-        self.rollout.policy_version = int(state.step)
+        self.rollout.policy_version = int(jax.device_get(state.step))
 
     def _weights(self, state: TrainState, lora_scale: float = 1.0) -> Program:
         params, adapters = update.weights(state, lora_scale)

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rftjax import custom, grpo, merging, sharding, update
+from rftjax import batching, custom, grpo, merging, sharding, update
 from rftjax.batching import make_batch
 from rftjax.compilation import Program
 from rftjax.models import decoder
 from rftjax.reports import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
+
+# Nothing moves between host and devices in a step's device work unless the code says so: a transfer that slips in
+# waits for the devices.
+GUARD = "disallow"
 
 
 class Part(NamedTuple):
@@ -79,10 +83,9 @@ class Learner:
             set_advantages(chosen, self.fields, penalties)
         moved = sum(trajectory.advantage != 0 for trajectory in chosen)
         metrics["batch/effective_share"] = moved / max(len(trajectories), 1)
+        now = int(jax.device_get(state.step))
         versions = set[int]().union(*(policy_versions(one) for one in chosen))
-        metrics["rollout/staleness"] = float(
-            int(state.step) - min(versions, default=int(state.step))
-        )
+        metrics["rollout/staleness"] = float(now - min(versions, default=now))
         metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
         finished = [
             Part(
@@ -105,12 +108,14 @@ class Learner:
         Adam the update is made, in which what is left of earlier gradients, and weight decay, move the weights.
         """
         # Asked of the arrays on the devices, so that all processes get one answer.
-        taught = [bool(jnp.any(part.batch.sampled_BT)) for part in parts]
+        found = jax.device_get([jnp.any(part.batch.sampled_BT) for part in parts])
+        taught = [bool(one) for one in found]
         made = []
-        for _ in range(self.fields["updates_per_batch"]):
-            for part in itertools.compress(parts, taught):
-                state, metrics = self.apply(state, *part)
-                made.append(metrics)
+        with jax.transfer_guard(GUARD):
+            for _ in range(self.fields["updates_per_batch"]):
+                for part in itertools.compress(parts, taught):
+                    state, metrics = self.apply(state, *part)
+                    made.append(metrics)
         skipped = {"update/skipped_share": 1 - sum(taught) / len(parts)}
         if not made:
             made = [merging.blank(jax.eval_shape(self.apply, state, *parts[0])[1])]
@@ -120,11 +125,14 @@ class Learner:
         return state, merging.merge_updates(jax.device_get(made)) | skipped
 
     def programs(self, state: TrainState) -> list[Program]:
-        """Returns the calls of a step's updates, to compile them before there are samples.
-
-        Of the state only shapes and places count.
+        """Returns the calls of a step's updates, for each width of a packed row, to compile them before there are
+        samples. Of the state only shapes and places count.
         """
-        batch = self._lay_out([])
+        widths = batching.widths(self.shape["pack_tokens"], self.shape["max_length"])
+        return [one for width in reversed(widths) for one in self._programs(state, width)]
+
+    def _programs(self, state: TrainState, width: int) -> list[Program]:
+        batch = self._lay_out([], longest=width)
         compared = self.fields["kl_weight"] > 0
         in_reward = compared and self.fields["kl_in_reward"]
         many = self.fields["updates_per_batch"] * self.fields["minibatches"] > 1
@@ -146,12 +154,16 @@ class Learner:
         in_loss = self.fields["kl_weight"] > 0 and not self.fields["kl_in_reward"]
         return not in_loss and self.fields["entropy_weight"] == 0 and not self.fields["loss"]
 
-    def _lay_out(self, part: Sequence[Trajectory], *, lean: bool = False) -> Batch:
+    def _lay_out(
+        self, part: Sequence[Trajectory], *, lean: bool = False, longest: int = 0
+    ) -> Batch:
         # Where all are such samples they stay, so that the step's metrics say something.
         masked = self.shape.get("mask_truncated", False)
         taught = [one for one in part if not (masked and one.finish_reason == "length")]
         lean = lean and any(one.advantage != 0 for one in taught)
-        return sharding.put_batch(self.mesh, make_batch(part, **self.shape, lean=lean))
+        return sharding.put_batch(
+            self.mesh, make_batch(part, **self.shape, lean=lean, longest=longest)
+        )
 
     def _measure(self, state: TrainState, part: Sequence[Trajectory], *, old: bool) -> tuple:
         """Returns log-probabilities by the policy before its updates and by the reference, None where not needed."""
@@ -160,10 +172,11 @@ class Learner:
             return None, None
         # A KL in the reward is measured before advantages are known.
         batch = self._lay_out(part, lean=self._lean and not compared)
-        old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
-        if not compared:
-            return old_BT, None
-        return old_BT, self.score(*_reference(state, self.lora_scale), batch)
+        with jax.transfer_guard(GUARD):
+            old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
+            if not compared:
+                return old_BT, None
+            return old_BT, self.score(*_reference(state, self.lora_scale), batch)
 
     def _kl_of(
         self, part: Sequence[Trajectory], old_BT: Any, reference_BT: Any

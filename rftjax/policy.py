@@ -228,7 +228,7 @@ class Policy:
                     messages,
                     [sequence],
                     [0.0],
-                    "stop" if turn.stopped else "length",
+                    finish_reason="stop" if turn.stopped else "length",
                 )
         return [results[key] for key in sorted(results)]
 

@@ -36,9 +36,11 @@ def weights(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Params 
 
 def scale_adapters(adapters: Params, scale: float) -> Params:
     """Returns adapters whose product a @ b carries the factor alpha / rank."""
-    if scale == 1.0:
-        return adapters
+    return adapters if scale == 1.0 else _scaled(adapters, scale)
 
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _scaled(adapters: Params, scale: float) -> Params:
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
         return leaf * scale if path[-1].key == "b" else leaf
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rftjax.batching import make_batch, most_scored
+from rftjax.batching import make_batch, most_scored, widths
 from rftjax.types import NOWHERE, Score, Sequence, Task, Trajectory
 
 EOS = 0  # the id that arrays are padded with, on purpose
@@ -141,6 +141,31 @@ def test_shapes_do_not_depend_on_how_many_rows_are_filled():
         assert batch.micro_batches == count and batch.sampled_BT.shape == (8, 128)
         shapes.add(batch.pack.tokens_RX.shape)
     assert shapes == {(8, 1, 128)}
+
+
+def test_mixed_lengths_need_few_shapes_known_before():
+    assert widths(128, 100) == [128]
+    assert widths(128, 1000) == [128, 256, 512, 1000 + 24]
+    assert widths(500, 1024) == [500, 1000, 1024]
+    settings = {"rows": 8, "max_length": 512, "pack_tokens": 128}
+    room = most_scored(128, prompt=16, sampled=4 * 400)
+
+    def shape(batch):
+        return batch.pack.tokens_RX.shape, batch.pack.targets_RM.shape, batch.sampled_BT.shape
+
+    known = {
+        shape(make_batch([], **settings, pack_scored=room, longest=width))
+        for width in widths(128, 512)
+    }
+    assert len(known) == 3
+    rng = np.random.default_rng(0)
+    found = set()
+    for _ in range(50):
+        prompt = [1] * int(rng.integers(16, 100))
+        lengths = np.exp(rng.uniform(0, np.log(400), rng.integers(1, 9))).astype(int)
+        made = [trajectory(0, i, prompt, [7] * int(n)) for i, n in enumerate(lengths)]
+        found.add(shape(make_batch(made, **settings, pack_scored=room)))
+    assert found == known
 
 
 def test_no_valid_sample_at_all_gives_a_batch_of_padding():

@@ -12,6 +12,7 @@ import rftjax
 from rftjax import config as configs
 from rftjax import grpo, learner, modes, optim, sharding, update
 from rftjax.checkpoint import Checkpoints
+from rftjax.compilation import compiling
 from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
 
 ADVANTAGES = {"baseline": "mean", "scale": "none", "eps": 1e-4}
@@ -253,6 +254,46 @@ def test_the_overlong_punishment_enters_the_advantages_with_its_weight():
     np.testing.assert_allclose(metrics["reward/overlong_mean"], -0.5 / 3)
     assert metrics["batch/effective_share"] == 0.5
     assert metrics["groups/replaced_share"] == 0.0
+
+
+def test_a_transfer_that_the_code_does_not_ask_for_is_refused_in_an_update(model):
+    def implicit(state, *_):
+        return state, {"tokens": state.step + np.ones(1, np.int32)}
+
+    one = real_learner(implicit, lambda *_: jnp.zeros(1) + 1.5, updates_per_batch=2)
+    state = TrainState(jnp.zeros((), jnp.int32), {}, {}, ())
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        one.batch(state, group(0, [0, 1]), 1)
+    one = real_learner(implicit)
+    parts, _ = one.batch(state, group(0, [0, 1]), 1)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        one.update(state, parts, 1)
+
+
+def test_answers_of_mixed_lengths_compile_nothing_that_was_not_compiled_ahead(model, trainer):
+    optimizer, apply, score = trainer
+    one = real_learner(apply, score, updates_per_batch=2)
+    one.shape = SHAPE | {"max_length": 100, "pack_tokens": 40, "pack_scored": 36}
+    # Placed as an update leaves it.
+    state = sharding.shard_tree(MESH, fresh_state(model, optimizer))
+    programs = one.programs(sharding.outline(MESH, state))
+    assert len(programs) == 2 * 3  # updates and old log-probabilities, of 40, 80 and 128 tokens
+    with compiling(programs):
+        pass
+    compiled = []
+
+    def note(event, duration_secs, **facts):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(facts.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for step, tokens in enumerate((3, 38, 20, 50, 90, 70), start=1):
+            parts, _ = one.batch(state, [*group(0, [0, 1], tokens=tokens), *group(1, [0, 1])], step)
+            state, _ = one.update(state, parts, step)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not [name for name in compiled if "update" in name or "score" in name]
 
 
 @pytest.mark.parametrize("frozen", [{}, {"kernel": jnp.ones(2)}])
