@@ -50,6 +50,8 @@ def worker_environment(
         if name in names or _may_pass(name, value)
     }
     withheld = sorted(environment.keys() - passed.keys())
+    # NumPy would start threads when it is imported, with which a process cannot be forked.
+    passed = {"OPENBLAS_NUM_THREADS": "1"} | passed
     return passed | {name: value for name, value in hidden.items() if name not in names}, withheld
 
 

@@ -276,12 +276,19 @@ def _open_files() -> set[tuple[int, str]]:
     return found
 
 
+def _threads() -> list[str]:
+    """Names of this process's threads, but for one that starts again by itself after a fork."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{entry}/comm") as file:
+                found.append(file.read().strip())
+    return [name for name in found if name != "jemalloc_bg_thd"]
+
+
 def _why_not_forked(before: set[tuple[int, str]]) -> str:
     """Returns what the imported code has that a fork would lose or share, "" where there is nothing."""
-    threads = len(sys._current_frames())
-    with contextlib.suppress(OSError):
-        threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
+    if len(sys._current_frames()) > 1 or len(_threads()) > 1:
         return "starts threads"
     opened = [
         name for _, name in _open_files() - before if not name.startswith(("/dev/", "/proc/"))

@@ -169,11 +169,6 @@ class Workers:
         self._loop.call_soon_threadsafe(self._enqueue, call)
         return future
 
-    def end_session(self, session: str) -> None:
-        """Ends a session and its process, after the call that runs in it."""
-        if not self._closed:
-            self._loop.call_soon_threadsafe(self._end_session, session)
-
     def close(self) -> None:
         """Ends all processes and fails what is still queued; a second call does nothing."""
         if self._closed:
@@ -221,25 +216,12 @@ class Workers:
             for running in worker.running.values():
                 self._overrun(worker, running)
 
-    def _end_session(self, session: str) -> None:
-        worker = self._sessions.get(session)
-        if worker is None:
-            return
-        if worker.running or worker.queue:  # a call of it that is queued runs before that
-            last = [*worker.running.values(), *worker.queue][-1]
-            last.future.add_done_callback(
-                lambda _: self._loop.call_soon_threadsafe(self._end_session, session)
-            )
-            return
-        del self._sessions[session]
-        self._let_go(worker, reuse=False)  # its answers are still listened to
-
-    def _let_go(self, worker: _Worker, *, reuse: bool = True) -> None:
+    def _let_go(self, worker: _Worker) -> None:
         """Ends the process of a session that is over, or keeps it for another where it was costly to start."""
         process, worker.process = worker.process, None
         if process is None or self._closed:
             return
-        if isinstance(process, Template) and not worker.ended and reuse:
+        if isinstance(process, Template) and not worker.ended:
             self._supply.spare.append(process)
         else:
             self._supply.background(self._supply.end(process, within_s=1.0))

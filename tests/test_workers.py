@@ -60,6 +60,9 @@ def act(what, value=None):
             file.write(f"{child.pid} {daemon.pid} {forked} {os.getpid()}")
         while True:
             pass
+    if what == "daemons":
+        start = [subprocess.Popen(["sleep", "1000"], start_new_session=own) for own in (0, 1)]
+        return [os.getpid()] + [child.pid for child in start]
     if what == "fork_and_return":
         os.fork()
         return "once"
@@ -228,6 +231,13 @@ def test_an_overrun_kills_children_zombies_and_daemons(pool: Workers, tmp_path: 
     assert not Path(f"/proc/{pids[2]}").exists() or sys.platform != "linux"  # reaped, no zombie
 
 
+def test_the_end_of_a_session_ends_what_it_started(pool: Workers):
+    pids = pool.submit("daemons", session="a").result(10)
+    assert all(map(is_running, pids))
+    assert pool.submit("echo", 1, session="a", last=True).result(10) == 1
+    assert_all_end(pids)
+
+
 def test_a_forked_child_that_comes_back_answers_nothing(pool: Workers):
     pid = pool.submit("pid").result(10)
     assert pool.submit("fork_and_return").result(10) == "once"
@@ -343,7 +353,8 @@ def test_a_session_stays_in_its_process_and_is_lost_with_it(user_file: Path):
         with pytest.raises(WorkerError, match="an earlier call of the episode overran"):
             pool.submit("pid", session="a").result(10)
         assert pool.submit("pid", session="b").result(10) == pids["b"]
-        pool.end_session("a")
+        with pytest.raises(WorkerError, match="the worker process died|overran"):
+            pool.submit("loop", session="a", last=True).result(10)
         assert pool.submit("pid", session="a").result(10) != pids["a"]
 
 
@@ -361,6 +372,17 @@ def test_each_session_has_a_process_that_starts_as_the_import_left_it(tmp_path: 
         answers = [pool.submit(n, session=str(n)).result(10) for n in range(3)]
     assert [seen for seen, _ in answers] == [[0], [1], [2]]
     assert len({drawn for _, drawn in answers}) == 3
+    assert log.read_text() == "x"
+
+
+def test_a_file_that_imports_numpy_is_forked_and_each_worker_draws_its_own(tmp_path: Path):
+    path, log = tmp_path / "arrays.py", tmp_path / "imports"
+    path.write_text(
+        f"import numpy\nopen({str(log)!r}, 'a').write('x')\n"
+        "def act():\n    return float(numpy.random.random() + numpy.ones((99, 99)).dot(numpy.ones(99))[0])\n"
+    )
+    with Workers(f"{path}:act", 1, 20.0) as pool:
+        assert len({pool.submit(session=name).result(20) for name in "abc"}) == 3
     assert log.read_text() == "x"
 
 
