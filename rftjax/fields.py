@@ -39,6 +39,7 @@ def base_config() -> ConfigDict:
             "environment": "",  # the same; "": the model answers once
             "hooks": "",  # "file.py:name" of a function that sees every step; "": none
             "export": True,  # write a Hugging Face directory at the end
+            "export_step": "best",  # of checkpoint.best_metric, where there is one; or "last"
             "model": {
                 "path": "",  # directory, .gguf file or hub name; required
                 "dtype": "float32",  # of the computation; master weights are float32

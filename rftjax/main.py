@@ -21,6 +21,9 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "check"], "What to d
 STOP_AFTER = flags.DEFINE_integer(
     "stop_after", 0, "End cleanly after this step (0: at the config's last)."
 )
+STEP = flags.DEFINE_string(
+    "step", "", "Step that --mode=eval evaluates: a checkpoint's, best, or last (the default)."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -35,6 +38,8 @@ def main(argv: list[str]) -> None:
         sys.exit(
             f"error: --stop_after={STOP_AFTER.value}: must be a step, or 0 for the config's last"
         )
+    if STEP.value and MODE.value != "eval":
+        sys.exit(f"error: --step={STEP.value}: is what --mode=eval evaluates; leave it out")
     logging.set_verbosity(logging.WARNING)
     import jax
 
@@ -45,9 +50,8 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        modes.run(
-            MODE.value, CONFIG.value, overrides, Path(WORKDIR.value).absolute(), STOP_AFTER.value
-        )
+        workdir = Path(WORKDIR.value).absolute()
+        modes.run(MODE.value, CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
     except (UserError, OSError) as error:
         logging.debug("the traceback", exc_info=True)
         sys.exit(f"error: {error}")

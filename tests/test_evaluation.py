@@ -2,14 +2,16 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 
 from rftjax import config as configs
-from rftjax import evaluation, job, modes, train
+from rftjax import evaluation, job, modes, results, train
 from rftjax.checkpoint import Checkpoints
+from rftjax.errors import UserError
 from rftjax.evaluation import mean_and_stderr, measure, pass_at_k
 from rftjax.scoring import EvaluatorError
 from rftjax.types import Score, Task, Trajectory
@@ -305,17 +307,15 @@ def test_a_checkpoint_is_ranked_by_the_metric_of_a_further_set(finished):
 
 
 def test_the_summary_has_the_gain_of_every_set(finished):
-    text = modes.summary(finished)
+    text = results.summary(finished)
     lines = lines_of(finished / "metrics.jsonl")
     for name, prefix in (("twin", "eval/twin/"), ("other", "eval/other/")):
         own = text.partition(f"held-out set {name}\n")[2]
         before, after, gain = own.splitlines()[:3]
         assert f"before  {lines[0][f'{prefix}reward']:.3f} ± " in before
         assert f"after   {lines[1][f'{prefix}reward']:.3f} ± " in after
-        assert gain.split() == [
-            "gain",
-            f"{lines[1][f'{prefix}reward'] - lines[0][f'{prefix}reward']:+.3f}",
-        ]
+        value = lines[1][f"{prefix}reward"] - lines[0][f"{prefix}reward"]
+        assert gain.split()[:3] == ["gain", f"{value:+.3f}", "±"] and "paired over 6" in gain
     assert text.startswith(f"held-out reward before  {lines[0]['eval/reward']:.3f}")
 
 
@@ -329,6 +329,40 @@ def test_eval_mode_finds_the_same_of_a_set_whatever_other_sets_there_are(
     assert "eval/twin/reward" not in found
     for name in ("eval/reward", "eval/other/reward", "eval/other/strict_stderr"):
         assert found[name] == line[name]
+
+
+def test_eval_mode_prints_a_table_and_keeps_its_result_beside_earlier_ones(
+    many_sets, finished, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("export", "evaluations"))
+    for step in ("1", "best"):
+        given = changed(many_sets, eval__sets=many_sets.eval.sets[1:], eval__samples=2)
+        flags = {"eval.sets": given.eval.sets, "eval.samples": 2}
+        modes.run("eval", given, flags, run, step=step)
+    out = capsys.readouterr().out.splitlines()
+    result = json.loads(out[-1])
+    (row,) = {one for one in out if one.split()[:1] == ["reward"]}
+    assert f"{result['eval/reward']:.3f} ± {result['eval/reward_stderr']:.3f}" in row
+    assert f"{result['eval/other/reward']:.3f} ± " in row
+    assert {path.name for path in (run / "evaluations").iterdir()} == {
+        f"step_000001{again}{kind}"
+        for again in ("", "-2")
+        for kind in (".json", ".heldout.jsonl", ".other.jsonl")
+    }
+    kept = json.loads((run / "evaluations" / "step_000001-2.json").read_text())
+    assert kept.items() >= result.items() and kept["eval"]["samples"] == 2
+    samples = lines_of(run / "evaluations" / "step_000001.other.jsonl")
+    assert len(samples) == 12 and {one["stream"] for one in samples} == {"other"}
+    with pytest.raises(UserError, match=r"--step=7: there is no such checkpoint; there are \[1\]"):
+        modes.run("eval", many_sets, {}, run, step="7")
+
+
+def test_eval_mode_of_a_folder_without_a_run_is_an_error_and_makes_nothing(many_sets, tmp_path):
+    for workdir in (tmp_path / "mistyped" / "run", tmp_path):
+        with pytest.raises(UserError, match="holds no checkpoint to evaluate; give the workdir"):
+            modes.run("eval", many_sets, {}, workdir)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_set_that_overlaps_with_training_is_refused_by_its_name(many_sets, tmp_path):
