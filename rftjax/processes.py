@@ -230,6 +230,7 @@ class Supply:
     async def process(self) -> Process:
         """Returns a worker process; raises UserError where the user's code no longer imports."""
         async with self._starts:
+            self.spare = [process for process in self.spare if not process.ended.is_set()]
             if not self.spare and self._template is None:
                 await self._import()
             if self.spare:

@@ -34,9 +34,9 @@ class Budget:
         self._left, self._seen_s = min(self._at_once, self._left + earned), now_s
         shown = data[: int(self._left)]
         self._left -= len(shown)
-        if len(shown) == len(data):
+        if self._left > self._at_once / 2:
             self._dropping = False
-        elif not self._dropping:
+        if len(shown) < len(data) and not self._dropping:
             self._dropping = True
             shown += b"\n[user code printed more than is shown; the rest is dropped]\n"
         return shown
