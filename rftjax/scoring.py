@@ -199,9 +199,13 @@ def as_score(value: Any) -> Score:
     """Returns what an evaluator gave as a Score of plain numbers; raises ValueError where it is none."""
     if not isinstance(value, Score):
         return Score(_number(value, "the evaluator's result"))
-    if not isinstance(value.valid, bool) or not isinstance(value.reason, str):
+    valid: Any = value.valid
+    valid = (
+        valid.item() if getattr(valid, "ndim", None) == 0 else valid
+    )  # as a comparison of NumPy gives
+    if not isinstance(valid, bool) or not isinstance(value.reason, (str, type(None))):
         raise ValueError("Score.valid must be a bool and Score.reason a str")
-    if not value.valid:
+    if not valid:
         return _invalid(value.reason or "the evaluator calls it invalid")
     fields = {"parts": value.parts, "metrics": value.metrics}
     for field, found in fields.items():
@@ -211,7 +215,7 @@ def as_score(value: Any) -> Score:
         {name: _number(one, f"Score.{field}[{name!r}]") for name, one in found.items()}
         for field, found in fields.items()
     )
-    return Score(_number(value.reward, "Score.reward"), parts, True, value.reason, metrics)
+    return Score(_number(value.reward, "Score.reward"), parts, True, value.reason or "", metrics)
 
 
 # What is usually meant by a result that is no number.

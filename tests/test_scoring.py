@@ -32,7 +32,7 @@ VALUES = {
     "nan_metric": Score(1.0, metrics={"a": float("nan")}), "list_metrics": Score(1.0, metrics=[1.0]),
     "tuple": (1.0, {}), "dict": {"reward": 1.0}, "numpy": numpy.float32(0.25), "numpy_bool": numpy.True_,
     "array": numpy.ones(1), "fraction": fractions.Fraction(1, 4), "decimal": decimal.Decimal("0.25"),
-    "complex": 1j,
+    "complex": 1j, "numpy_valid": Score(0.25, valid=numpy.True_, reason=None),
     "invalid": Score(float("nan"), valid=False, reason="the judge was down"),
 }
 
@@ -147,6 +147,7 @@ def score_of(scorer: Scorer, completion: str) -> Score:
         ("numpy_bool", 1.0),
         ("fraction", 0.25),
         ("decimal", 0.25),
+        ("numpy_valid", 0.25),
     ],
 )
 def test_a_number_is_a_reward(scorer: Scorer, completion: str, reward: float):
