@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -272,9 +273,13 @@ withheld: dict[str, str] = {}  # names of environment variables, and the field t
 
 def _hint(error: BaseException) -> str:
     """Says how user code gets an environment variable that it looked for in vain."""
-    name = error.args[0] if isinstance(error, KeyError) and error.args else None
-    if not isinstance(name, str) or name not in withheld:
+    text = _text_of(error)[:2000]
+    missed = [
+        name for name in withheld if len(name) > 2 and re.search(rf"\b{re.escape(name)}\b", text)
+    ]
+    if not missed or isinstance(error, UserError):
         return ""
+    name = max(missed, key=len)
     return (
         f"; the variable {name} is withheld from user code: add it by {withheld[name]}=({name!r},)"
     )

@@ -53,15 +53,20 @@ def test_accelerators_are_hidden_unless_they_are_named():
 
 
 @pytest.mark.parametrize("at_import", [False, True])
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        "key = os.environ['JUDGE_API_KEY']",
+        "key = os.getenv('JUDGE_API_KEY')\n    if not key: raise OSError('set JUDGE_API_KEY')",
+    ],
+)
 def test_user_code_that_misses_a_variable_is_told_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_import: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lookup: str, at_import: bool
 ):
     monkeypatch.setenv("JUDGE_API_KEY", "sk-1")
     path = tmp_path / "judge.py"
-    lookup = "key = os.environ['JUDGE_API_KEY']"
-    path.write_text(
-        f"import os\n{lookup if at_import else ''}\ndef act():\n    {lookup}\n    return key"
-    )
+    early = "\nlook()" if at_import else ""
+    path.write_text(f"import os\ndef look():\n    {lookup}\n    return key{early}\nact = look\n")
     told = r"JUDGE_API_KEY is withheld from user code: add it by scoring.env=\('JUDGE_API_KEY',\)"
     if at_import:
         with pytest.raises(ValueError, match=told):
