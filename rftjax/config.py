@@ -63,6 +63,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "optim.max_nonfinite",
     ),
     (
+        "must be at least 0 (0: none), or -1 to keep all",
+        lambda value: value >= -1,
+        "logging.keep_rollouts",
+    ),
+    (
         "must be at least 0, or -1 to choose by the device",
         lambda value: value >= -1,
         "sampler.bridge_steps",

@@ -175,6 +175,8 @@ def base_config() -> ConfigDict:
                 "every": 1,
                 "rollouts": 8,  # in TensorBoard
                 "histograms": True,
+                "keep_rollouts": -1,  # latest training steps in rollouts/; -1: all; 0: no rollouts at all
+                "compress_rollouts": False,  # with gzip; names then end in .jsonl.gz
                 "to": (),  # services beside TensorBoard: wandb, mlflow, trackio
                 "project": "rftjax",  # of these services
                 "name": "",  # of the run there; "": its workdir's

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -34,8 +34,8 @@ from rftjax.reports import (
     rollouts_markdown,
     sampled_tokens,
     to_json,
-    trajectory_record,
 )
+from rftjax.rollout_files import RolloutFiles, write_whole
 from rftjax.types import Trajectory
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Recorder:
     `steps` is the run's length. With `resume_step` N everything beyond step N is removed first: the
     run that wrote it went on past its last checkpoint. `every` is the number of steps between
     histograms and rollout texts in TensorBoard, `rollouts` the number of conversations in a text
-    (0: none); metrics.jsonl and rollouts/ have every step whatever these say. `alarms` says of the
+    (0: none); metrics.jsonl has every step whatever these say, and rollouts/ what `RolloutFiles` keeps
+    with `keep_rollouts` and `compress_rollouts`. `alarms` says of the
     metrics' lines what is wrong at the last one, a sentence by name. `config` has the run's fields by
     path, for TensorBoard; `loggers` get every line as well. A process that is not `primary`
     keeps the timers and writes nothing.
@@ -70,6 +71,8 @@ class Recorder:
         every: int = 1,
         rollouts: int = 8,
         histograms: bool = True,
+        keep_rollouts: int = -1,
+        compress_rollouts: bool = False,
         quiet: bool = False,
         primary: bool = True,
         alarms: Alarms = lambda lines: {},
@@ -89,11 +92,14 @@ class Recorder:
         self._outside_s = 0.0
         self._sampled_tokens = 0
         self._lines: list[dict[str, Any]] = []
+        self._files = RolloutFiles(
+            self.workdir / "rollouts", keep=keep_rollouts, compress=compress_rollouts
+        )
         if primary:
             with self._writing():
-                (self.workdir / "rollouts").mkdir(parents=True, exist_ok=True)
+                self._files.folder.mkdir(parents=True, exist_ok=True)
                 self._lines = _cut_metrics(self._metrics_path, resume_step)
-                _cut_rollouts(self.workdir / "rollouts", resume_step)
+                self._files.cut(resume_step)
                 self._events = Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
                 if config:
                     self._events.config(resume_step, self.workdir.name, config)
@@ -124,9 +130,7 @@ class Recorder:
         shown = step % self._every == 0 or stream != "train"
         with self._writing():
             if trajectories:
-                name = f"{_file_stem(stream)}_{step:06d}.jsonl"
-                lines = [to_json(trajectory_record(step, one, stream)) for one in trajectories]
-                _write_whole(self.workdir / "rollouts" / name, lines)
+                self._files.write(step, trajectories, stream)
             if trajectories and self._rollouts and shown:
                 markdown = rollouts_markdown(trajectories, self._rollouts)
                 self._events.text(step, f"rollouts/{stream}", markdown)
@@ -173,7 +177,7 @@ class Recorder:
         with self._writing():
             if again:
                 self._lines[-1] = line
-                _write_whole(self._metrics_path, map(to_json, self._lines))
+                write_whole(self._metrics_path, _encoded(self._lines))
             else:
                 self._lines.append(line)
                 with open(self._metrics_path, "ab") as file:
@@ -197,17 +201,22 @@ class Recorder:
         """The metrics of every step that was flushed, those before a resume too."""
         return self._lines
 
+    def wait(self) -> None:
+        """Returns when the rollouts that were given are on disk; call it before the step's checkpoint is saved."""
+        with self._writing():
+            self._files.wait()
+
     def close(self) -> None:
         """Flushes the steps that still wait and closes the files; harmless a second time."""
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(self._writing())
+            if self._primary:
+                closing.callback(self._events.close)
+            closing.callback(self._loggers.close)
+            closing.callback(self._progress.close)
+            closing.callback(self._files.close)
             for step in sorted(self._pending):
                 self.flush(step)
-        finally:
-            self._progress.close()
-            self._loggers.close()
-            if self._primary:
-                with self._writing():
-                    self._events.close()
 
     def _end_timers(self, step: int, again: bool) -> dict[str, float]:
         """The seconds and the throughput of the step that ends now; step 0 only evaluates."""
@@ -420,12 +429,8 @@ def _without_nan(step: int, metrics: Mapping[str, float]) -> dict[str, float | N
     return {name: None if name in broken else value for name, value in metrics.items()}
 
 
-def _write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Replaces a file at once: whoever reads it sees the old lines or the new ones."""
-    partial = path.with_name(f".{path.name}.tmp")
-    with open(partial, "wb") as file:
-        file.writelines(map(encode, lines))
-    os.replace(partial, path)
+def _encoded(lines: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    return (encode(to_json(line)) for line in lines)
 
 
 def _cut_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -444,16 +449,5 @@ def _cut_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
         else:
             dropped += line is not None
     if dropped:
-        _write_whole(path, map(to_json, kept))
+        write_whole(path, _encoded(kept))
     return kept
-
-
-def _file_stem(stream: str) -> str:
-    return {"train": "step", "heldout": "heldout"}.get(stream, f"heldout-{stream}")
-
-
-def _cut_rollouts(directory: Path, last_step: int) -> None:
-    for path in [*directory.glob("*.jsonl"), *directory.glob(".*.tmp")]:
-        number = re.fullmatch(r"(?:step|heldout(?:-.+)?)_(\d+)\.jsonl", path.name)
-        if path.suffix == ".tmp" or (number and int(number[1]) > last_step):
-            path.unlink()

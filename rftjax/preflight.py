@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rftjax import chat, reasons, sharding, transcripts, update
+from rftjax import chat, reasons, rollout_files, sharding, transcripts, update
 from rftjax.curriculum import task_stream
 from rftjax.errors import UserError
 from rftjax.evaluation import MAIN
@@ -171,15 +171,21 @@ def all_cut(trajectories: Sequence[Trajectory], config: Any) -> str:
 def _say_rollout_size(parts: Job, trajectories: list[Trajectory], report: Report) -> None:
     """Says how much disk the run's rollouts will take, judged by the samples."""
     config = parts.config
-    sizes = [len(encode(to_json(trajectory_record(0, one)))) for one in trajectories]
-    each = sum(sizes) / len(sizes)
+    kept = config.logging.keep_rollouts
+    if kept == 0:
+        report.say("rollouts", "are not kept (logging.keep_rollouts=0)")
+        return
+    size = rollout_files.size(trajectories, compress=config.logging.compress_rollouts)
+    each = size / len(trajectories)
     step = each * config.batch.prompts * config.batch.group_size
     evaluated = each * config.eval.samples * sum(map(len, parts.heldout.values()))
     count = config.steps // config.eval.every + 1 if config.eval.every else 0
-    total = step * config.steps + evaluated * count
+    steps = config.steps if kept < 0 else min(config.steps, kept)
+    total = step * steps + evaluated * count
     report.say(
         "rollouts",
-        f"about {step / 2**20:.2f} MiB a step, {total / 2**30:.3f} GiB in {config.steps} steps on disk",
+        f"about {step / 2**20:.2f} MiB a step, {total / 2**30:.3f} GiB in {config.steps} steps on disk"
+        " (logging.compress_rollouts and logging.keep_rollouts make it less)",
     )
 
 

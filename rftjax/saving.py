@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 from rftjax.checkpoint import NO_METRICS, Checkpoints
 from rftjax.errors import NotFinite, UserError
 from rftjax.interruption import Interruption
+from rftjax.metrics import Recorder
 from rftjax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -19,14 +21,19 @@ log = logging.getLogger(__name__)
 class Saving:
     """Holds the last finished step, and saves it whatever ends the block of this context.
 
-    Then it calls the functions of `close` in turn, with the save between the first and the others. What fails in them
-    is raised where nothing else is, and is logged beside the error that ended the block.
+    Before the save the recorder is closed, and after it the functions of `close` are called. What fails in them is
+    raised where nothing else is, and is logged beside the error that ended the block.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, interruption: Interruption, *close: Callable[[], None]
+        self,
+        checkpoints: Checkpoints,
+        interruption: Interruption,
+        recorder: Recorder,
+        *close: Callable[[], None],
     ) -> None:
-        self._checkpoints, self._interruption, self._close = checkpoints, interruption, close
+        self._checkpoints, self._interruption = checkpoints, interruption
+        self._recorder, self._close = recorder, close
         self._finished: tuple[int, TrainState, Mapping[str, Any]] | None = None
         self._metrics = NO_METRICS
 
@@ -40,21 +47,22 @@ class Saving:
         self._checkpoints.rank(step, metrics)
 
     def save(self) -> None:
-        """Saves the finished step, once."""
+        """Saves the finished step, once, and once its rollouts are on disk."""
         if self._finished is None:
             return
         step, state, host = self._finished
         with self._interruption.hold():
+            self._recorder.wait()
             self._checkpoints.save(step, state, host, self._metrics)
 
     def __enter__(self) -> Saving:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        first, *others = self._close
         failed: list[BaseException] = []
+        rescue = functools.partial(self._rescue, error)
         with self._interruption.hold():
-            for call in (first, lambda: self._rescue(error), self._checkpoints.close, *others):
+            for call in (self._recorder.close, rescue, self._checkpoints.close, *self._close):
                 try:
                     call()
                 except Exception as fault:

@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                 recorder.write(step, metrics, trajectories=trajectories, stream=name)
             saving.evaluated(step, metrics)
 
-        with Saving(checkpoints, interruption, recorder.close, sampling.close) as saving:
+        with Saving(checkpoints, interruption, recorder, sampling.close) as saving:
             ahead = job.compiling(learner, stream, recorder)
             with ahead if goes_on() else contextlib.nullcontext():
                 state = job.origin.state(checkpoints, start)

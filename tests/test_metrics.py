@@ -197,6 +197,8 @@ def test_rollouts_are_written_whole(tmp_path):
         "error": "",
         "advantage": -0.5,
         "turn_rewards": [0.0],
+        "infos": [],
+        "state": None,
     }
     assert (invalid["reward"], invalid["valid"], invalid["reason"]) == (None, False, "raised")
     assert lines_of(tmp_path / "rollouts" / "heldout_000002.jsonl")[0]["reward"] is None

@@ -18,6 +18,7 @@ from rftjax import interruption as interruptions
 from rftjax.checkpoint import Checkpoints
 from rftjax.errors import NotFinite, UserError
 from rftjax.interruption import SIGNALS, Interruption
+from rftjax.metrics import Recorder
 from rftjax.saving import Saving, check_updates
 from rftjax.scoring import EvaluatorError
 from rftjax.types import TrainState
@@ -40,6 +41,19 @@ def checkpoints(tmp_path):
 
 
 @pytest.fixture
+def recorder(tmp_path):
+    return Recorder(tmp_path / "run", steps=9, quiet=True)
+
+
+@pytest.fixture
+def broken(recorder):
+    """A recorder that cannot write its last line."""
+    recorder.write(2, {"loss": 1.0})
+    (recorder.workdir / "metrics.jsonl").mkdir()
+    return recorder
+
+
+@pytest.fixture
 def interruption():
     with Interruption() as one:
         yield one
@@ -47,44 +61,41 @@ def interruption():
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, EvaluatorError, KeyboardInterrupt])
 def test_an_error_saves_the_last_finished_step_and_is_the_one_that_goes_up(
-    checkpoints, interruption, error, caplog
+    checkpoints, interruption, broken, error, caplog
 ):
     closed = []
-
-    def recorder():
-        closed.append("recorder")
-        raise OSError("the disk is full")
-
     with pytest.raises(error, match="first"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, recorder, lambda: closed.append(1)) as saving:
+        with Saving(checkpoints, interruption, broken, lambda: closed.append(1)) as saving:
             saving.finished(1, state(1), {"draw": 4})
             saving.finished(2, state(2), {"draw": 8})
             raise error("first")
     assert kept(checkpoints.directory) == {2: 2.0}
-    assert closed == ["recorder", 1]
-    assert "while the run ended: OSError: the disk is full" in caplog.text
+    assert closed == [1]
+    assert "while the run ended: IsADirectoryError: " in caplog.text
 
 
-def test_what_fails_in_the_end_goes_up_where_nothing_else_does(checkpoints, interruption):
-    def fails():
-        raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="full"), Saving(checkpoints, interruption, fails) as saving:
-        saving.finished(2, state(2), {})
+def test_what_fails_in_the_end_goes_up_where_nothing_else_does(checkpoints, interruption, broken):
+    with pytest.raises(OSError, match="cannot record the run"):  # noqa: SIM117
+        with Saving(checkpoints, interruption, broken) as saving:
+            saving.finished(2, state(2), {})
     assert kept(checkpoints.directory) == {2: 2.0}
 
 
-def test_a_save_that_fails_does_not_hide_the_error_before_it(checkpoints, interruption, caplog):
+def test_a_save_that_fails_does_not_hide_the_error_before_it(
+    checkpoints, interruption, recorder, caplog
+):
     with pytest.raises(RuntimeError, match="first"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, lambda: None) as saving:
+        with Saving(checkpoints, interruption, recorder) as saving:
             saving.finished(1, state(1), {"draw": object()})
             raise RuntimeError("first")
     assert "is not JSON" in caplog.text
 
 
-def test_a_state_that_an_update_took_along_is_not_saved(checkpoints, interruption, caplog):
+def test_a_state_that_an_update_took_along_is_not_saved(
+    checkpoints, interruption, recorder, caplog
+):
     with pytest.raises(RuntimeError, match="first"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, lambda: None) as saving:
+        with Saving(checkpoints, interruption, recorder) as saving:
             saving.finished(1, state(1), {})
             saving.save()
             given = state(2)
@@ -96,10 +107,10 @@ def test_a_state_that_an_update_took_along_is_not_saved(checkpoints, interruptio
 
 
 def test_a_state_without_finite_answers_does_not_take_the_place_of_a_good_one(
-    checkpoints, interruption
+    checkpoints, interruption, recorder
 ):
     with pytest.raises(NotFinite):  # noqa: SIM117
-        with Saving(checkpoints, interruption, lambda: None) as saving:
+        with Saving(checkpoints, interruption, recorder) as saving:
             saving.finished(1, state(1), {})
             saving.save()
             saving.finished(2, state(2), {})
@@ -109,7 +120,9 @@ def test_a_state_without_finite_answers_does_not_take_the_place_of_a_good_one(
 
 @pytest.mark.parametrize("place", ["trainable", "optimizer"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_not_saved(checkpoints, interruption, place, value):
+def test_numbers_that_are_not_finite_are_not_saved(
+    checkpoints, interruption, recorder, place, value
+):
     broken = state(2)
     if place == "trainable":
         broken.trainable["w"] = broken.trainable["w"].at[1].set(value)
@@ -120,23 +133,23 @@ def test_numbers_that_are_not_finite_are_not_saved(checkpoints, interruption, pl
         pytest.raises(
             NotFinite, match=f"step 2 is not saved: {place}.* last checkpoint, of step 1"
         ),
-        Saving(checkpoints, interruption, lambda: None) as saving,
+        Saving(checkpoints, interruption, recorder) as saving,
     ):
         saving.finished(2, broken, {})
         saving.save()
     assert kept(checkpoints.directory) == {1: 1.0}
 
 
-def test_the_metric_of_a_late_evaluation_ranks_the_checkpoint(tmp_path, interruption):
+def test_the_metric_of_a_late_evaluation_ranks_the_checkpoint(tmp_path, interruption, recorder):
     for late in (True, False):
         checkpoints = Checkpoints(tmp_path / str(late), keep=1)
-        with Saving(checkpoints, interruption, lambda: None) as saving:
+        with Saving(checkpoints, interruption, recorder) as saving:
             saving.finished(1, state(1), {})
             saving.save() if late else None
             saving.evaluated(1, {"eval/reward": 0.75})
             saving.save()
         again = Checkpoints(tmp_path / str(late), keep=1)
-        with Saving(again, interruption, lambda: None) as saving:
+        with Saving(again, interruption, recorder) as saving:
             saving.evaluated(1, {"eval/reward": 0.25})  # it has one already
             saving.finished(2, state(2), {})
             saving.evaluated(2, {"eval/reward": 0.5})
@@ -148,10 +161,10 @@ def test_the_metric_of_a_late_evaluation_ranks_the_checkpoint(tmp_path, interrup
 @pytest.mark.parametrize("second", SIGNALS)
 @pytest.mark.parametrize("first", SIGNALS)
 def test_a_second_signal_ends_the_run_at_once_and_the_finished_step_is_saved(
-    checkpoints, first, second
+    checkpoints, recorder, first, second
 ):
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
-        with Interruption() as told, Saving(checkpoints, told, lambda: None) as saving:
+        with Interruption() as told, Saving(checkpoints, told, recorder) as saving:
             saving.finished(3, state(3), {})
             assert not told.received
             signal.raise_signal(first)
@@ -161,10 +174,10 @@ def test_a_second_signal_ends_the_run_at_once_and_the_finished_step_is_saved(
     assert kept(checkpoints.directory) == {3: 3.0}
 
 
-def test_the_time_for_a_step_after_sigterm_is_short(checkpoints, monkeypatch):
+def test_the_time_for_a_step_after_sigterm_is_short(checkpoints, recorder, monkeypatch):
     monkeypatch.setattr(interruptions, "GRACE_S", 0.05)
     with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
-        with Interruption() as told, Saving(checkpoints, told, lambda: None) as saving:
+        with Interruption() as told, Saving(checkpoints, told, recorder) as saving:
             saving.finished(3, state(3), {})
             signal.raise_signal(signal.SIGTERM)
             threading.Event().wait(60)
