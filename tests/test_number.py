@@ -17,6 +17,7 @@ def reward(module, completion, **data) -> float:
 
 
 RIGHT_NUMBERS = [
+    (42, "<think>7 times 6. The answer is 41?</think>42"),
     ("90^\\circ", "90"),
     (90, r"\boxed{90^{\circ}}"),
     ("12 000", "12000"),

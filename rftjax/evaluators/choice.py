@@ -20,32 +20,39 @@ _FIELDS = ("choices", "options")
 _AFTER = "and|as|because|but|by|due|for|from|given|if|in|is|or|since|so|that|the|this|which|with|correct|only"
 _BARE = rf"(?<![\w'$\\])([A-Z])(?![\w'\u2019]|-\w| (?!(?:{_AFTER})\b)[a-z])"
 _EXPLICIT = (
-    r"(?<!\w)\(([A-Za-z])\)|\b(?i:option|choice|letter) \(?([A-Z])\)?(?!\w)|(?<!\w)([A-Z])\)"
+    r"(?<!\w)\(([A-Za-z])\)|\b(?i:option|choice|letter):? \(?([A-Z])\)?(?!\w)|(?<!\w)([A-Z])\)"
 )
 _NOT = re.compile(
     r"\b(?i:not|isn't|neither|nor|than|eliminated?|exclude[ds]?|rule[ds]? out) (?i:option )?\(?$"
 )
 _ANSWER = re.compile(
-    r"(?i:\b(?:answer|ans|(?:correct|right|best) (?:option|choice|letter))\b(?: to [^.\n:]{0,80}?)?[^\w\n(]{0,4}"
-    r"(?:\b(?:is|was|would be|should be|must be)\b|[:=]| -(?= )))"
+    r"(?i:\b(?:answer|ans|solution|(?:correct|right|best|my|final) (?:option|choice|letter|pick))\b"
+    r"(?: (?:to|that|which|for|of) [^.\n:]{0,80}?)?[^\w\n(]{0,4}"
+    r"(?:\b(?:is|was|would be|should be|must be)\b|[:=]| -(?= ))"
+    r"|\b(?:correct|choice|option|response|conclusion|selected)\b[^\w\n(]{0,4}[:=])"
 )
 _FILLER = re.compile(
     r"\W*(?:(?i:clearly|definitely|likely|probably|most likely|therefore|the|option|choice|letter|answer)\W+)*"
     r"\(?(?:([A-Z])(?![\w'\u2019]|-\w)|([a-z])(?=\)|[.:,]?\s*(?:\n|\Z)))"
 )
+# What may follow a letter that ends a statement.
+_END = r"(?=\s*(?:[.,;:!]|\n|\Z)|\s+(?:because|since|as|it is|it's)\b)"
 _STATEMENTS = re.compile(
-    r"\(?(?<![\w'])([A-Z])(?![\w'])(?:\)?:? ?\([^)\n]{0,60}\)|[):.] ?[^.\n]{0,60}?)?\s+(?:is|was|must be|seems) "
-    r"(?:the |most |therefore |clearly )*(?i:correct|right|best|true|answer)\b"
-    r"|\b(?:I|I'd|I'll|[Ww]e|[Ss]o|[Tt]hus|[Tt]herefore),?\s+(?:(?:would|will|must|to)\s+)*"
-    r"(?:choose|pick|select|go with|chose|picked|selected)\s+(?:(?i:option|choice|answer|letter)\s+)?"
+    r"\(?(?<![\w'])([A-Z])(?![\w'])(?:\)?:? ?\([^)\n]{0,60}\)|[):.] ?(?:(?! is )[^.;\n()]){0,60}?)?"
+    r"\s+(?:is|was|must be|seems) (?:the |most |therefore |clearly )*(?i:correct|right|best|true|answer)\b"
+    r"|\b(?:I|I'd|I'll|I'm|[Ww]e|[Ss]o|[Tt]hus|[Tt]herefore),?\s+(?:(?:would|will|must|to)\s+)*"
+    r"(?:choose|pick|select|go with|going with|chose|picked|selected)\s+(?:(?i:option|choice|answer|letter)\s+)?"
     r"\(?([A-Z])(?![\w'])"
-    r"|\b(?i:it's|it is|it must be|that is|that's)\s+\(?([A-Z])\)?(?=\s*(?:[.,;!]|\n|\Z))"
+    rf"|\b(?i:it's|it is|it must be|that is|that's)\s+\(?([A-Z])\)?{_END}"
+    r"|(?:\b(?i:think|believe|guess|say|probably|likely|perhaps|maybe|so|thus|hence|therefore|leaving|leaves)\b[,:]?"
+    rf"|->|=>|\u2192)\s+\(?([A-Z])\)?{_END}"
 )
-_START = re.compile(r"\A\W*([A-Z])(?:[).:,]|\s*\Z|\s*\n|\s+[-\u2013\u2014(])")
-_LAST_LINE = re.compile(r"(?:\A|\n)\W*([A-Z])\W*\Z")
+_START = re.compile(r"\A\W*(?:([A-Z])(?:[).:,]|\s*\Z|\s*\n|\s+[-\u2013\u2014(])|([a-z])\)\s)")
+_LAST_LINE = re.compile(r"(?:\A|\n)\W*(?:(?:[Qq]uestion )?[0-9]+[.:)]\s*)?([A-Z])\W*\Z")
 _LISTED = re.compile(r"(?m)^[ \t>*-]*\(?([A-Z])[).:] ?\S|(?<=[\s(])\(?([A-Z])\) ?\S")
 _TOGETHER = re.compile(
-    r"(?<!\w)\(?([A-Z])\)?\s*(?:\bor\b|\band\b|/|,|&|\+)\s*(?:(?i:option|choice) )?\(?([A-Z])\)?(?!\w|')"
+    r"(?<!\w)\(?([A-Z])\)?\s*(?:\bor\b|\band\b|/|,|&|\+)\s*(?:(?i:maybe|perhaps|possibly|option|choice) )*"
+    r"\(?(?:([B-HJ-Z])\)?(?!\w|')|([AI])\)?(?!\w|'| [a-z]))"
 )
 
 
@@ -129,8 +136,12 @@ def _places(text: str) -> Iterator[list[str]]:
     if len(text.strip()) == 1:
         yield [text.strip().upper()]
     if len(listed) < 2 and (start := _START.match(text)):
-        yield [start[1]]
-    yield [_letter(found) for found in re.finditer(_EXPLICIT, text) if not _negated(text, found)]
+        yield [_letter(start)]
+    explicit = [found for found in re.finditer(_EXPLICIT, text) if not _negated(text, found)]
+    pairs = [found.span() for found in _TOGETHER.finditer(text)]
+    if explicit and any(first <= explicit[-1].start() < last for first, last in pairs):
+        yield ["", _letter(explicit[-1])]
+    yield [_letter(found) for found in explicit]
     if last := _LAST_LINE.search(text):
         yield [last[1]]
 
@@ -142,13 +153,12 @@ def _behind(text: str) -> list[str]:
         sentence = re.split(
             r"(?<=[^A-Z\W])[.?!](?:\s|\Z)|(?<=[).])[.?!]?\s(?=[A-Z][a-z])", line, maxsplit=1
         )[0]
-        if several := _several(sentence):
-            return several
         at_once = _FILLER.match(line)
         if at_once and at_once[2]:
             return [at_once[2].upper()]
         if at_once and re.match(_BARE + r"|([A-Z])\)", line[at_once.start(1) :]):
-            return [at_once[1]]
+            pair = _TOGETHER.match(line, at_once.start(1))
+            return [at_once[1]] if pair is None else ["", at_once[1]]
         if letters := _in_sentence(sentence):
             return letters
         if line is lines[0] and sentence.strip(" .:*"):
@@ -168,8 +178,8 @@ def _in_sentence(text: str) -> list[str]:
 
 def _several(text: str) -> list[str]:
     found = _TOGETHER.search(text)
-    if found and found[1] != found[2] and not _negated(text, found):
-        return ["", found[1], found[2]]
+    if found and found[1] != (found[2] or found[3]) and not _negated(text, found):
+        return ["", found[1], found[2] or found[3]]
     return []
 
 
@@ -183,9 +193,9 @@ def _letter(found: re.Match[str]) -> str:
 
 def _plain(text: str) -> str:
     r"""The text without LaTeX and Markdown around letters: "**B**" and "\text{B}" become "(B)" and "B"."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
+    text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2]).replace("\u2019", "'")
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|mbox|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"[*_`\"]{1,3}\(?([A-Z])[).:]?\)?[*_`\"]{1,3}", r"(\1)", text)
+    text = re.sub(r"[*_`\"']{1,3}\(?([A-Z])[).:]?\)?[*_`\"']{1,3}", r"(\1)", text)
     return re.sub(r"\*\*|__|[$`]|\\[()\[\]]", "", text)
 
 

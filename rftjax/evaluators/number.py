@@ -108,7 +108,8 @@ def _first(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """The text without the LaTeX and Markdown that numbers are dressed in."""
+    """The text behind the thinking, without the LaTeX and Markdown that numbers are dressed in."""
+    text = text.rpartition("</think>")[2]
     text = text.replace("\u2212", "-").replace("\u2044", "/").replace("\u00f7", "/")
     text = re.sub(r"(?<=[0-9)])\*\*(?=[0-9(])", "^", text)
     text = re.sub(r"\*\*|__|\\[!,;]|\\left|\\right|`", "", text).replace("{,}", ",")
