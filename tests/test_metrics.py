@@ -166,7 +166,15 @@ def test_a_run_that_starts_over_before_its_first_checkpoint_shows_step_0_once(tm
 def test_rollouts_are_written_whole(tmp_path):
     recorder = make_recorder(tmp_path)
     score = Score(0.5, {"format": 1.0}, reason="half", metrics={"words": 3.0})
-    one = make_trajectory(7, 3, score=score, advantage=-0.5, completion="ä \ud800 \u2028")
+    one = make_trajectory(
+        7,
+        3,
+        score=score,
+        advantage=-0.5,
+        completion="ä \ud800 \u2028",
+        infos=[{"moves": 2}],
+        state={"won": True},
+    )
     broken = make_trajectory(7, 4, score=Score(math.nan, valid=False, reason="raised"))
     recorder.write(2, trajectories=[one, broken])
     recorder.write(2, trajectories=[make_trajectory(score=None)], stream="heldout")
@@ -197,8 +205,8 @@ def test_rollouts_are_written_whole(tmp_path):
         "error": "",
         "advantage": -0.5,
         "turn_rewards": [0.0],
-        "infos": [],
-        "state": None,
+        "infos": [{"moves": 2}],
+        "state": {"won": True},
     }
     assert (invalid["reward"], invalid["valid"], invalid["reason"]) == (None, False, "raised")
     assert lines_of(tmp_path / "rollouts" / "heldout_000002.jsonl")[0]["reward"] is None
