@@ -25,6 +25,10 @@ class Overrun(BaseException):
     """Raised in user code whose time is over; no `except Exception` keeps it."""
 
 
+class _Exit(Exception):
+    """Holds an exception that would end an event loop."""
+
+
 class Channel:
     """Frames to and from the main process, on a descriptor that user code does not know."""
 
@@ -175,7 +179,8 @@ async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
             elif isinstance(error, Overrun):
                 channel.write(wire.OVERRUN, number, None)
             else:
-                channel.write(wire.ERROR, number, describe(error))
+                cause = error.args[0] if isinstance(error, _Exit) else error
+                channel.write(wire.ERROR, number, describe(cause))
         finally:
             del works[work]
 
@@ -223,7 +228,7 @@ async def _call(handler: Any, body: bytes) -> Any:
     try:
         return await handler(*pickle.loads(body))
     except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the whole worker
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise _Exit(error) from error
 
 
 def describe(error: BaseException) -> tuple[str, str]:

@@ -296,6 +296,11 @@ def test_async_calls_run_at_once_each_with_its_own_limit(async_pool: Workers):
     assert async_pool.submit("pid").result(10) == pid  # cancelled, so nothing was killed
 
 
+def test_system_exit_in_an_async_call_is_an_error_of_that_call(async_pool: Workers):
+    with pytest.raises(WorkerError, match=r"^SystemExit: bye \(user_code.py:\d+\)"):
+        async_pool.submit("system_exit").result(10)
+
+
 def test_an_overrun_async_call_is_cancelled(async_pool: Workers, tmp_path: Path):
     with pytest.raises(WorkerError, match="overran"):
         async_pool.submit("clean_up", str(tmp_path / "cleaned")).result(10)
