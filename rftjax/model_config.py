@@ -120,6 +120,11 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+NUMBERS = (
+    *("head_dim", "initializer_range", "max_position_embeddings", "num_key_value_heads"),
+    *("rms_norm_eps", "rope_theta", "sliding_window", "max_window_layers"),
+)
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 UNQUANTISED = "use the unquantised checkpoint of this model"
 WAY_OUT = {
     "compression_config": UNQUANTISED,
@@ -159,11 +164,7 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
             f"config.json: rftjax does not know what {named} does to a {kind} model, so it refuses"
             " to guess; remove the field if it has no effect on what the model computes"
         )
-    for name in REQUIRED:
-        if not isinstance(fields.get(name), int) or fields[name] < 1:
-            raise UserError(
-                f"config.json: {name}={fields.get(name)!r}; a {kind} model needs a positive integer"
-            )
+    _check_types(fields, kind)
     config = family.config(fields, dtype)
     if config.heads % config.kv_heads:
         raise UserError(
@@ -171,6 +172,23 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
             f" num_key_value_heads={config.kv_heads}"
         )
     return config
+
+
+def _check_types(fields: dict[str, Any], kind: str) -> None:
+    """Raises UserError for a size that is missing and for a field that holds another kind of value than it should."""
+    for name in REQUIRED:
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"config.json: {name}={value!r}; a {kind} model needs a positive integer"
+            )
+    for name in NUMBERS:
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UserError(f"config.json: {name}={value!r}: must be a number; correct it there")
+    for name in SWITCHES:
+        if not isinstance(fields.get(name), bool | None):
+            raise UserError(f"config.json: {name}={fields[name]!r}: must be true or false")
 
 
 def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:

@@ -227,7 +227,7 @@ class Policy:
                     sample,
                     messages,
                     [sequence],
-                    [0.0],
+                    turn_rewards=[0.0],
                     finish_reason="stop" if turn.stopped else "length",
                 )
         return [results[key] for key in sorted(results)]
@@ -256,13 +256,14 @@ class Policy:
 
     def export(self, out: str | Path, *, dtype: str = "float32") -> Path:
         """Writes a Hugging Face directory: weights, configs and the tokenizer where there is one."""
+        words = self.tokenizer if tokenizer.exists(self.path) else None
         return hf.save(
             out,
             self.config,
             self.params,
             self.fields,
-            tokenizer=self.tokenizer if tokenizer.exists(self.path) else None,
-            generation=hf.read_generation(self.path),
+            tokenizer=words,
+            generation=tokenizer.generation(self.path, words),
             dtype=dtype,
         )
 

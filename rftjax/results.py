@@ -83,7 +83,7 @@ def export(
         )
     params = merged(trainable, frozen, lora.scale(section.rank, section.alpha))
     words = tokenizer.load(path) if tokenizer.exists(path) else None
-    generation = hf.read_generation(path)
+    generation = tokenizer.generation(path, words)
     hf.save(
         out, shape, params, fields, tokenizer=words, generation=generation, dtype=dtype, facts=facts
     )

@@ -115,6 +115,13 @@ def stop_tokens(path: str | os.PathLike[str], tokenizer: Any = None) -> tuple[in
     return tuple(dict.fromkeys(stops))
 
 
+def generation(path: str | os.PathLike[str], tokenizer: Any = None) -> dict[str, Any]:
+    """Returns the generation config of an export: the model's, with every token that ended a turn here."""
+    fields = hf.read_generation(path)
+    stops = list(stop_tokens(path, tokenizer))
+    return fields | ({"eos_token_id": stops if len(stops) > 1 else stops[0]} if stops else {})
+
+
 def end_of_turn(tokenizer: Any) -> int | None:
     """Returns the added token that the chat template writes behind an assistant's content, None without one."""
     text = _rendered(tokenizer)

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rftjax import hf, tokenizer
+from rftjax.errors import UserError
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = DATA / "reference"
@@ -161,6 +162,21 @@ def test_rope_settings_a_layer_type_are_refused():
 def test_a_config_field_whose_effect_is_not_implemented_is_refused_by_name(field: str, value: Any):
     fields = json.loads(SMOLLM2) | {field: value}
     with pytest.raises(ValueError, match=rf"config\.json.*{field}="):
+        hf.read_config(fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("rms_norm_eps", "1e-5"), ("rope_theta", "10000"), ("max_position_embeddings", "long")),
+        *(("num_key_value_heads", True), ("tie_word_embeddings", "false"), ("vocab_size", True)),
+        ("rope_scaling", {"rope_type": "linear", "factor": "2"}),
+        ("rope_parameters", [1.0]),
+    ],
+)
+def test_a_config_field_of_the_wrong_kind_is_named(field: str, value: Any):
+    fields = json.loads(SMOLLM2) | {field: value}
+    with pytest.raises(UserError, match=r"config\.json: .*(number|true or false|integer|object)"):
         hf.read_config(fields)
 
 

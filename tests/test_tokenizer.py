@@ -118,6 +118,17 @@ def test_the_token_that_the_template_ends_a_turn_with_is_a_stop_token(copy: Path
         assert tokenizer.end_of_turn(words) is None
 
 
+def test_an_export_stops_at_every_token_that_ended_a_turn_here(copy: Path, tmp_path: Path):
+    cut(copy, 2)
+    added = {"62": entry("<turn>"), "63": entry("<end>")}
+    edit(copy / "tokenizer_config.json", added_tokens_decoder=added, chat_template=TEMPLATE)
+    edit(copy / "generation_config.json", eos_token_id=1, temperature=0.5)
+    out = rftjax.load(str(copy)).export(tmp_path / "out")
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["temperature"]) == ([1, 63], 0.5)
+    assert tokenizer.load(out).encode("w1 <turn> w2<end>") == [4, 62, 5, 63]
+
+
 @pytest.mark.parametrize("value", [64, -1, "1", 1.0, True, [1, None], {"a": 1}])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_a_bad_stop_token_is_refused_with_its_file_and_field(copy: Path, file: str, value: Any):

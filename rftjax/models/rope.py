@@ -7,6 +7,7 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.models.decoder import Rope
 
+TEXTS = ("rope_type", "type")
 FIELDS = {
     "default": set(),
     "linear": {"factor"},
@@ -41,6 +42,13 @@ def read_rope(fields: dict[str, Any]) -> Rope:
     for section in sections:
         if not isinstance(section, dict):
             raise UserError(f"config.json: rope settings {section!r} must be an object")
+        for name, value in section.items():
+            if name not in TEXTS and (
+                value is not None and not isinstance(value, int | float | dict)
+            ):
+                raise UserError(
+                    f"config.json: rope setting {name}={value!r}: must be a number; correct it there"
+                )
     thetas = {section["rope_theta"] for section in sections if section.get("rope_theta")}
     thetas |= {given["rope_theta"]} if "rope_theta" in given else set()
     theta = float(min(thetas, default=10000.0))
