@@ -5,20 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
+import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
+from snippets import SLOW, WHY, cells, run_cell
 
+from rftjax import config as configs
+from rftjax import specs
 from rftjax.config import base_config, flatten
+from rftjax.flags import diagnose, load_spec
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
-
-
-def cells(path: Path, kind: str) -> list[str]:
-    book: dict[str, Any] = json.loads(path.read_text())
-    return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == kind]
 
 
 def plain(source: str) -> str:
@@ -53,4 +53,62 @@ def test_files_and_fields_that_a_notebook_names_exist(path: Path):
     assert files
     assert not [name for name in files if not (ROOT / name).is_file()]
     fields = set(re.findall(r"--config\.([\w.]+)=", text))
-    assert fields and fields <= set(flatten(base_config()))
+    assert fields <= set(flatten(base_config()))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_shows_tensorboard_and_links_from_the_readme(path: Path):
+    code = "\n".join(cells(path, "code"))
+    assert re.search(r"^%load_ext tensorboard\n%tensorboard --logdir \{WORKDIR\}", code, re.M)
+    assert f"(colab/{path.name})" in (ROOT / "README.md").read_text()
+    assert "pip" in code and "rftjax[{EXTRAS}]" in code
+
+
+def trained(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, shell) -> list[str]:
+    """Runs the cells up to the last that trains; returns the rest."""
+    monkeypatch.chdir(folder)
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: None if "pip" in a[0] else run(*a, **k))
+    code = cells(path, "code")
+    last = max(index for index, cell in enumerate(code) if "rftjax.main" in cell)
+    names: dict = {}
+    for cell in code[: last + 1]:
+        run_cell(cell, names, lambda command: shell(shlex.split(command)))
+    return [(cell, names) for cell in code[last + 1 :]]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_commands_of_a_notebook_are_ones_and_its_text_says_their_steps(
+    path: Path, tmp_path, monkeypatch
+):
+    commands: list[list[str]] = []
+    (tmp_path / "workdir" / "colab-words").mkdir(parents=True)
+    trained(path, tmp_path, monkeypatch, commands.append)
+    steps = set()
+    for command in commands:
+        if "rftjax.fetch_model" in command:
+            continue
+        assert command[1:3] == ["-m", "rftjax.main"]
+        flags = [specs.locate(one) for one in command[3:]]
+        assert not diagnose(flags)
+        given = dict(flag.partition("=")[::2] for flag in flags)
+        spec = given["--config"]
+        steps |= {load_spec(spec).steps, load_spec(f"{spec}:debug").steps}
+        if "--config.steps" in given:
+            steps = {int(given["--config.steps"])}
+    told = {int(n) for n in re.findall(r"(\d+)\s+steps", "\n".join(cells(path, "markdown")))}
+    assert told and told <= steps
+
+
+@pytest.mark.skipif(not SLOW, reason=WHY)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_to_its_end(path: Path, tmp_path, monkeypatch):
+    def short(command: list[str]) -> None:
+        names = {f"--config={name}": f"--config={name}:debug" for name in ("rft", "quickstart")}
+        long = ("--config.steps=", "--config.eval.")
+        kept = [names.get(one, one) for one in command if not one.startswith(long)]
+        subprocess.run(kept, check=True)
+
+    assert Path(configs.embedded_model()).exists(), "scripts/fetch_model.py fetches the model"
+    for cell, names in trained(path, tmp_path, monkeypatch, short):
+        run_cell(cell, names, lambda command: None)
