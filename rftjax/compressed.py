@@ -52,4 +52,4 @@ def lines(path: str) -> Iterator[tuple[int, str, str]]:
             try:
                 yield number, line.decode(), ""
             except UnicodeDecodeError as error:
-                yield number, "", f"line: is not UTF-8 ({error})"
+                yield number, "", f"line: is not UTF-8 ({error}); save the file as UTF-8"

@@ -128,18 +128,8 @@ _CALLABLES = (
     "grpo.loss",
     "hooks",
 )
-_DATA_SUFFIXES = (
-    ".jsonl",
-    ".ndjson",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".gz",
-    ".zst",
-    ".bz2",
-    ".xz",
-)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_COMPRESSED)
 LOGGERS = ("wandb", "mlflow", "trackio")  # modules of rftjax.loggers
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, and eval/part/NAME

@@ -19,6 +19,7 @@ import numpy as np
 from rftjax.types import Message, Task
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_DEPTH = 100
 _SHOWN_FIELDS = 12
 
 
@@ -55,6 +56,8 @@ class Checker:
             problems.append(
                 f"id: must be a text or a whole number, is a {_kind(given)}; give it another name with tasks.map"
             )
+        if _deeper(row, MAX_DEPTH):
+            problems.append(f"row: is nested more than {MAX_DEPTH} levels deep; make it flatter")
         if problems:
             return None, problems
         data = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
@@ -228,6 +231,19 @@ def _text_problems(name: str, text: str) -> list[str]:
     except UnicodeEncodeError as error:
         return [f"{name}: holds half of a surrogate pair at character {error.start}"]
     return []
+
+
+def _deeper(value: Any, limit: int) -> bool:
+    """Whether lists and records lie in one another more than `limit` times."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            one
+            for found in level
+            if isinstance(found, (dict, list, tuple))
+            for one in (found.values() if isinstance(found, dict) else found)
+        ]
+    return bool(level)
 
 
 def _kind(value: Any) -> str:

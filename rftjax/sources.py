@@ -48,7 +48,8 @@ def read(source: str, split: str, field: str) -> Iterator[Read]:
         left, colon, _ = source.partition(":")
         if colon and (left.endswith(".py") or _is_module(left)):
             return _read_function(source, split, field)
-        looks_like_path = path.startswith(("/", ".", "~")) or kind_of(path) in SUFFIXES
+        looks_like_path = path.startswith(("/", ".", "~")) or path.endswith("/")
+        looks_like_path = looks_like_path or kind_of(path) in SUFFIXES
         if not source or looks_like_path:
             raise UserError(
                 f"{field}={source!r}: there is no such file or directory (looked for "
@@ -287,8 +288,8 @@ def _are_objects(value: Any) -> bool:
 def _read_csv(path: str, delimiter: str = "") -> Iterator[Read]:
     """Yields the rows of a file whose first line names the fields; every cell is a text, as it is written.
 
-    Without `delimiter` it is the one of comma, semicolon and tab that the first line has most of. A column without a
-    name, as of a written index, is left out.
+    Without `delimiter` it is the one of comma, semicolon, tab and bar that the first line has most of. A column without
+    a name, as of a written index, is left out.
     """
     csv.field_size_limit(_ANY_CELL_BYTES)
     torn: list[Read] = []
@@ -306,7 +307,7 @@ def _read_csv(path: str, delimiter: str = "") -> Iterator[Read]:
     if said := re.fullmatch(r"sep=(.)\s*", first):
         delimiter, first, skipped = said[1], next(lines, ""), 1
     unquoted = re.sub(r'"[^"]*"', "", first)
-    delimiter = delimiter or max(",;\t", key=unquoted.count)
+    delimiter = delimiter or max(",;\t|", key=unquoted.count)
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:

@@ -84,7 +84,10 @@ def read(
     if bad:
         raise UserError(_bad_rows_message(where, bad))
     if not tasks:
-        reason = f"{map} left out all {seen} of them" if seen else "the source is empty"
+        empty = "the source is empty" + (
+            f", or tasks.split={split!r} takes none" if "[" in split else ""
+        )
+        reason = f"{map} left out all {seen} of them" if seen else empty
         raise UserError(f"{where}: holds no rows ({reason}); at least one task is needed")
     if fault := checker.unused_field():
         raise UserError(f"{fault} of {where}")

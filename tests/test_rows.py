@@ -154,6 +154,15 @@ def test_ids_that_repeat_are_numbered_and_stay_different():
     assert names[:4] == ["x", "x-2", "x-2-2", "x-3"] and len(set(names)) == 6
 
 
+def test_a_row_nested_too_deep_to_be_sent_is_refused():
+    deep = []
+    for _ in range(200):
+        deep = [deep]
+    assert faults({"prompt": "a", "x": deep}) == [
+        "row: is nested more than 100 levels deep; make it flatter"
+    ]
+
+
 # ---- Digests
 
 

@@ -56,6 +56,7 @@ def test_a_csv_cell_is_the_text_that_the_file_has(tmp_path, cell):
         ("prompt;answer\na;1\nb;2\n", ROWS),
         ("sep=;\nprompt;answer\na;1\nb;2\n", ROWS),
         ("prompt\tanswer\na\t1\nb\t2\n", ROWS),
+        ("prompt|answer\na|1\nb|2\n", ROWS),
         (",prompt,answer\n0,a,1\n1,b,2\n", ROWS),  # an index that somebody wrote
         (" prompt , answer\na,1\nb,2,,\n,,\n", ROWS),
         ('prompt\n"one, ""two""\nthree"\n', [{"prompt": 'one, "two"\nthree'}]),
