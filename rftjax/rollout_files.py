@@ -65,7 +65,7 @@ class RolloutFiles:
         if stream == "train" and self._keep > 0:
             files = transcripts.files(self.folder.parent, stream)
             for old in [*files][: -self._keep]:
-                files[old].unlink()
+                files[old].unlink(missing_ok=True)
 
 
 def write_whole(path: Path, lines: Iterator[bytes], *, compress: bool = False) -> Path:
