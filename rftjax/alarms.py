@@ -6,6 +6,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+NAMES = (
+    "heldout_falls",
+    "length_runs_away",
+    "duplicates",
+    "part_without_the_rest",
+    "sampler_differs",
+    "entropy_collapses",
+    "truncation",
+    "same_answer",
+)
 FULL = 0.99  # a part from here on is as good as reached
 
 
@@ -24,17 +34,17 @@ def find(
     same_answer_share: float = 0.5,
 ) -> dict[str, str]:
     """Returns what is wrong at the last of the metrics' lines, a sentence by name; means are over `window` steps."""
-    found = {
-        "heldout_falls": _heldout_falls(lines, window, heldout_fall),
-        "length_runs_away": _length_runs_away(lines, window, length_factor),
-        "duplicates": _duplicates(lines, window, duplicate_share),
-        "part_without_the_rest": _part_without_the_rest(lines, window, part_fall),
-        "sampler_differs": _sampler_differs(lines, logprob_diff),
-        "entropy_collapses": _entropy_collapses(lines, window, entropy_share),
-        "truncation": _truncation(lines, window, truncated_share, truncated_rise),
-        "same_answer": _same_answer(lines, same_answer_share),
-    }
-    return {name: text for name, text in found.items() if text}
+    found = (
+        _heldout_falls(lines, window, heldout_fall),
+        _length_runs_away(lines, window, length_factor),
+        _duplicates(lines, window, duplicate_share),
+        _part_without_the_rest(lines, window, part_fall),
+        _sampler_differs(lines, logprob_diff),
+        _entropy_collapses(lines, window, entropy_share),
+        _truncation(lines, window, truncated_share, truncated_rise),
+        _same_answer(lines, same_answer_share),
+    )
+    return {name: text for name, text in zip(NAMES, found, strict=True) if text}
 
 
 def stop_reason(

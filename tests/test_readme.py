@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from snippets import SLOW, WHY, blocks
 
+from rftjax import alarms, specs
 from rftjax import config as configs
-from rftjax import specs
 from rftjax.flags import diagnose
 from rftjax.job import resolve as resolve_config
 from rftjax.resolve import resolve
@@ -97,3 +97,15 @@ def test_the_blocks_run_as_they_stand(shell, tmp_path):
         environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
         subprocess.run([shell, "-e"], input=short, text=True, check=True, cwd=tmp_path, env=environment)  # fmt: skip
     assert (tmp_path / "runs" / "sums" / "export" / "model.safetensors").exists()
+
+
+def test_the_guide_names_fields_and_alarms_that_there_are():
+    text = (ROOT / "docs" / "guide.md").read_text()
+    known = configs.flatten(configs.base_config())
+    sections = {field.partition(".")[0] for field in known if "." in field}
+    named = set(re.findall(r"`(?:--config\.)?([a-z]+\.[a-z_]+)(?:=[^`]*)?`", text))
+    assert {one for one in named if one.partition(".")[0] in sections} <= set(known)
+    table = re.findall(r"^\| `(\w+)` \|", text, re.M)
+    assert sorted(table) == sorted(alarms.NAMES)
+    for block in blocks(ROOT / "docs" / "guide.md", "python"):
+        ast.parse(block)
