@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rftjax import reasons
 from rftjax.errors import UserError
 from rftjax.types import Score, Trajectory
 from rftjax.workers import WorkerError, Workers
@@ -105,15 +106,19 @@ class Scorer:
         if share <= self._max_error_share:
             self._details.clear()
             return
-        reasons = collections.Counter(score.reason for score in scores if not score.valid)
+        invalid = [score.reason for score in scores if not score.valid]
         lines = [
-            f"{sum(reasons.values())} of {len(scores)} samples ({share:.1%}) could not be scored by {self._name}; "
+            f"{len(invalid)} of {len(scores)} samples ({share:.1%}) could not be scored by {self._name}; "
             f"scoring.max_error_share={self._max_error_share:g} allows {self._max_error_share:.1%}. "
             "Correct the evaluator or the environment and start again, or raise scoring.max_error_share. "
             "The commonest reasons:"
         ]
-        lines += [f"  {count} x {reason}" for reason, count in reasons.most_common(3)]
-        details = self._details.get(reasons.most_common(1)[0][0], "")
+        lines += [f"  {line}" for line in reasons.commonest(invalid)]
+        kinds = collections.Counter(map(reasons.general, invalid))
+        commonest = next(
+            one for one in invalid if reasons.general(one) == kinds.most_common(1)[0][0]
+        )
+        details = self._details.get(commonest, "")
         if details:
             lines += ["The first of them in full:", details]
         raise EvaluatorError("\n".join(lines))
