@@ -329,6 +329,12 @@ def exists(directory: Path) -> bool:
     return any(path.name.isdigit() for path in directory.glob("*"))
 
 
+def step_directories(directory: Path) -> list[Path]:
+    """Returns the checkpoints of completed steps in a folder, ascending, without opening them."""
+    found = [path for path in directory.glob("*") if path.name.isdigit() and int(path.name) > 0]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def _as_trees(state: TrainState) -> dict[str, Any]:
     return {
         "trainable": state.trainable,

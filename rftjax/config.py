@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -10,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from rftjax.errors import UserError
@@ -32,7 +30,6 @@ __all__ = [
     "flatten",
     "from_json",
     "heldout_set",
-    "merge_resume",
     "resolve",
     "to_json",
 ]
@@ -408,14 +405,12 @@ def _mesh_problems(
     if prompts % processes:
         yield (
             "batch.prompts",
-            f"must divide by the {processes} processes, each of which samples its share",
+            f"must divide by the {processes} processes, each of which samples its share; "
+            "start another number of processes, or give a new run other prompts",
         )
 
 
 # ---- config.json
-
-# What a resumed run may change: nothing that has entered the parameters, the optimizer or the order of tasks.
-_FREE_SECTIONS = ("eval.", "checkpoint.", "logging.", "alarms.")  # and steps
 
 
 def to_json(config: ConfigDict) -> str:
@@ -446,46 +441,3 @@ def from_json(text: str, name: str = "config.json") -> ConfigDict:
                     f"{name}: {field}={value!r}: {error}; start in a new workdir"
                 ) from error
     return config
-
-
-def merge_resume(stored: ConfigDict, given: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:
-    """Returns the config of a resumed run: the stored one with the flags that may change.
-
-    `flags` are the fields set on the command line by path. One that contradicts the stored config and is not free to
-    change is an error; a spec whose defaults changed is only told of.
-    """
-    before = flatten(stored)
-    wanted = flatten(given)
-    overridden = flatten(flags)
-    merged = copy.deepcopy(stored)
-    contradictions = []
-    with merged.unlocked():
-        for field, value in wanted.items():
-            if field not in before:
-                assign(merged, field, value)
-        for field, value in overridden.items():
-            if field not in before or before[field] == value:
-                continue
-            if field in ("steps", "hooks") or field.startswith(_FREE_SECTIONS):
-                assign(merged, field, value)
-            else:
-                contradictions.append(
-                    f"--config.{field}={value!r}: the run in this workdir has {before[field]!r}; "
-                    "leave the flag out to go on with it, or start in a new workdir"
-                )
-    if contradictions:
-        allowed = ", ".join(["steps", "hooks", *(f"{section}*" for section in _FREE_SECTIONS)])
-        raise UserError(
-            "flags contradict the config.json of the run to resume, "
-            f"where only {allowed} may change:\n  " + "\n  ".join(contradictions)
-        )
-    changed = [
-        f"{field} ({before[field]!r} stays, not {value!r})"
-        for field, value in wanted.items()
-        if field in before and field not in overridden and value not in (None, before[field])
-    ]
-    if changed:
-        logging.warning(
-            "resuming with the stored config.json; the spec differs in %s", ", ".join(changed)
-        )
-    return merged

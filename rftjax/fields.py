@@ -14,11 +14,62 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+# What other libraries and papers call a field.
+_SYNONYMS = {
+    "optim.lr": "learning_rate max_lr peak_lr lr_rate step_size",
+    "optim.schedule": "lr_scheduler_type lr_schedule scheduler",
+    "optim.warmup_steps": "warmup lr_warmup_steps num_warmup_steps warmup_ratio",
+    "optim.clip": "max_grad_norm grad_clip gradient_clip clip_grad clip_norm gradient_clipping",
+    "optim.weight_decay": "wd decay",
+    "steps": "max_steps num_steps total_steps train_steps num_train_steps epochs num_train_epochs iterations",
+    "seed": "random_seed rng_seed",
+    "batch.prompts": "batch_size train_batch_size global_batch_size prompts_per_step per_device_train_batch_size",
+    "batch.group_size": "num_generations generations group n_samples samples_per_prompt num_samples rollout_n"
+    " num_return_sequences response_candidates_count",
+    "batch.pack_tokens": "max_tokens_per_batch micro_batch_tokens packing",
+    "batch.pack_rows": "micro_batch_size gradient_accumulation_steps",
+    "sampler.max_new_tokens": "max_tokens max_completion_length max_output_tokens max_response_length response_length",
+    "sampler.temperature": "temp",
+    "sampler.slots": "max_num_seqs concurrency max_concurrency",
+    "sampler.stop": "stop_tokens stop_strings stop_token_ids stop_sequences eos",
+    "rollout.max_length": "max_seq_length max_model_len max_seq_len context_length max_context_length seq_len",
+    "rollout.max_turns": "turns num_turns max_episode_steps",
+    "scoring.timeout_s": "timeout evaluator_timeout reward_timeout",
+    "grpo.preset": "algorithm loss_type loss_method rl_loss_method",
+    "grpo.kl_weight": "beta kl_beta kl_coef kl_loss_coef kl_coeff",
+    "grpo.clip_low": "epsilon epsilon_low clip_eps clip_ratio cliprange",
+    "grpo.clip_high": "epsilon_high clip_ratio_high",
+    "grpo.entropy_weight": "entropy_coef entropy_coeff ent_coef",
+    "grpo.updates_per_batch": "ppo_epochs num_iterations mu",
+    "grpo.minibatches": "num_minibatches num_mini_batches",
+    "grpo.scale": "scale_rewards norm_adv normalize_advantages",
+    "lora.rank": "r lora_rank lora_r",
+    "lora.alpha": "lora_alpha",
+    "lora.targets": "target_modules lora_target_modules",
+    "model.path": "model_name_or_path model_name base_model pretrained model_id checkpoint_path",
+    "model.remat": "gradient_checkpointing activation_checkpointing",
+    "model.dtype": "bf16 fp16 precision torch_dtype mixed_precision",
+    "model.attention": "attn_implementation flash_attention attn",
+    "tasks.train": "dataset train_dataset dataset_name data train_file train_files train_data",
+    "tasks.heldout": "eval_dataset validation test_dataset val_files evaluation_dataset",
+    "evaluator": "reward reward_fn reward_function reward_funcs scorer grader",
+    "environment": "env tools",
+    "eval.every": "eval_steps eval_interval test_freq eval_every",
+    "eval.samples": "eval_samples k num_eval_samples",
+    "checkpoint.every": "save_steps save_freq save_interval save_every",
+    "checkpoint.keep": "save_total_limit max_to_keep keep_checkpoints",
+    "logging.every": "logging_steps log_interval log_every",
+    "mesh.tensor": "tensor_parallel_size tp tensor_parallel",
+    "mesh.fsdp": "fsdp_size zero_stage",
+    "mesh.data": "data_parallel_size dp data_parallel",
+}
+
 
 def cache_folder() -> str:
     """Returns $RFTJAX_CACHE, else rftjax under $XDG_CACHE_HOME or ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.abspath(os.environ.get("RFTJAX_CACHE") or os.path.join(cache, "rftjax"))
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    named = os.environ.get("RFTJAX_CACHE") or os.path.join(cache, "rftjax")
+    return os.path.abspath(os.path.expanduser(named))
 
 
 def embedded_model() -> str:
@@ -216,13 +267,42 @@ def has_type(value: Any, wanted: type) -> bool:
 
 
 def suggest(field: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean ...?)" with the known fields nearest in spelling or of the same last name, or ""."""
+    """Returns " (did you mean ...?)" with the known fields that the name may stand for, or "".
+
+    Fields of the same last name come first, then what other libraries call so, then near spellings.
+    """
     known = list(known)
     name = field.rpartition(".")[2]
     near = [other for other in known if other.rpartition(".")[2] == name]
+    near += [other for other in known if name.lower() in _SYNONYMS.get(other, "").split()]
     near += difflib.get_close_matches(field, known, n=3, cutoff=0.7)
     near = list(dict.fromkeys(near))[:3]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def expand_home(config: ConfigDict) -> ConfigDict:
+    """Returns the config with `~` and `~user` at the start of every text replaced by that home directory."""
+    expanded = config.copy_and_resolve_references()
+    with expanded.unlocked():
+        for field, value in flatten(expanded).items():
+            if (found := expand_value(field, value)) != value:
+                assign(expanded, field, found)
+    return expanded
+
+
+def expand_value(field: str, value: Any) -> Any:
+    """Returns a field's value with `~` expanded, also in "~/file.py:name" and in the sources of `eval.sets`.
+
+    A user that does not exist stays as it is.
+    """
+    if field == "eval.sets" and isinstance(value, tuple):
+        return tuple(map(_expand_set, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _expand_set(text: Any) -> Any:
+    name, equals, source = text.partition("=") if isinstance(text, str) else ("", "", "")
+    return f"{name}={os.path.expanduser(source)}" if equals else text
 
 
 def assign(config: ConfigDict, field: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -26,7 +27,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
     Bad flags are listed on stderr, all of them, and the program ends with exit code 2.
     """
-    argv = list(map(locate, argv))
+    argv = [locate(_expand_home(argument)) for argument in argv]
     if not any(re.fullmatch(r"--?help\w*", argument) for argument in argv):
         value = _spec_argument(argv)
         if not value:
@@ -95,6 +96,12 @@ def load_spec(value: str) -> ConfigDict:
 def _fail(problems: Sequence[str]) -> NoReturn:
     sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))
     sys.exit(2)
+
+
+def _expand_home(argument: str) -> str:
+    """Expands the `~` of --config=~/spec.py, which shells leave as it is."""
+    match = re.fullmatch(r"(--?config=)(~.*)", argument, re.DOTALL)
+    return match[1] + os.path.expanduser(match[2]) if match else argument
 
 
 def _split(value: str) -> tuple[str, list[str]]:

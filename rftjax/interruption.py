@@ -15,6 +15,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 20.0  # for the step under way after SIGTERM or SIGHUP: schedulers kill 30 s later
 
 
+class Interrupted(Exception):
+    """A signal ended a run before its last step; what was done is saved."""
+
+
 class Interruption:
     """Notes SIGINT, SIGTERM and SIGHUP, so that the step under way can end and be saved.
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,15 +31,19 @@ from rftjax import (
     update,
 )
 from rftjax import config as configs
+from rftjax.binding import Binding, stored_config
 from rftjax.checkpoint import Checkpoints
 from rftjax.compilation import Compilations, Program, compiling
 from rftjax.environments import Environments
 from rftjax.evaluation import MAIN, evaluate
+from rftjax.fields import expand_home, expand_value, flatten
 from rftjax.hooks import Hook
+from rftjax.inputs import fingerprints
 from rftjax.learner import GUARD, Learner
 from rftjax.loggers import open_loggers
 from rftjax.origin import Origin
 from rftjax.overlap import Sampling
+from rftjax.resume import merge_resume
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
@@ -52,7 +55,7 @@ log = logging.getLogger(__name__)
 
 def resolve(config: ConfigDict) -> ConfigDict:
     """Returns the config with its preset's fields filled in; raises ValueError listing everything wrong with it."""
-    config = config.copy_and_resolve_references()
+    config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
     fields = grpo.resolve_preset(
         config.grpo.preset, {name: config.grpo[name] for name in names if name in config.grpo}
@@ -66,19 +69,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def open_config(workdir: Path, given: ConfigDict, flags: dict[str, Any]) -> ConfigDict:
-    """Returns the config to run: the workdir's own where it has one, else the given one, which is then stored."""
-    metrics.check_workdir(workdir)
-    path = workdir / "config.json"
-    if path.exists():
-        stored = configs.from_json(path.read_text(), str(path))
-        merged = configs.merge_resume(stored, given, flags)
-        config = resolve(merged)
-    else:
-        config = resolve(given)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(configs.to_json(config))
-    os.replace(temporary, path)
-    return config
+    """Returns the config to run: the workdir's own where a step has bound it to one, else the given one."""
+    given = expand_home(given)
+    stored = stored_config(workdir)
+    if stored is None:
+        return resolve(given)
+    flags = {field: expand_value(field, value) for field, value in flatten(flags).items()}
+    return resolve(merge_resume(stored, given, flags))
 
 
 def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:
@@ -150,7 +147,8 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
 class Job:
     """The parts of a run. Worker processes are started before anything else."""
 
-    config: ConfigDict
+    given: ConfigDict  # as config.json has it
+    config: ConfigDict  # the same, with lengths that the model can take
     workdir: Path
     scorer: Scorer
     heldout_scorer: Scorer  # the same one unless `eval.evaluator` names another
@@ -170,6 +168,7 @@ class Job:
     def build(cls, config: ConfigDict, workdir: Path) -> Job:
         """Builds everything but the training state, for which weights are read; raises ValueError for what the user
         can mend."""
+        given = config
         train_tasks, heldout = load_tasks(config)
         with contextlib.ExitStack() as workers:
             scorer = Scorer(config.evaluator, seed=config.seed, **config.scoring)
@@ -215,6 +214,7 @@ class Job:
             workers.pop_all()  # from here on they are the job's
         rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
         return cls(
+            given,
             config,
             workdir,
             scorer,
@@ -453,8 +453,15 @@ class Job:
             )
         return metrics, trajectories
 
+    def binding(self, stream: tasks.TaskStream, accepted: Sequence[str]) -> Binding:
+        """Returns the run's tie to its workdir; UserError where its inputs have changed and that is not accepted."""
+        named = {set_field(name): found for name, found in self.heldout.items()}
+        found = fingerprints(self.config, stream, named)
+        primary = jax.process_index() == 0
+        return Binding(self.workdir, self.given, found, accepted=accepted, primary=primary)
+
     def recorder(self, resume_step: int) -> metrics.Recorder:
-        """Returns the recorder of the run's workdir."""
+        """Returns the recorder of the run's workdir, which keeps what it has up to a step to go on from."""
         section = self.config.logging.to_dict()
         fields = configs.flatten(self.config)
         primary = jax.process_index() == 0
@@ -465,7 +472,8 @@ class Job:
         return metrics.Recorder(
             self.workdir,
             steps=self.config.steps,
-            resume_step=resume_step,
+            # Without a checkpoint all that lies there is another run's.
+            resume_step=resume_step or -1,
             primary=primary,
             alarms=functools.partial(alarms.find, **self.config.alarms),
             config=fields,

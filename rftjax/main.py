@@ -9,7 +9,6 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rftjax.errors import UserError
 from rftjax.fields import cache_folder
 from rftjax.flags import parse_flags
 
@@ -18,6 +17,13 @@ WORKDIR = flags.DEFINE_string(
     "workdir", "", "Directory of the run; one with a checkpoint goes on from there."
 )
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "check"], "What to do.")
+RESTART_FROM = flags.DEFINE_integer(
+    "restart_from", -1, "Go back to the checkpoint of this step and drop what follows it (-1: no)."
+)
+ACCEPT = flags.DEFINE_list(
+    "accept_changed", [], "Inputs of the run that may differ from those that it began with."
+)
+INTERRUPTED = 130  # the exit code of a run that a signal ended
 STOP_AFTER = flags.DEFINE_integer(
     "stop_after", 0, "End cleanly after this step (0: at the config's last)."
 )
@@ -27,7 +33,7 @@ STEP = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Runs the mode; errors that the user can mend are printed without a traceback."""
+    """Runs the mode; errors that the user can mend are printed without a traceback, others are kept in the workdir."""
     if argv[1:]:
         sys.exit(
             f"error: unknown arguments {argv[1:]}; settings are given as --config.section.field=value"
@@ -40,21 +46,47 @@ def main(argv: list[str]) -> None:
         )
     if STEP.value and MODE.value != "eval":
         sys.exit(f"error: --step={STEP.value}: is what --mode=eval evaluates; leave it out")
+    if RESTART_FROM.value < -1 or (RESTART_FROM.value >= 0 and MODE.value != "train"):
+        sys.exit(
+            f"error: --restart_from={RESTART_FROM.value}: must be a step with a checkpoint, in mode train"
+        )
     logging.set_verbosity(logging.WARNING)
     import jax
 
-    from rftjax import modes
+    from rftjax import failures, modes
+    from rftjax.interruption import Interrupted
 
     # A second start finds its compiled programs here; JAX_COMPILATION_CACHE_DIR names another place.
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        workdir = Path(WORKDIR.value).absolute()
-        modes.run(MODE.value, CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
-    except (UserError, OSError) as error:
-        logging.debug("the traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+        jax.device_count()
+    except (RuntimeError, AssertionError):  # what JAX raises without the backend
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        sys.exit(
+            f"error: JAX_PLATFORMS={platforms!r}: JAX finds no such device; unset it, or install the accelerator's"
+            " plugin (./scripts/setup.sh cuda or tpu)"
+        )
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    workdir = Path(WORKDIR.value).expanduser().absolute()
+    back = {"restart_from": RESTART_FROM.value, "accepted": ACCEPT.value}
+    run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
+    try:
+        modes.run(MODE.value, *run, **back)
+    except (Interrupted, KeyboardInterrupt) as error:
+        same = "the same command" + " without --restart_from" * (RESTART_FROM.value >= 0)
+        print(f"{error or 'interrupted'}; {same} goes on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if message := failures.explain(error):
+            logging.debug("the traceback", exc_info=True)
+            sys.exit(f"error: {message}")
+        if path := failures.record(workdir, error):
+            print(
+                f"error: a fault of rftjax or of the machine, as below; for a report it is in {path}",
+                file=sys.stderr,
+            )
+        raise
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from rftjax import evaluating, job, preflight, results, train
+from rftjax import evaluating, job, lock, metrics, preflight, results, train
 
 
 def run(
@@ -18,8 +20,14 @@ def run(
     workdir: Path,
     stop_after: int = 0,
     step: str = "",
+    *,
+    restart_from: int = -1,
+    accepted: Sequence[str] = (),
 ) -> None:
-    """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates."""
+    """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates.
+
+    A check and an evaluation write no config and take no lock: they may run beside a training run.
+    """
     if mode == "check":
         preflight.check(given, workdir)
         return
@@ -28,11 +36,14 @@ def run(
         config = job.open_config(workdir, given, overrides)
         print("\n".join(evaluating.evaluate(config, workdir, step or "last")))
         return
-    config = job.open_config(workdir, given, overrides)
-    if config.export:
-        results.check_exports(workdir)
-    _, done = train.train(config, workdir, stop_after)
-    if done and config.export:
-        results.export_run(config, workdir)
+    metrics.check_workdir(workdir)
+    alone = lock.held(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        config = job.open_config(workdir, given, overrides)
+        if config.export:
+            results.check_exports(workdir)
+        _, done = train.train(config, workdir, stop_after, restart_from, accepted)
+        if done and config.export:
+            results.export_run(config, workdir)
     if jax.process_index() == 0:
         print(results.summary(workdir))

@@ -110,7 +110,8 @@ class Scorer:
         lines = [
             f"{len(invalid)} of {len(scores)} samples ({share:.1%}) could not be scored by {self._name}; "
             f"scoring.max_error_share={self._max_error_share:g} allows {self._max_error_share:.1%}. "
-            "Correct the evaluator or the environment and start again, or raise scoring.max_error_share. "
+            "Correct the evaluator or the environment and start again (with --accept_changed=evaluator or "
+            "--accept_changed=environment where steps were done before), or raise scoring.max_error_share. "
             "The commonest reasons:"
         ]
         lines += [f"  {line}" for line in reasons.commonest(invalid)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from rftjax.curriculum import task_stream
-from rftjax.interruption import Interruption
+from rftjax.interruption import Interrupted, Interruption
 from rftjax.job import Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.saving import Saving, check_updates
@@ -18,17 +19,25 @@ from rftjax.types import TrainState
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[TrainState, bool]:
-    """Trains to `config.steps`, or to the end of step `stop_after`, from the workdir's last checkpoint on.
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    stop_after: int = 0,
+    restart_from: int = -1,
+    accepted: Sequence[str] = (),
+) -> tuple[TrainState, bool]:
+    """Trains to `config.steps`, or to the end of step `stop_after`, from the workdir's last checkpoint or another one.
 
-    Returns the last state and whether the run is complete. The last finished step is saved whatever ends the run.
-    Raises EvaluatorError where too many samples cannot be scored.
+    `accepted` names inputs that may differ from those the run began with. Returns the last state and whether the run is
+    complete. The last finished step is saved whatever ends the run. Raises EvaluatorError where too many samples cannot
+    be scored, and Interrupted.
     """
     with Job.build(config, workdir) as job, Interruption() as interruption:
         stream = task_stream(job.train_tasks, config.seed, config.tasks.sampling)
         learner = job.learner()
         checkpoints = job.checkpoints()
-        start = step = checkpoints.latest_step() or 0
+        binding = job.binding(stream, accepted)
+        start = step = binding.start(checkpoints, restart_from)
         if start:
             stream.restore(checkpoints.restore_host(start)["stream"])
         recorder = job.recorder(start)
@@ -72,6 +81,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
                     sampling.begin(state, last=ends or pauses)
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
+                    metrics |= binding.bind(step)
                     saving.finished(step, state, {"stream": sampling.position()})
                 metrics |= choice | rollout_metrics(trajectories) | job.counts()
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
@@ -90,4 +100,7 @@ def train(config: ConfigDict, workdir: Path, stop_after: int = 0) -> tuple[Train
             saving.save()
             if reason:
                 log.warning("ended early after step %d: %s", step, reason)
-    return state, ended and not job.heldout_missing(step, recorder.lines)
+    complete = ended and not job.heldout_missing(step, recorder.lines)
+    if interruption.received and not complete and (ended or step < last):
+        raise Interrupted(f"interrupted at {step}/{config.steps}")
+    return state, complete

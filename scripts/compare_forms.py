@@ -48,7 +48,11 @@ def largest(workdir: Path, name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the learning curves of three forms.")
-    parser.add_argument("--workdir", type=Path, help="where runs are kept and resumed")
+    parser.add_argument(
+        "--workdir",
+        type=lambda text: Path(text).expanduser(),
+        help="where runs are kept and resumed",
+    )
     parser.add_argument("--seeds", type=int, default=4)
     flags = parser.parse_args()
     folder = flags.workdir or Path(tempfile.mkdtemp(prefix="compare_forms-"))

@@ -139,7 +139,11 @@ def main() -> None:
     from rftjax import job, train
 
     parser = argparse.ArgumentParser(description="Compares learning curves with TRL's.")
-    parser.add_argument("--workdir", type=Path, help="where runs are kept and resumed")
+    parser.add_argument(
+        "--workdir",
+        type=lambda text: Path(text).expanduser(),
+        help="where runs are kept and resumed",
+    )
     parser.add_argument("--seeds", type=int, default=4)
     flags = parser.parse_args()
     stored = json.loads((DATA / "trl_1_16_tiny_curves.json").read_text())["curves"]

@@ -23,9 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=lambda text: Path(text).expanduser(), required=True)
     parser.add_argument("--step", default="", help="a step, best or last; left out: best, if any")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=lambda text: Path(text).expanduser(), required=True)
     parser.add_argument("--adapter", action="store_true", help="the adapters alone, unmerged")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     flags = parser.parse_args()

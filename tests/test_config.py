@@ -7,7 +7,8 @@ import pytest
 from ml_collections import config_dict
 
 from rftjax import config as config_lib
-from rftjax.fields import field_type, flatten
+from rftjax import fields
+from rftjax.fields import field_type, flatten, suggest
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,8 +83,8 @@ def test_every_numeric_field_has_a_range():
 
 
 def test_every_number_is_refused_when_it_is_far_too_small():
-    for *_, fields in config_lib._RANGES:
-        for field in fields.split():
+    for *_, ranged in config_lib._RANGES:
+        for field in ranged.split():
             config = complete()
             config.update_from_flattened_dict({field: -7})
             text = complaint(config)
@@ -309,46 +310,6 @@ def test_values_that_json_cannot_hold_are_refused():
         config_lib.to_json(config)
 
 
-def resume(stored, given=None, **flags):
-    flags = {name.replace("__", "."): value for name, value in flags.items()}
-    given = complete() if given is None else given
-    given.update_from_flattened_dict(flags)
-    return config_lib.merge_resume(config_lib.from_json(config_lib.to_json(stored)), given, flags)
-
-
-def test_the_same_command_resumes_with_the_same_config():
-    stored = complete(optim__lr=3e-4, grpo__clip_high=0.28)
-    assert flatten(resume(stored, optim__lr=3e-4)) == flatten(stored)
-
-
-def test_the_stored_config_wins_over_a_spec_that_changed():
-    stored = complete(optim__lr=3e-4, steps=50)
-    given = complete(optim__lr=1e-3, batch__prompts=16, steps=100)
-    with given.unlocked():
-        given.mine = config_dict.ConfigDict({"new": 1})
-    merged = resume(stored, given)
-    assert (merged.optim.lr, merged.batch.prompts, merged.steps) == (3e-4, 8, 50)
-    assert merged.mine.new == 1
-
-
-def test_flags_that_contradict_the_stored_config_are_all_named():
-    with pytest.raises(ValueError) as caught:
-        resume(complete(), optim__lr=1.0, grpo__preset="dapo", steps=7)
-    text = str(caught.value)
-    assert "--config.optim.lr=1.0: the run in this workdir has 1e-05" in text
-    assert "--config.grpo.preset='dapo': the run in this workdir has 'grpo'" in text
-    assert "new workdir" in text
-    assert "--config.steps" not in text
-
-
-def test_a_resumed_run_may_change_its_end_its_evaluation_and_its_records():
-    merged = resume(
-        complete(), steps=200, eval__every=5, checkpoint__keep=7, logging__histograms=False
-    )
-    assert (merged.steps, merged.eval.every, merged.checkpoint.keep) == (200, 5, 7)
-    assert merged.logging.histograms is False
-
-
 PROGRAM = """
 import sys
 from absl import app, flags
@@ -435,3 +396,56 @@ def test_a_missing_or_failing_spec_is_told_in_one_line(command):
         assert (code, out) == (2, ""), err
         assert expected in err
         assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "field"),
+    [
+        ("optim.learning_rate", "optim.lr"),
+        ("batch.batch_size", "batch.prompts"),
+        ("max_tokens", "sampler.max_new_tokens"),
+        ("sampler.temp", "sampler.temperature"),
+        ("grpo.num_generations", "batch.group_size"),
+        ("grpo.beta", "grpo.kl_weight"),
+        ("lora.r", "lora.rank"),
+        ("Model.Model_Name_Or_Path", "model.path"),
+    ],
+)
+def test_a_name_that_other_libraries_use_suggests_the_field(flag, field):
+    assert f" {field}" in suggest(flag, flatten(config_lib.base_config()))
+
+
+def test_every_synonym_is_of_a_field_that_exists():
+    assert set(fields._SYNONYMS) <= set(flatten(config_lib.base_config()))
+
+
+def test_home_directories_are_expanded_in_every_text(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = complete(
+        model__path="~/model",
+        evaluator="~/reward.py:evaluate",
+        environment="~/world.py:World",
+        tasks__map="~/rows.py:map",
+        lora__path="~/run",
+        eval__sets=("hard=~/hard.jsonl#test", "sums=~/rows.py:make"),
+    )
+    found = fields.expand_home(config)
+    assert (found.model.path, found.evaluator) == ("/home/me/model", "/home/me/reward.py:evaluate")
+    assert (found.environment, found.tasks.map) == (
+        "/home/me/world.py:World",
+        "/home/me/rows.py:map",
+    )
+    assert found.lora.path == "/home/me/run"
+    assert found.eval.sets == ("hard=/home/me/hard.jsonl#test", "sums=/home/me/rows.py:make")
+    assert config.model.path == "~/model" and found.tasks.train == "owner/dataset"
+
+
+def test_the_cache_may_lie_in_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RFTJAX_CACHE", "~/cache")
+    assert fields.cache_folder() == "/home/me/cache"
+
+
+def test_a_spec_in_the_home_directory_is_found(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("--config=~/spec.py:debug")[0] == 0

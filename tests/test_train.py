@@ -19,6 +19,8 @@ import rftjax
 from rftjax import config as configs
 from rftjax import hf, job, modes
 from rftjax.checkpoint import Checkpoints
+from rftjax.errors import UserError
+from rftjax.interruption import Interrupted
 from rftjax.job import Job
 from rftjax.sampler.engine import Counters
 from rftjax.scoring import EvaluatorError
@@ -295,9 +297,11 @@ def test_a_run_interrupted_before_its_first_step_says_so_and_goes_on_from_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(Job, "compiling", interrupted)
-        modes.run("train", config, {}, tmp_path, 0)
-    assert not lines_of(tmp_path) and "watch it" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+        with pytest.raises(Interrupted, match=f"interrupted at 0/{STEPS}"):
+            modes.run("train", config, {}, tmp_path, 0)
+    assert not lines_of(tmp_path) and "gain" not in capsys.readouterr().out
+    assert not (tmp_path / "config.json").exists()
+    assert not list((tmp_path / "checkpoints").iterdir())
     modes.run("train", config, {}, tmp_path, 0)
     assert_equal(last_state(tmp_path), last_state(whole))
 
@@ -350,7 +354,8 @@ def test_a_run_that_is_killed_and_interrupted_ends_as_if_nothing_had_happened(
     process.send_signal(signal.SIGTERM)
     interrupt.unlink()
     out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
+    assert process.returncode == 130, out
+    assert "interrupted at 3/4; the same command goes on" in out and "gain" not in out
     assert lines_of(workdir)[-1]["step"] == 3  # the step under way ended and was saved
     assert not (workdir / "export").exists()
 
@@ -394,10 +399,10 @@ def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tm
     (tmp_path / "config.json").write_text(configs.to_json(config))
     spec = tmp_path / "spec.py"
     spec.write_text(SPEC.format(path=str(tmp_path / "config.json")))
-    process = start(spec, whole, tmp_path / "no", "--config.optim.lr=0.5")
+    process = start(spec, whole, tmp_path / "no", "--config.batch.prompts=2")
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "error:" in out and "optim.lr" in out and "Traceback" not in out
+    assert "error:" in out and "batch.prompts" in out and "Traceback" not in out
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -459,3 +464,74 @@ def test_a_step_compiles_nothing_that_was_not_compiled_before_it(
     large = ("update", "score", "decode", "prefill", "copy_rows", "sampler_params", "idle_rows")
     assert not [name for name in compiled if any(one in name for one in large)]
     assert all(line["compile/programs"] >= 0 for line in lines_of(tmp_path))
+
+
+def test_a_failed_start_and_a_check_bind_no_workdir(config, tmp_path):
+    broken = config.copy_and_resolve_references()
+    broken.evaluator = config.evaluator.replace(":evaluate", ":nothing")
+    with pytest.raises(UserError, match="nothing"):
+        modes.run("train", broken, {}, tmp_path)
+    changed = config.copy_and_resolve_references()
+    changed.evaluator = config.evaluator.replace(":evaluate", ":failing")
+    changed.batch.prompts = 5  # the first step has draw 4
+    with pytest.raises(EvaluatorError):
+        modes.run("train", changed, {}, tmp_path)
+    modes.run("check", config, {}, tmp_path)
+    assert not (tmp_path / "config.json").exists() and not (tmp_path / "run.json").exists()
+    assert job.open_config(tmp_path, config, {}).evaluator == config.evaluator
+
+
+def test_a_run_goes_on_with_moved_inputs_a_grown_length_and_another_rate(config, whole, tmp_path):
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(whole, workdir)
+    shutil.copytree(Path(config.tasks.train).parent, moved)
+    shutil.copytree(config.model.path, moved / "model")
+    flags = {
+        "steps": STEPS + 1,
+        "export": False,
+        "model.path": str(moved / "model"),
+        "tasks.train": str(moved / "train.jsonl"),
+        "tasks.heldout": str(moved / "heldout.jsonl"),
+        "evaluator": f"{moved / 'evaluator.py'}:evaluate",
+        "rollout.max_length": 32,
+        "optim.lr": 1e-3,
+        "mesh.fsdp": 2,
+        "scoring.max_error_share": 1.0,
+    }
+    given = config.copy_and_resolve_references()
+    given.update_from_flattened_dict(flags)
+    modes.run("train", given, flags, workdir)
+    line = lines_of(workdir)[-1]
+    assert (line["step"], line["changed/optim.lr"], line["changed/rollout.max_length"]) == (
+        STEPS + 1,
+        1e-3,
+        32,
+    )
+    assert "changed/evaluator" not in line
+    (moved / "evaluator.py").write_text(EVALUATOR.replace("/ 8", "/ 4"))
+    given.steps = flags["steps"] = STEPS + 2
+    with pytest.raises(UserError, match="--accept_changed=evaluator"):
+        modes.run("train", given, flags, workdir)
+    modes.run("train", given, flags, workdir, accepted=["evaluator"])
+    assert lines_of(workdir)[-1]["changed/evaluator"] == 1.0
+
+
+def test_going_back_to_a_checkpoint_makes_the_same_run_again(config, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    (workdir / "rollouts" / "step_000004.jsonl").unlink()
+    with pytest.raises(UserError, match=r"restart_from=1: .* there are 3, 4"):
+        modes.run("train", config, {}, workdir, restart_from=1)
+    modes.run("train", config, {}, workdir, restart_from=3)
+    assert_same_run(workdir, whole)
+
+
+def test_fewer_steps_than_were_done_end_a_run_complete_with_an_export(config, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "export")
+    given = config.copy_and_resolve_references()
+    given.steps = 2
+    modes.run("train", given, {"steps": 2}, workdir)
+    assert (workdir / "export" / "config.json").exists()
+    assert [line["step"] for line in lines_of(workdir)] == list(range(STEPS + 1))
