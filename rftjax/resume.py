@@ -17,6 +17,7 @@ from rftjax.fields import assign, flatten
 FREE = (
     "steps",
     "export",
+    "export_step",
     "hooks",
     "eval.",
     "checkpoint.",

@@ -88,10 +88,11 @@ def train(
                 recorder.write(step, job.hook(step, metrics, trajectories, state))
                 if job.heldout_due(step) and heldout_missing():
                     heldout()
-                recorder.flush(step)
-                check_updates(recorder.lines, start, config.optim.max_nonfinite)
-                if checkpoints.due(step):
-                    saving.save()
+                with interruption.hold():
+                    recorder.flush(step)
+                    check_updates(recorder.lines, start, config.optim.max_nonfinite)
+                    if checkpoints.due(step):
+                        saving.save()
             reason = job.stop_reason(recorder.lines)
             ended = step >= config.steps or bool(reason)
             if ended and heldout_missing():

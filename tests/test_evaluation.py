@@ -336,6 +336,7 @@ def test_eval_mode_prints_a_table_and_keeps_its_result_beside_earlier_ones(
 ):
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("export", "evaluations"))
+    stored = (run / "config.json").read_bytes()
     for step in ("1", "best"):
         given = changed(many_sets, eval__sets=many_sets.eval.sets[1:], eval__samples=2)
         flags = {"eval.sets": given.eval.sets, "eval.samples": 2}
@@ -354,6 +355,7 @@ def test_eval_mode_prints_a_table_and_keeps_its_result_beside_earlier_ones(
     assert kept.items() >= result.items() and kept["eval"]["samples"] == 2
     samples = lines_of(run / "evaluations" / "step_000001.other.jsonl")
     assert len(samples) == 12 and {one["stream"] for one in samples} == {"other"}
+    assert (run / "config.json").read_bytes() == stored
     with pytest.raises(UserError, match=r"--step=7: there is no such checkpoint; there are \[1\]"):
         modes.run("eval", many_sets, {}, run, step="7")
 

@@ -419,10 +419,10 @@ class Engine:
         """Appends a row's new tokens to its conversation; returns the turn where it ended."""
         if not np.isfinite(logprobs_T).all():
             raise NotFinite(
-                f"the model's logits are not finite after {len(c.tokens)} tokens of conversation {c.key}. Where training"
-                " made the weights so, give a lower --config.optim.lr and go on from the last checkpoint, from an earlier"
-                " one by --restart_from=STEP, or in a new workdir. Where the base model does this, set"
-                " model.dtype='float32' or give another model.path"
+                f"the model's logits are not finite after {len(c.tokens)} tokens of conversation {c.key}."
+                " Where training made the weights so, give a lower --config.optim.lr and go on from the last"
+                " checkpoint, from an earlier one by --restart_from=STEP, or in a new workdir. Where the base model"
+                " does this, set model.dtype='float32' or give another model.path"
             )
         c.cached = len(c.tokens) - 1 + len(tokens_T)
         tokens = tokens_T.tolist()
