@@ -343,12 +343,13 @@ class Job:
         """
         self.rollout.engine.set_params(None)
         with jax.transfer_guard(GUARD):
-            weights = self._weights(state, self.lora_scale).run()
+            weights = self.sampler_weights(state, self.lora_scale).run()
             weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self.rollout.engine.set_params(weights)
         self.rollout.policy_version = int(jax.device_get(state.step))
 
-    def _weights(self, state: TrainState, lora_scale: float = 1.0) -> Program:
+    def sampler_weights(self, state: TrainState, lora_scale: float = 1.0) -> Program:
+        """Returns the call that makes the sampler's weights of a state, or of its shapes."""
         params, adapters = update.weights(state, lora_scale)
         return Program(_sampler_params, (self.policy.config, params, adapters), {"mesh": self.mesh})
 
@@ -368,7 +369,7 @@ class Job:
 
     def _programs(self, learner: Learner, stream: tasks.TaskStream) -> Iterator[Program]:
         yield from learner.programs(self.origin.outline)
-        weights = self._weights(self.origin.outline).outline()
+        weights = self.sampler_weights(self.origin.outline).outline()
         ahead = stream.upcoming(self.config.batch.prompts)
         tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
         prompts = chat.prompts(tokenizer, ahead, tools=tools)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from rftjax import chat, reasons, rollout_files, sharding, transcripts, update
+from rftjax import chat, memory, reasons, rollout_files, transcripts
 from rftjax.curriculum import task_stream
 from rftjax.errors import UserError
 from rftjax.evaluation import MAIN
@@ -100,7 +99,7 @@ def _say_parts(parts: Job, report: Report) -> None:
     for name in parts.replicated:
         report.say("", name)
     each = " a device" if jax.device_count() > 1 else ""
-    for name, size in memory(parts).items():
+    for name, size in memory.estimate(parts).items():
         report.say("memory", f"{size / 2**30:7.2f} GiB{each}  {name}")
 
 
@@ -207,41 +206,3 @@ def _check_heldout(parts: Job, report: Report) -> None:
             f"checkpoint.best_metric={best!r}: must be a metric of the evaluation, which has {', '.join(metrics)};"
             " name one of them (a part must be given for some of the first answers)"
         )
-
-
-def memory(parts: Job) -> dict[str, float]:
-    """Returns estimates of what one device holds, in bytes: training state, sampler, the update's largest arrays."""
-    config, model, mesh = parts.config, parts.policy.config, parts.mesh
-    params, trainable = parts.policy.outline, parts.origin.outline.trainable
-    base, count = (
-        sharding.device_size(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
-        for tree in (params, trainable)
-    )
-    sampler = sharding.device_size(params, sharding.decode_shardings(mesh, params))
-    item = np.dtype(model.dtype).itemsize
-    rows = parts.rollout.engine.rows
-    place = sharding.cache_sharding(mesh, model.kv_heads)
-    here, heads = place.shard_shape((rows, model.kv_heads))
-    cache = 2 * model.layers * heads * model.channels * item * here * config.rollout.max_length
-    tokens = config.batch.pack_tokens * config.batch.pack_rows
-    width = 8 * model.width + 3 * model.ffn
-    if model.attention == "plain":  # the others keep no scores
-        width += 2 * model.heads * config.batch.pack_tokens
-    kept = 1 if config.model.remat else model.layers
-    scored = parts.batch_shape["pack_scored"] * config.batch.pack_rows
-    chunk = min(scored, update.HEAD_CHUNK * config.batch.pack_rows)
-    everywhere = scored * sharding.row_multiple(mesh)
-    whole_logits = not config.model.remat and 4 * model.vocab * everywhere <= update.HEAD_BYTES
-    kept_bytes: dict[str, float] = {}
-    if config.lora.rank:
-        kept_bytes["frozen base"] = float(item * base)
-    elif config.grpo.kl_weight > 0:
-        kept_bytes["reference"] = float(item * base)
-    return kept_bytes | {
-        "trained parameters and optimizer (float32)": 12.0 * count,
-        "gradient (float32)": 4.0 * count,
-        "sampler's weights": float(item * sampler),
-        f"cache of {here} rows of {config.rollout.max_length} tokens at most": float(cache),
-        f"activations of {tokens} tokens": float(tokens * width * kept * item),
-        "logits": 4.0 * model.vocab * (scored if whole_logits else chunk),
-    }

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -84,7 +86,8 @@ def test_a_sequence_without_log_probabilities_is_refused():
     sequence = Sequence()
     with pytest.raises(ValueError, match="2 sampled tokens came with 1 log-probabilities"):
         sequence.extend([1, 2], [-1.0])
-    for spoil in (lambda s: s.logprobs.pop(), lambda s: s.logprobs.__setitem__(-1, float("nan"))):
+    spoiled = [lambda s, x=x: s.logprobs.__setitem__(-1, x) for x in (math.nan, -math.inf)]
+    for spoil in (lambda s: s.logprobs.pop(), *spoiled):
         broken = trajectory(3, 1, [5, 6], [7, 8])
         spoil(broken.sequences[0])
         with pytest.raises(ValueError, match="draw 3, sample 1.*log-probability"):
@@ -100,6 +103,7 @@ def test_invalid_samples_are_left_out_and_cut_ones_teach_nothing_when_masked():
     made = [trajectory(0, i, [5, 6], [7, 8], advantage=float(i)) for i in range(4)]
     made[1].score = Score(0.0, valid=False)
     made[2].finish_reason = "length"
+    made[3].finish_reason = "turns"
     batch = make_batch(made, rows=4, max_length=8)
     assert batch.advantages_B.tolist() == [0.0, 2.0, 3.0, 0.0]
     assert batch.sampled_BT.sum(axis=1).tolist() == [2, 2, 2, 0]
@@ -211,3 +215,20 @@ def test_a_sequence_that_scores_more_than_a_row_has_room_for_makes_all_rows_wide
     batch = make_batch([one], rows=1, max_length=64, pack_tokens=128, pack_scored=40)
     assert batch.pack.sources_RM.shape[-1] == 128
     assert len(scored_tokens(batch)[0]) == 50
+
+
+def test_a_tasks_weight_is_that_of_its_rows():
+    made = [trajectory(draw, 0, [5], [6, 7]) for draw in range(2)]
+    made[1].task = Task("heavy", [], weight=2.5)
+    assert make_batch(made, rows=3, max_length=8).weights_B.tolist() == [1.0, 2.5, 0.0]
+
+
+def test_a_sequence_whose_first_token_was_sampled_is_refused():
+    broken = trajectory(0, 0, [], [7, 8])
+    with pytest.raises(ValueError, match="task 'task 0': the first token of a sequence was"):
+        make_batch([broken], rows=1, max_length=8)
+
+
+def test_the_longest_are_packed_first_so_that_rows_are_few():
+    made = [trajectory(i, 0, [5], [6] * (n - 1)) for i, n in enumerate((50, 50, 80, 80))]
+    assert make_batch(made, rows=4, max_length=128, pack_tokens=130).micro_batches == 2

@@ -145,3 +145,23 @@ def test_the_fields_reach_the_update(tiny_dir):
     for rate in (0.5, 0.4375):  # without memory a step is rate g / (|g| + 1)
         changes, state = optimizer.update({"kernel": jnp.full((2, 2), 3.0)}, state, params)
         np.testing.assert_allclose(changes["kernel"], -rate * 0.75, rtol=1e-6)
+
+
+@pytest.mark.parametrize("updates", [1, 4])
+def test_the_schedule_is_stretched_over_all_updates_of_a_step(tiny_dir, updates):
+    spec = config.base_config()
+    spec.model.path, spec.steps = str(tiny_dir), 4
+    spec.optim.lr, spec.optim.schedule, spec.optim.clip = 1.0, "linear", 0.0
+    spec.optim.beta1, spec.optim.beta2, spec.optim.eps = 0.0, 0.0, 1.0
+    spec.optim.warmup_steps = 1
+    spec.grpo.updates_per_batch = spec.grpo.minibatches = int(updates**0.5)
+    optimizer = Origin(spec, Namespace(config=None), None).optimizer
+    params, rates = {"kernel": jnp.zeros((1, 1))}, []
+    state = optimizer.init(params)
+    for _ in range(4 * updates + 1):
+        changes, state = optimizer.update({"kernel": jnp.full((1, 1), 3.0)}, state, params)
+        rates.append(-float(changes["kernel"][0, 0]) / 0.75)
+    # Without memory a step is rate g / (|g| + 1): up to lr in one step's updates, to 0 in those of three.
+    rising = [(count + 1) / (updates + 1) for count in range(updates)]
+    falling = [1 - count / (3 * updates) for count in range(3 * updates + 1)]
+    np.testing.assert_allclose(rates, rising + falling, atol=1e-6)

@@ -142,9 +142,11 @@ def test_the_samplers_weights_go_before_the_update_and_before_new_ones_are_made(
         parts.set_weights(state)
         first = current()
         seen = []
-        make = parts._weights
+        make = parts.sampler_weights
         monkeypatch.setattr(
-            parts, "_weights", lambda *rest: (gc.collect(), seen.append(first()), make(*rest))[-1]
+            parts,
+            "sampler_weights",
+            lambda *rest: (gc.collect(), seen.append(first()), make(*rest))[-1],
         )
         parts.set_weights(state)
         assert seen == [None]

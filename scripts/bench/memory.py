@@ -1,0 +1,137 @@
+"""What a step holds, beside what `--mode=check` says before it.
+
+    python scripts/bench/memory.py --model=tests/data/tiny [--width=256 --layers=8] [--set model.dtype=bfloat16 ...]
+
+Compared are the two sums of `rftjax.memory.estimate` with the most that the process held above what it holds with no
+state at all, in the second step (the first one compiles, which costs memory of its own): on an accelerator by its own
+count, else by the system's (VmHWM of Linux, reset before each half of the step). With `--width` the weights are random
+ones of that width, with the model's tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import workload
+
+from rftjax import config as configs
+from rftjax import job, memory
+from rftjax.fields import field_type
+from rftjax.job import Job
+from rftjax.tasks import TaskStream
+
+
+def held_bytes() -> int:
+    """Returns what the process holds now."""
+    gc.collect()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_in_use" in stats:
+        return int(stats["bytes_in_use"])
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def reset_peak() -> None:
+    """Starts to look for the most held anew; an accelerator's own count cannot be reset."""
+    held_bytes()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Returns the most held since the last reset."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats["peak_bytes_in_use"]) if stats else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def spec(flags: argparse.Namespace, folder: Path) -> Any:
+    """Returns the config of a job on prompts of random words that no answer ends early."""
+    config = configs.base_config()
+    config.model.path = flags.model
+    if flags.width:
+        config.model.path, config.model.init = str(folder / "model"), "random"
+        shutil.copytree(flags.model, folder / "model")
+        for path in (folder / "model").glob("*.safetensors"):
+            path.unlink()
+        shape = json.loads((folder / "model" / "config.json").read_text())
+        shape |= {"hidden_size": flags.width, "intermediate_size": 4 * flags.width}
+        shape |= {"num_attention_heads": flags.width // 32, "vocab_size": flags.vocab}
+        shape |= {"num_key_value_heads": flags.width // 64, "num_hidden_layers": flags.layers}
+        shape |= {"max_position_embeddings": 1024, "layer_types": ["full_attention"] * flags.layers}
+        (folder / "model" / "config.json").write_text(json.dumps(shape))
+    rows = [{"prompt": " ".join(f"w{(i + j) % 50}" for j in range(60))} for i in range(32)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.tasks.train = str(folder / "train.jsonl")
+    config.evaluator = "rftjax.evaluators.random_reward:evaluate"
+    config.sampler.max_new_tokens, config.rollout.max_length = 64, 128
+    config.eval.every, config.export, config.scoring.workers = 0, False, 1
+    given = dict(one.split("=", 1) for one in flags.set)
+    with config.unlocked():
+        for name, text in given.items():
+            kind = field_type(config, name)
+            config.update_from_flattened_dict(
+                {name: text == "True" if kind is bool else kind(text)}
+            )
+    return job.resolve(config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tests/data/tiny")
+    parser.add_argument("--width", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--set", nargs="*", default=[], help="fields of the config, name=value")
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = spec(flags, Path(folder))
+        with Job.build(config, Path(folder) / "run") as parts:
+            table = memory.estimate(parts)
+            measured = measure(parts)
+    predicted = {name: table[name] for name in (memory.SAMPLING, memory.UPDATE)}
+    results: dict[str, Any] = {"table": table, "measured": measured}
+    results["predicted_over_measured"] = {
+        name: size / max(measured[name], 1) for name, size in predicted.items()
+    }
+    workload.report(flags, results)
+
+
+def measure(parts: Job) -> dict[str, float]:
+    """Returns the most held in the two halves of the second step, above what is held without any state."""
+    state = parts.origin.initial()
+    learner = parts.learner()
+    sampling = parts.sampling(TaskStream(parts.train_tasks, seed=0))
+    peaks: dict[str, float] = {}
+    for step in (1, 2):
+        reset_peak()
+        trajectories = sampling.take(state, learner.wanted([]))
+        parts.scorer.gather(trajectories)
+        peaks[memory.SAMPLING] = peak_bytes()
+        sampling.begin(state, last=True)
+        reset_peak()
+        batches, _ = learner.batch(state, trajectories, step)
+        state, _ = learner.update(state, batches, step)
+        peaks[memory.UPDATE] = peak_bytes()
+    del state, batches
+    jax.clear_caches()  # programs hold no arrays, but constants
+    base = held_bytes()
+    sampling.close()
+    return {name: float(peak - base) for name, peak in peaks.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+import json
+
+import jax
+import pytest
+
+from rftjax import config as configs
+from rftjax import job, memory
+from rftjax.job import Job
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def size(tree):
+    """Bytes on the first device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_the_table_counts_what_a_device_holds(tiny_dir, tmp_path):
+    """With adapters on a bfloat16 base, over four devices of fsdp and two of data."""
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    config = configs.base_config()
+    config.model.path, config.model.dtype = str(tiny_dir), "bfloat16"
+    config.tasks.train = str(tmp_path / "train.jsonl")
+    config.evaluator = "rftjax.evaluators.random_reward:evaluate"
+    config.batch.pack_tokens, config.sampler.slots, config.scoring.workers = 64, 8, 1
+    config.sampler.max_new_tokens, config.rollout.max_length = 32, 64
+    config.lora.rank, config.grpo.kl_weight, config.grpo.kl_refresh_steps = 4, 0.1, 5
+    config.mesh.fsdp, config.mesh.data, config.eval.every = 4, 2, 0
+    with Job.build(job.resolve(config), tmp_path / "run") as parts:
+        table = memory.estimate(parts)
+        state = parts.origin.initial()
+        assert table["trained parameters"] == size(state.trainable)
+        assert table["optimizer"] == size(state.opt_state)
+        assert table["frozen base"] == size(state.frozen)
+        assert table["reference of the KL"] == size(state.reference)
+        parts.set_weights(state)
+        engine = parts.rollout.engine
+        assert table["sampler's weights"] == size(engine._params)
+        engine._pool.reserve(config.rollout.max_length)
+        (cache,) = (table[name] for name in table if name.startswith("cache of 1 rows"))
+        assert cache == size(engine._pool.cache)
+    held = size(state) - state.step.nbytes
+    beside = [value for name, value in table.items() if name.startswith("gradient")]
+    assert beside[0] > size(state.trainable)
+    assert held < table[memory.UPDATE] and held + cache < table[memory.SAMPLING]
+    rest = list(table.values())[:-2]
+    assert table[memory.SAMPLING] + table[memory.UPDATE] == pytest.approx(sum(rest) + held)
