@@ -18,7 +18,7 @@ from typing import Any
 
 from rftjax import transcripts
 from rftjax.errors import UserError
-from rftjax.fields import flatten
+from rftjax.fields import base_config, flatten
 
 SHOWN_ANSWERS = 5
 WINDOW = 5  # steps of a mean
@@ -40,9 +40,11 @@ class Run:
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The config by dotted path, {} where none is stored."""
+        """The config by dotted path, {} where none is stored; fields newer than the run have their defaults."""
         path = self.path / "config.json"
-        return flatten(json.loads(path.read_text())) if path.exists() else {}
+        if not path.exists():
+            return {}
+        return flatten(base_config()) | flatten(json.loads(path.read_text()))
 
     @functools.cached_property
     def lines(self) -> list[dict[str, Any]]:
