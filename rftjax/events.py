@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rftjax.fields import base_config, flatten
+from rftjax.presets import resolve_preset
 from rftjax.reports import encode
 
 # TensorBoard opens on the group whose name comes first: what a run is for is shown there a second time.
@@ -31,6 +32,8 @@ NEVER = ("alarms.", "logging.", "checkpoint.", "scoring.", "environments.")
 def hyperparameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Returns the fields that tell runs apart: a few, and all that have another value than the general spec's."""
     defaults = flatten(base_config())
+    preset = resolve_preset(str(values.get("grpo.preset", "grpo")))
+    defaults |= {f"grpo.{name}": value for name, value in preset.items()}
     found = {
         field: value
         for field, value in values.items()

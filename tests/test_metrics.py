@@ -457,7 +457,8 @@ def test_numbers_that_an_evaluator_only_records_are_averaged_apart_from_parts():
 
 def test_tensorboard_shows_the_config_and_hparams_with_the_held_out_reward(tmp_path):
     config = {"optim.lr": 1e-3, "seed": 3, "evaluator": "a|b:c", "eval.pass_k": (1, 4), "steps": 10}
-    recorder = make_recorder(tmp_path, config=config | {"logging.every": 2, "lora.path": ""})
+    plain = {"logging.every": 2, "lora.path": "", "grpo.preset": "dapo", "grpo.clip_high": 0.28}
+    recorder = make_recorder(tmp_path, config=config | plain)
     recorder.write(1, {"eval/reward": 0.5})
     recorder.close()
     table = texts(tmp_path, "config")[0]
@@ -472,7 +473,7 @@ def test_tensorboard_shows_the_config_and_hparams_with_the_held_out_reward(tmp_p
         metadata["_hparams_/session_start_info"].plugin_data.content
     )
     assert session.group_name == tmp_path.name
-    assert set(session.hparams) == {"optim.lr", "seed", "evaluator", "eval.pass_k", "steps"}
+    assert set(session.hparams) == {*config, "grpo.preset"}
     assert session.hparams["optim.lr"].number_value == 1e-3
     assert session.hparams["eval.pass_k"].string_value == "(1, 4)"
 
