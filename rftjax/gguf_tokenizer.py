@@ -83,6 +83,14 @@ def build(file: gguf.File) -> tuple[Any, dict[str, Any]]:
         built.post_processor = _surround(tokens, before, after)
     if template := file.metadata("tokenizer.chat_template"):
         settings["chat_template"] = template
+        named = {
+            name: file.metadata(f"tokenizer.chat_template.{name}")
+            for name in file.metadata("tokenizer.chat_templates") or ()
+        }
+        if any(named.values()):
+            settings["chat_template"] = {"default": template} | {
+                k: v for k, v in named.items() if v
+            }
     return built, settings
 
 

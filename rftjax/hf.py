@@ -96,7 +96,10 @@ def open_model(
         readers = gguf.tensors(gguf.read(found), fields)
     else:
         readers = shards.open_directory(found if found.is_dir() else found.parent)
-    if config.tied and "lm_head.weight" in readers:
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied and head in readers and embedding not in readers:
+        readers[embedding] = readers.pop(head)  # one tensor under its other name
+    if config.tied and head in readers:
         _check_tied(found, readers)
     expected = {hf for name in _table(config) for hf in _hf_names(config, name)}
     missing, extra = sorted(expected - set(readers)), sorted(set(readers) - expected)
@@ -216,7 +219,12 @@ def _write_tokenizer(work: Path, tokenizer: Any) -> None:
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # The name that transformers 4 and 5 both know for the same class.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(work / "tokenizer_config.json", settings)
+    if isinstance(settings.get("extra_special_tokens"), list):
+        # Version 4 takes a list by its older name alone, and version 5 reads that too.
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for how_it_was_read in ("is_local", "local_files_only"):
+        settings.pop(how_it_was_read, None)
+    write_json(work / "tokenizer_config.json", settings)
 
 
 def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -40,7 +40,9 @@ def load(path: str | os.PathLike[str]) -> Any:
     except Exception as error:  # each tokenizer class fails in its own way
         raise UserError(
             f"model.path={directory}: has no tokenizer.json and no other tokenizer that loads"
-            f" ({type(error).__name__}: {error})"
+            f" ({type(error).__name__}: {error}); where transformers and the packages that this tokenizer needs"
+            " (sentencepiece, protobuf, ...) are installed, AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            " writes a tokenizer.json"
         ) from error
 
 

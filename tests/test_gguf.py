@@ -115,7 +115,11 @@ def write_words(path: Path, pre: str, **settings: Any) -> Path:
     out.add_vocab_size(len(tokens + unused))
     for key in ("embedding_length", "block_count", "feed_forward_length", "attention.head_count"):
         out.add_uint32(f"llama.{key}", 4)
-    out.add_chat_template("{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}")
+    template = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"
+    out.add_chat_template(template)
+    if "tool_template" in settings:
+        out.add_array("tokenizer.chat_templates", ["tool_use"])
+        out.add_string("tokenizer.chat_template.tool_use", settings["tool_template"])
     finish(out)
     return path
 
@@ -348,6 +352,13 @@ def test_unused_tokens_at_the_end_are_padding_and_no_vocabulary(tmp_path: Path):
     path = write_words(tmp_path / "m.gguf", "qwen2", unused=5)
     words = tokenizer.load(path)
     assert tokenizer.vocabulary(words) == len(WORDS)
+
+
+def test_named_templates_are_kept_beside_the_first(tmp_path: Path):
+    words = tokenizer.load(write_words(tmp_path / "m.gguf", "qwen2", tool_template="tools"))
+    messages = [{"role": "user", "content": "a"}]
+    assert words.apply_chat_template(messages, tokenize=False) == "<|start|>a<|end|>"
+    assert words.apply_chat_template(messages, tools=[{}], tokenize=False) == "tools"
 
 
 def test_stop_tokens_are_those_of_all_keys_and_of_the_template(tmp_path: Path):

@@ -173,6 +173,14 @@ def test_a_path_that_is_no_model_says_what_it_is(copy: Path, tmp_path: Path):
         hf.load(tmp_path)
 
 
+def test_a_tied_model_may_hold_its_one_tensor_under_the_heads_name(copy: Path):
+    expected = embedding(copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, copy / "model.safetensors")
+    np.testing.assert_array_equal(embedding(copy), expected)
+
+
 def test_a_head_that_is_missing_says_what_to_write_if_it_is_tied(copy: Path):
     config = json.loads((copy / "config.json").read_text())
     for value in (False, None):

@@ -129,6 +129,26 @@ def test_an_export_stops_at_every_token_that_ended_a_turn_here(copy: Path, tmp_p
     assert tokenizer.load(out).encode("w1 <turn> w2<end>") == [4, 62, 5, 63]
 
 
+def test_an_exported_tokenizer_config_is_one_that_transformers_4_reads(copy: Path, tmp_path: Path):
+    cut(copy, 1)
+    edit(copy / "tokenizer_config.json", additional_special_tokens=["<turn>"])
+    out = rftjax.load(str(copy)).export(tmp_path / "out")
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == ["<turn>"]
+    assert not {"extra_special_tokens", "is_local", "local_files_only"} & set(written)
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = tokenizer.load(out)
+    assert again.encode("w1<turn>") == [4, 63]
+    assert again.decode([4, 63], skip_special_tokens=True).strip() == "w1"
+
+
+def test_a_tokenizer_that_needs_other_packages_says_how_to_convert_it(copy: Path):
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.model").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"no tokenizer\.json.*sentencepiece.*save_pretrained"):
+        tokenizer.load(copy)
+
+
 @pytest.mark.parametrize("value", [64, -1, "1", 1.0, True, [1, None], {"a": 1}])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_a_bad_stop_token_is_refused_with_its_file_and_field(copy: Path, file: str, value: Any):
