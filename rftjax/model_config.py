@@ -139,7 +139,13 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = locate(path)
     if found.suffix == ".gguf" and found.is_file():
         return gguf.hf_fields(gguf.read(found))
-    return read_json(config_file(found))
+    file = config_file(found)
+    fields = read_json(file)
+    if "model_type" not in fields and file.name != "config.json":
+        raise UserError(
+            f"model.path={file}: is no config.json (no model_type); give the directory of the model, {file.parent}"
+        )
+    return fields
 
 
 def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:

@@ -148,11 +148,14 @@ class Policy:
     def _rows_of_ids(self, tokens: Any) -> jax.Array:
         """Returns (B, T) ids, each with a row in the embedding; traced ones are taken as they are."""
         if not isinstance(tokens, Tracer):
-            found = np.asarray(tokens)
+            try:
+                found = np.asarray(tokens)
+            except ValueError:  # rows of different lengths
+                found = np.empty(0)
             if found.ndim != 2 or found.dtype.kind not in "iu":
                 raise UserError(
-                    f"tokens of shape {found.shape} and type {found.dtype}: must be (B, T) token ids, one list of ids"
-                    " a row and all of one length"
+                    "tokens must be (B, T) token ids: a list of ids a row, all of one length (pad the shorter rows, what"
+                    f" stands behind a token does not change its score); found shape {found.shape}, {found.dtype}"
                 )
             wrong = np.unique(found[(found < 0) | (found >= self.config.vocab)])
             tokenizer.check_ids(wrong.tolist(), self.config.vocab, "tokens")
@@ -184,6 +187,9 @@ class Policy:
         Prompt i is draw `first_draw` + i; its sample j depends on nothing but (seed, draw, j), the weights and the
         settings.
         """
+        for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples)):
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
         tasks, tokens = [], []
         for index, prompt in enumerate(_several(prompts)):
             task, ids = self._read_prompt(prompt, index)

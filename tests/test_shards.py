@@ -153,6 +153,9 @@ def test_a_tensor_of_a_dtype_that_is_not_read_is_named_before_any_is_read(copy: 
 
 
 def test_a_path_that_is_no_model_says_what_it_is(copy: Path, tmp_path: Path):
+    (copy / "generation_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is no config\.json .*give the directory"):
+        hf.load(copy / "generation_config.json")
     for file in ("model.safetensors", INDEX):
         (copy / file).touch()
         with pytest.raises(ValueError, match="is one file of a model; give the directory"):

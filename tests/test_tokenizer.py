@@ -192,8 +192,12 @@ def test_ids_beyond_the_embedding_are_refused_before_anything_is_computed(beyond
     for call in (beyond.logits, beyond.logprobs):
         with pytest.raises(UserError, match=r"tokens: id 64 .*vocab_size=64"):
             call([[5, 64], [6, 7]])
-        with pytest.raises(UserError, match=r"tokens of shape \(2,\).*\(B, T\) token ids"):
-            call([5, 6])
+        for wrong in ([5, 6], [[5, 6], [7]], [[0.5, 1.0]]):
+            with pytest.raises(UserError, match=r"tokens must be \(B, T\) token ids"):
+                call(wrong)
+    for limits in ({"max_new_tokens": 0}, {"samples": 0}):
+        with pytest.raises(UserError, match="=0: must be at least 1"):
+            beyond.sample([[5]], stop=[1], **limits)
 
 
 def test_every_rope_and_dtype_field_that_a_version_of_transformers_reads_is_exported(tmp_path):
