@@ -154,7 +154,7 @@ class Policy:
                 found = np.empty(0)
             if found.ndim != 2 or found.dtype.kind not in "iu":
                 raise UserError(
-                    "tokens must be (B, T) token ids: a list of ids a row, all of one length (pad the shorter rows, what"
+                    "tokens must be (B, T) token ids: a list of ids a row, all of one length (pad shorter rows: what"
                     f" stands behind a token does not change its score); found shape {found.shape}, {found.dtype}"
                 )
             wrong = np.unique(found[(found < 0) | (found >= self.config.vocab)])
