@@ -2,13 +2,11 @@
 
 import concurrent.futures
 import importlib
-import json
 import pathlib
 import pkgutil
 import re
 import subprocess
 import sys
-import textwrap
 import types
 
 import pytest
@@ -232,17 +230,16 @@ def test_math_says_how_to_install_the_package_where_it_is_missing(monkeypatch):
         score(math, "4", answer="5 - 1")
 
 
-def test_the_first_evaluator_of_the_readme_runs_and_is_not_fooled_by_a_longer_number():
+def test_the_first_evaluator_of_the_readme_is_not_fooled_by_a_longer_number():
     readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
-    row = json.loads(re.search(r"\n    (\{.messages.*\})\n", readme)[1])
-    block = re.search(r"`reward.py`:\n\n((?:    .*\n|\n)+)", readme)[1]
+    block = re.search(r"reward\.py <<'END'\n(.*?)^END$", readme, re.DOTALL | re.MULTILINE)
+    assert block
     names = {}
-    exec(textwrap.dedent(block), names)
-    task = Task("t", row["messages"], {"answer": row["answer"]})
+    exec(block[1], names)
+    task = Task("t", [{"role": "user", "content": "What is 17 + 25?"}], {"answer": "42"})
 
     def reward(said):
-        return names["evaluate"](
-            task, Trajectory(task, 0, 0, [{"role": "assistant", "content": said}])
-        )
+        trajectory = Trajectory(task, 0, 0, [{"role": "assistant", "content": said}])
+        return names["evaluate"](task, trajectory)
 
     assert [reward(said) for said in ("17 + 25 is 42.", "42", "1420", "-42", "")] == [1, 1, 0, 0, 0]
