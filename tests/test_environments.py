@@ -98,6 +98,10 @@ class Slow(Counter):
         time.sleep(0.2)
         return "ready"
 
+class OddState(Counter):
+    def state(self):
+        return {"it": self}
+
 class OnlyStep:
     def __init__(self, task, seed):
         pass
@@ -310,6 +314,17 @@ def test_the_end_state_is_read_before_the_episode_closes(
         assert environments.finish_episode(0).result(10) == state
         environments.close_episode(0)
     assert path.exists() == (state is not None)
+
+
+def test_an_end_state_that_is_no_plain_data_is_refused_and_the_episode_closed(
+    user_file: Path, tmp_path: Path
+):
+    path = tmp_path / "closed"
+    with Environments(f"{user_file}:OddState", workers=1, timeout_s=5.0) as environments:
+        environments.start(0, task(path=str(path)), 1).result(10)
+        with pytest.raises(WorkerError, match=r"state\(\)\['it'\] must be plain data .* OddState"):
+            environments.finish_episode(0).result(10)
+    assert path.exists()
 
 
 def test_a_queue_takes_nothing_of_a_calls_time(user_file: Path):
