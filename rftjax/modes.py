@@ -42,7 +42,8 @@ def run(
         config = job.open_config(workdir, given, overrides)
         if config.export:
             results.check_exports(workdir)
-        _, done = train.train(config, workdir, stop_after, restart_from, accepted)
+        # The state is not kept: the export reads a checkpoint, and memory holds one of them.
+        done = train.train(config, workdir, stop_after, restart_from, accepted)[1]
         if done and config.export:
             results.export_run(config, workdir)
     if jax.process_index() == 0:
