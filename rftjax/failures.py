@@ -63,6 +63,12 @@ def explain(error: BaseException) -> str:
     return f"{place}{os.strerror(error.errno)}; {_WAYS_OUT[error.errno]}"
 
 
+def interrupted(error: BaseException, went_back: bool) -> str:
+    """Returns what is said of a run that a signal ended; one that went back to a step must not do so again."""
+    same = "the same command" + " without --restart_from" * went_back
+    return f"{str(error) or 'interrupted'}; {same} goes on"
+
+
 def record(workdir: Path, error: BaseException) -> Path | None:
     """Adds traceback, time, step and versions to the workdir's errors.txt; None where that cannot be written."""
     path = workdir / NAME

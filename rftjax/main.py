@@ -74,8 +74,7 @@ def main(argv: list[str]) -> None:
     try:
         modes.run(MODE.value, *run, **back)
     except (Interrupted, KeyboardInterrupt) as error:
-        same = "the same command" + " without --restart_from" * (RESTART_FROM.value >= 0)
-        print(f"{error or 'interrupted'}; {same} goes on", file=sys.stderr)
+        print(failures.interrupted(error, RESTART_FROM.value >= 0), file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
         if message := failures.explain(error):

@@ -9,6 +9,7 @@ import pytest
 
 from rftjax import failures
 from rftjax.errors import UserError
+from rftjax.interruption import Interrupted
 from rftjax.resume import may_change
 
 
@@ -117,3 +118,12 @@ def test_a_fault_is_on_the_screen_and_in_the_workdir(program, tmp_path):
     for text in (error, kept):
         assert "Traceback" in text and "'NoneType' object is not callable" in text
     assert f"it is in {tmp_path / 'run' / 'errors.txt'}" in error
+
+
+def test_an_interrupted_run_says_how_it_goes_on():
+    assert failures.interrupted(KeyboardInterrupt(), False) == (
+        "interrupted; the same command goes on"
+    )
+    assert failures.interrupted(Interrupted("interrupted at 3/9"), True) == (
+        "interrupted at 3/9; the same command without --restart_from goes on"
+    )
