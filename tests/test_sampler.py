@@ -470,6 +470,17 @@ def test_a_turn_that_does_not_fit_is_refused(weights):
         new_engine(weights, stops=range(17))
 
 
+@pytest.mark.parametrize("index", [-1, CONFIG.vocab])
+def test_a_token_without_a_row_in_the_embedding_is_refused(weights, index):
+    engine = new_engine(weights)
+    with pytest.raises(ValueError, match=f"token id {index}, .*vocab_size={CONFIG.vocab}"):
+        engine.open((0, 0), [5, index, 6], 4, Sampling((0, 0, 0)))
+    engine.open((0, 0), [5, 6], 1, Sampling((0, 0, 0)))
+    _until(engine)
+    with pytest.raises(ValueError, match=f"token id {index}, .*vocab_size={CONFIG.vocab}"):
+        engine.extend((0, 0), [index], 1)
+
+
 def test_cache_lengths_are_few_and_not_far_too_long():
     lengths = [cache_length(tokens) for tokens in range(1, 5000)]
     assert all(tokens <= length for tokens, length in enumerate(lengths, start=1))

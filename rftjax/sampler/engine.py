@@ -188,6 +188,7 @@ class Engine:
         Conversations with the same prompt share its computation.
         """
         self._check_budget(tokens, budget)
+        self._check_ids(tokens)
         conversation = _Conversation(key, sampling, list(tokens), tuple(tokens), budget=budget)
         self._open[key] = conversation
         self._queue.append(conversation)
@@ -197,6 +198,7 @@ class Engine:
         conversation = self._open[key]
         assert conversation.budget == 0, "the turn before is still being sampled"
         self._check_budget(conversation.tokens + tokens, budget)
+        self._check_ids(tokens)
         conversation.tokens += tokens
         conversation.budget = budget
         conversation.turn_tokens, conversation.turn_logprobs = [], []
@@ -211,10 +213,12 @@ class Engine:
                 " fit (both must be at least 1); raise rollout.max_length or shorten the prompt"
             )
 
-        if outside := [index for index in tokens if not 0 <= index < self.config.vocab]:
+    def _check_ids(self, tokens: list[int]) -> None:
+        vocab, smallest, largest = self.config.vocab, min(tokens, default=0), max(tokens, default=0)
+        if smallest < 0 or largest >= vocab:
             raise UserError(
-                f"the prompt holds token id {outside[0]}, and the model's embedding has vocab_size={self.config.vocab}"
-                " rows; use the tokenizer files that belong to these weights"
+                f"a prompt holds token id {smallest if smallest < 0 else largest}, and the model's embedding has"
+                f" vocab_size={vocab} rows; use the tokenizer files that belong to these weights"
             )
 
     def close(self, key: Key) -> None:
