@@ -51,7 +51,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be at least 0 (0 switches it off)",
         lambda value: value >= 0,
-        "tasks.heldout_count tasks.limit sampler.top_k sampler.pool eval.every eval.max_tasks eval.top_k "
+        "tasks.heldout_count tasks.limit tasks.max_prompt_tokens sampler.top_k sampler.pool eval.every eval.max_tasks "
+        "eval.top_k "
         "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
         "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
@@ -108,6 +109,7 @@ _CHOICES = {
     "model.attention": ("blocked", "plain", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "model.init": ("pretrained", "random"),
+    "rollout.truncated_turns": ("environment", "end", "mask"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
 _REQUIRED = {

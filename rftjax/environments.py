@@ -63,6 +63,11 @@ class Environments:
             self._stateful, self.tools = about["stateful"], about["tools"]
             self._has_state = about["state"]
 
+    @property
+    def active(self) -> bool:
+        """Whether anything answers the model."""
+        return self._workers is not None
+
     def start(
         self, key: Hashable, task: Task, seed: int
     ) -> concurrent.futures.Future[list[Message]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from rftjax.errors import UserError
 from rftjax.reports import commonest, mean_by_name
 from rftjax.rollout import Limits, Rollout
-from rftjax.scoring import Scorer
+from rftjax.scoring import Scorer, answered
 from rftjax.types import Score, Task, Trajectory
 
 MAIN = "heldout"  # the set of `tasks.heldout`, whose metrics carry no name
@@ -36,7 +36,8 @@ def evaluate(
     """
     draws = list(enumerate(tasks))
     trajectories = rollout(draws, samples, limits, stream=stream(name), on_finish=scorer.submit)
-    scorer.check(scorer.gather(trajectories))
+    scorer.gather(trajectories)
+    scorer.check(answered(trajectories))
     prefix = "eval/" if name == MAIN else f"eval/{name}/"
     measured = measure(trajectories, pass_k=pass_k, pass_reward=pass_reward)
     return {prefix + metric: value for metric, value in measured.items()}, trajectories
@@ -50,7 +51,8 @@ def stream(name: str) -> int:
 def measure(
     trajectories: Sequence[Trajectory], *, pass_k: Sequence[int] = (), pass_reward: float = 1.0
 ) -> dict[str, float]:
-    """Returns the metrics of scored trajectories; those without a valid score count in `error_share` alone.
+    """Returns the metrics of scored trajectories; those without a valid score count in `error_share` alone, or in
+    `unanswered_share` where the policy sampled nothing.
 
     `reward` (avg@k with k samples a task) is the mean reward, `pass_at_K`, for each K of `pass_k`, the chance that one
     of K samples has a reward of at least `pass_reward`, over the tasks with K valid samples. Where scores have parts,
@@ -65,11 +67,13 @@ def measure(
     groups = list(by_task.values())
     scores = [score for group in groups for score in group]
     total = max(len(trajectories), 1)
+    unanswered = sum(one.unanswered and not one.error for one in trajectories)
     metrics = _over_tasks("reward", [[score.reward for score in group] for group in groups])
     metrics |= {
         "tasks": float(len(groups)),
-        "error_share": (len(trajectories) - len(scores)) / total,
-        "truncated_share": sum(one.finish_reason == "length" for one in trajectories) / total,
+        "error_share": (len(trajectories) - len(scores) - unanswered) / total,
+        "unanswered_share": unanswered / total,
+        "truncated_share": sum(one.truncated for one in trajectories) / total,
     }
     metrics |= commonest(trajectories)
     for k in pass_k:

@@ -110,6 +110,7 @@ def base_config() -> ConfigDict:
                 "temperature": "",  # field of a row with its own sampling temperature
                 "sampling": "",  # "file.py:name" of a curriculum or of weights; "": each task once an epoch
                 "allow_overlap": False,
+                "max_prompt_tokens": 0,  # rows with longer prompts are left out; 0: none
             },
             "batch": {
                 "prompts": 8,
@@ -123,14 +124,20 @@ def base_config() -> ConfigDict:
                 "top_p": 1.0,
                 "top_k": 0,  # 0: off
                 "slots": 64,  # rows that decode at once
-                "stop": (),  # stop tokens beside the model's own, as text or ids
+                "stop": (),  # what ends a turn beside the model's own stop tokens: texts or ids
                 "dispatch_steps": 16,  # decode steps between two looks of the host
                 "bridge_steps": -1,  # of a short dispatch while slots are refilled; 0: none; -1: by the device
                 "prefill_rows": 8,
                 "prefill_chunk": 64,  # tokens
                 "pool": 0,  # rows of the KV cache; 0: chosen from `slots`
             },
-            "rollout": {"max_turns": 1, "max_length": 1024},  # tokens of a whole conversation
+            "rollout": {
+                "max_turns": 1,
+                "max_length": 1024,  # tokens of a whole conversation
+                # What becomes of a turn that a token limit cut: the environment answers it ("environment"), the
+                # episode ends ("end"), or ends and is not trained on ("mask").
+                "truncated_turns": "environment",
+            },
             "overlap": {"max_staleness": 0},  # 1: the next batch is sampled while this one trains
             "scoring": {
                 "workers": 2,

@@ -127,12 +127,14 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     bridge = section.bridge_steps
     if bridge < 0:
         bridge = 0 if jax.default_backend() == "cpu" else section.dispatch_steps // 4
+    strings = model.stop_strings(section.stop)
     return Engine(
         shape,
         slots=section.slots,
         parked=pool - section.slots,
         max_length=config.rollout.max_length,
         stops=model.stop_tokens(section.stop),
+        find_stop=chat.StopStrings(model.tokenizer, strings) if strings else None,
         seed=config.seed,
         limit=model.vocabulary,
         dispatch_steps=section.dispatch_steps,
@@ -204,15 +206,24 @@ class Job:
             for name in replicated:
                 log.warning("%s", name)
             named = {set_field(name): found for name, found in heldout.items()}
-            shortest = checks.check_lengths(
-                config, model, {"tasks.train": train_tasks} | named, environments.tools
+            checks.check_environment(config, environments.active)
+            fitting, shortest = checks.fit_prompts(
+                config, model.tokenizer, {"tasks.train": train_tasks} | named, environments.tools
             )
+            train_tasks = fitting["tasks.train"]
+            heldout = {name: fitting[set_field(name)] for name in heldout}
             origin = Origin(config, model, mesh)
             if not resumes:
                 _ = origin.adapters  # those of lora.path are checked before anything is sampled
             engine = make_engine(config, model)
             workers.pop_all()  # from here on they are the job's
-        rollout = Rollout(engine, model.tokenizer, environments, seed=config.seed)
+        rollout = Rollout(
+            engine,
+            model.tokenizer,
+            environments,
+            seed=config.seed,
+            stop_strings=model.stop_strings(config.sampler.stop),
+        )
         return cls(
             given,
             config,
@@ -254,6 +265,7 @@ class Job:
             source.temperature,
             source.top_p,
             source.top_k,
+            self.config.rollout.truncated_turns,
         )
 
     @property
@@ -332,7 +344,8 @@ class Job:
                 section.pack_tokens, prompt=self.shortest_prompt, sampled=sampled
             ),
             "pack_rows": section.pack_rows * sharding.row_multiple(self.mesh),
-            "mask_truncated": self.config.grpo.mask_truncated,
+            "mask_truncated": self.config.grpo.mask_truncated
+            or self.config.rollout.truncated_turns == "mask",
             "temperature": self.config.sampler.temperature * own_temperatures,
         }
 

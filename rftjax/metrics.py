@@ -362,8 +362,9 @@ def rollout_metrics(
     valid = [one for one in trajectories if is_valid(one)]
     rewards = [reward_of(one) for one in valid]
     failed = [one for one in trajectories if one.finish_reason == "error"]
+    unanswered = sum(one.unanswered and not one.error for one in trajectories)
     unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in trajectories)
-    truncated = sum(one.finish_reason == "length" for one in trajectories)
+    truncated = sum(one.truncated for one in trajectories)
     different = sum(len({_completion_key(one) for one in group}) for group in groups)
     group_rewards = [{reward_of(one) for one in group if is_valid(one)} for group in groups]
     metrics = {
@@ -374,7 +375,8 @@ def rollout_metrics(
         "rollout/turns_mean": sum(one.turns for one in trajectories) / total,
         "rollout/duplicate_share": (total - different) / total,
         "rollout/duplicate_wrong_share": sum(map(_odd_copies, groups)) / total,
-        "evaluator/error_share": unscored / total,
+        "rollout/unanswered_share": unanswered / total,
+        "evaluator/error_share": (unscored - unanswered) / total,
         "environment/error_share": len(failed) / total,
         "groups/zero_variance_share": float(np.mean([len(some) < 2 for some in group_rewards])),
     }

@@ -110,25 +110,40 @@ class Policy:
         return min(tokenizer.vocabulary(self.tokenizer), self.config.vocab)
 
     def stop_tokens(self, extra: Sequence[str | int] = ()) -> tuple[int, ...]:
-        """Returns the ids that end a turn: the model's own and `extra` ones, given as ids or as texts of one token."""
+        """Returns the ids that end a turn: the model's own and `extra` ones, given as ids or as texts of one token.
+
+        Texts of several tokens are `stop_strings`.
+        """
         tokenizer.check_template(self.tokenizer, self.config.vocab, self.path)
         stops = list(tokenizer.stop_tokens(self.path, self.tokenizer))
         for stop in extra:
-            ids = [stop] if isinstance(stop, int) else chat.encode_plain(self.tokenizer, stop)
-            if isinstance(stop, str) and len(ids) != 1:
-                ids = self.tokenizer.encode(stop, add_special_tokens=False)
-            if len(ids) != 1 or not 0 <= ids[0] < self.vocabulary:
+            ids = [stop] if isinstance(stop, int) else chat.encode(self.tokenizer, stop)
+            if isinstance(stop, int) and not 0 <= stop < self.vocabulary:
                 raise UserError(
-                    f"sampler.stop: {stop!r} is {len(ids)} tokens {ids}; a stop is exactly one of the"
-                    f" {self.vocabulary} tokens"
+                    f"sampler.stop: {stop!r} is none of the {self.vocabulary} tokens; give an id below that or a text"
                 )
-            stops.append(ids[0])
+            # An unknown token stands for every text that the tokenizer does not know.
+            if len(ids) == 1 and ids[0] != getattr(self.tokenizer, "unk_token_id", None):
+                stops.append(ids[0])
         if not stops:
             raise UserError(
                 f"model.path={self.path}: generation config, model config, tokenizer and chat template name no stop"
                 " token; name one in sampler.stop"
             )
         return tuple(dict.fromkeys(int(stop) for stop in stops))
+
+    def stop_strings(self, extra: Sequence[str | int] = ()) -> tuple[str, ...]:
+        """Returns the texts among `extra`: a turn ends with the token that completes one, wherever it begins."""
+        texts = [stop for stop in extra if isinstance(stop, str)]
+        for text in texts:
+            unknown = getattr(self.tokenizer, "unk_token_id", None)
+            ids = chat.encode(self.tokenizer, text)
+            if not ids or unknown in ids:
+                raise UserError(
+                    f"sampler.stop: the tokenizer does not know all of {text!r}, which no turn would contain;"
+                    " give a text that it can write"
+                )
+        return tuple(dict.fromkeys(texts))
 
     def logits(self, tokens: Any) -> jax.Array:
         """Returns float32 logits (B, T, V) of (B, T) token ids, without padding."""
@@ -184,6 +199,7 @@ class Policy:
 
         A prompt is a list of messages, a text (which no chat template goes around) or a list of token ids; one alone
         may stand in place of the list. Ids need no tokenizer when `stop` is given (a sequence of ids, possibly empty).
+        `stop` may hold texts too: a turn ends with the token that completes one.
         Prompt i is draw `first_draw` + i; its sample j depends on nothing but (seed, draw, j), the weights and the
         settings.
         """
@@ -200,12 +216,14 @@ class Policy:
         stops = tuple(given) if plain else self.stop_tokens(stop or ())
         tokenizer.check_ids(stops, self.config.vocab, "stop")
         words = self.tokenizer if tokenizer.exists(self.path) else None
+        strings = self.stop_strings(stop or ())
         limit = 0 if plain else self.vocabulary
         engine = Engine(
             self.config,
             slots=slots or min(64, len(tokens) * samples),
             max_length=max(map(len, tokens), default=1) + max_new_tokens,
             stops=stops,
+            find_stop=chat.StopStrings(self.tokenizer, strings) if strings else None,
             seed=seed,
             limit=limit,
             mesh=self.mesh,
@@ -225,7 +243,9 @@ class Policy:
                 sequence.extend(turn.tokens, turn.logprobs, 0)
                 messages = list(tasks[index].messages)
                 if words is not None:
-                    content = chat.decode(words, turn.tokens, stop_tokens=stops)
+                    content = chat.decode(
+                        words, turn.tokens, stop_tokens=stops, stop_strings=strings
+                    )
                     messages.append({"role": "assistant", "content": content})
                 results[turn.key] = Trajectory(
                     tasks[index],
@@ -235,6 +255,7 @@ class Policy:
                     [sequence],
                     turn_rewards=[0.0],
                     finish_reason="stop" if turn.stopped else "length",
+                    sampled_messages=[len(messages) - 1] if messages else [],
                 )
         return [results[key] for key in sorted(results)]
 

@@ -17,6 +17,7 @@ from rftjax.job import Job, resolve
 from rftjax.learner import has_variance, set_advantages
 from rftjax.metrics import rollout_metrics
 from rftjax.reports import by_draw, encode, reward_of, to_json, trajectory_record
+from rftjax.scoring import answered
 from rftjax.types import Task, Trajectory
 
 # Prompts that `check` samples at once from the base model, of training and of each held-out set.
@@ -76,8 +77,7 @@ def check(given: Any, workdir: Path) -> None:
         trajectories = _sample(parts)
         report.keep(trajectories)
         _say_samples(parts, trajectories, report)
-        scores = [one.score for one in trajectories if one.score]
-        parts.scorer.check(scores)
+        parts.scorer.check(answered(trajectories))
         if not any(map(has_variance, by_draw(trajectories))):
             groups, size = len(by_draw(trajectories)), parts.config.batch.group_size
             raise UserError(

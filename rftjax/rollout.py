@@ -2,14 +2,18 @@
 
 Training ids are the prompt's, the sampled and the environment's ids, token for token: nothing sampled is ever encoded
 again from text. Where a chat template rewrites history, the conversation goes on in a new sequence.
+
+What a row or an environment says can be too long for the model, or nothing that it can be shown: that ends its own
+sample, with finish reason length or error, and no other.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rftjax import chat, types
@@ -24,13 +28,18 @@ Finish = Callable[[Trajectory], None]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How turns are sampled: tokens a turn, turns, and the policy's temperature (0: greedy), top_p and top_k."""
+    """How turns are sampled: tokens a turn, turns, and the policy's temperature (0: greedy), top_p and top_k.
+
+    `truncated_turns` is what becomes of a turn that a token limit cut: "environment" hands it over like any other,
+    marked as `truncated`; else the episode ends.
+    """
 
     max_new_tokens: int
     max_turns: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    truncated_turns: str = "environment"
 
 
 @dataclasses.dataclass
@@ -40,7 +49,10 @@ class _Episode:
     future: concurrent.futures.Future[Any]
     started: bool = False  # the environment's first messages are in
     open: bool = False  # the engine holds a conversation
-    last_token: int = -1
+    last_token: int = -1  # the stop token of the last turn
+    text: str = ""  # that the last turn went on from, as the template rendered it
+    tools: list[Any] = dataclasses.field(default_factory=list)  # the row's and the environment's
+    reason: str = ""  # why it ended; then the environment is asked for its end state
 
     @property
     def key(self) -> tuple[int, int]:
@@ -48,13 +60,25 @@ class _Episode:
 
 
 class Rollout:
-    """Samples groups of conversations with one engine; `policy_version` is stamped on every sampled token."""
+    """Samples groups of conversations with one engine; `policy_version` is stamped on every sampled token.
+
+    Environments are open for as many conversations at once as the cache has rows. `stop_strings` are those that the
+    engine finds.
+    """
 
     def __init__(
-        self, engine: Engine, tokenizer: Any, environments: Environments, *, seed: int = 0
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        environments: Environments,
+        *,
+        seed: int = 0,
+        stop_strings: tuple[str, ...] = (),
     ) -> None:
         self.engine, self.tokenizer, self.environments = engine, tokenizer, environments
-        self.seed, self.policy_version = seed, 0
+        self.seed, self.policy_version, self.stop_strings = seed, 0, stop_strings
+        # Of each group under way: what its first turns go on from.
+        self._openings: dict[int, tuple[list[Message], str, list[int]]] = {}
 
     def __call__(
         self,
@@ -66,37 +90,52 @@ class Rollout:
         on_finish: Finish = lambda trajectory: None,
     ) -> list[Trajectory]:
         """Returns `group_size` trajectories a draw, in order; `on_finish` gets each one as soon as it ends."""
+        self._openings.clear()
         waiting: dict[tuple[int, int], _Episode] = {}
         sampling: dict[tuple[int, int], _Episode] = {}
         finished: list[Trajectory] = []
 
         def settle(episode: _Episode, reason: str) -> None:
+            if reason not in ("sample", "environment") and not episode.reason:
+                reason = self._end(episode, reason)
             if reason == "sample":
                 sampling[episode.key] = episode
             elif reason == "environment":
                 waiting[episode.key] = episode
             else:
-                self._close(episode, reason)
                 finished.append(episode.trajectory)
                 on_finish(episode.trajectory)
 
-        for draw, task in draws:
-            for sample in range(group_size):
-                episode = self._start(draw, task, sample, stream)
-                waiting[episode.key] = episode
-        while waiting or sampling:
+        episodes = ((draw, task, sample) for draw, task in draws for sample in range(group_size))
+        most = self.engine.rows if self.environments.active else math.inf
+        while self._begin(episodes, waiting, most - len(sampling), stream) or waiting or sampling:
             for episode in [episode for episode in waiting.values() if episode.future.done()]:
                 del waiting[episode.key]
                 settle(episode, self._answered(episode, limits, stream))
             dispatches = self.engine.counters.dispatches
             for turn in self.engine.step() if sampling else []:
                 episode = sampling.pop(turn.key)
-                settle(episode, self._sampled(episode, turn))
+                settle(episode, self._sampled(episode, turn, limits))
             if waiting and self.engine.counters.dispatches == dispatches:
                 # Nothing to sample, or every row is held by a conversation that waits.
+                self._begin(episodes, waiting, most - len(sampling), stream)
                 futures = [episode.future for episode in waiting.values()]
                 concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
         return sorted(finished, key=lambda trajectory: (trajectory.draw, trajectory.sample))
+
+    def _begin(
+        self,
+        episodes: Iterator[tuple[int, Task, int]],
+        waiting: dict[tuple[int, int], _Episode],
+        most: float,
+        stream: int,
+    ) -> bool:
+        """Starts further episodes, in their order, until `most` wait; says whether it started any."""
+        before = len(waiting)
+        while len(waiting) < most and (following := next(episodes, None)):
+            episode = self._start(*following, stream)
+            waiting[episode.key] = episode
+        return len(waiting) > before
 
     def _start(self, draw: int, task: Task, sample: int, stream: int) -> _Episode:
         """Asks the environment for its first messages; the seed is the group's."""
@@ -105,81 +144,129 @@ class Rollout:
         trajectory = Trajectory(task, draw, sample, [dict(message) for message in task.messages])
         return _Episode(trajectory, name, self.environments.start(name, task, seed))
 
-    def _close(self, episode: _Episode, reason: str) -> None:
-        episode.trajectory.finish_reason = reason
-        self.environments.close_episode(episode.name)
+    def _said(self, trajectory: Trajectory, messages: list[Message]) -> None:
+        """Appends what the environment said, cut where it is longer than any text that fits."""
+        most = chat.CHARACTERS * self.engine.max_length
+        for message in messages:
+            content = message["content"]
+            if len(content) > most:
+                rest = len(content) - most
+                # Longer than what fits by this note, so that the conversation ends.
+                content = f"{content[:most]}... ({rest} more characters)"
+            trajectory.messages.append(message | {"content": content})
+
+    def _end(self, episode: _Episode, reason: str) -> str:
+        """Frees the row; returns "environment" while its end state is awaited, else the reason."""
+        episode.reason = episode.trajectory.finish_reason = reason
         if episode.open:
             self.engine.close(episode.key)
+            episode.open = False
+        if reason == "error":
+            self.environments.close_episode(episode.name)
+            return reason
+        episode.future = self.environments.finish_episode(episode.name)
+        return "environment"
 
     def _answered(self, episode: _Episode, limits: Limits, stream: int) -> str:
         """Takes what the environment said; returns "sample" or why the episode ends."""
         trajectory = episode.trajectory
         error = episode.future.exception()
         if error is not None:
-            trajectory.error = str(error)
+            trajectory.error, trajectory.finish_reason = str(error), "error"
             return "error"
-        if not episode.started:
+        if episode.reason:
+            trajectory.state = episode.future.result()
+            return episode.reason
+        try:
+            if episode.started:
+                return self._go_on(episode, episode.future.result(), limits, stream)
             episode.started = True
-            trajectory.messages += episode.future.result()
-            return self._open(episode, self._prompt(trajectory), limits, stream)
-        turn: Turn = episode.future.result()
+            self._said(trajectory, episode.future.result())
+            return self._open(episode, limits, stream)
+        except chat.TooLong:
+            if not trajectory.sequences:
+                trajectory.sequences.append(types.Sequence())
+            return "length"
+        except chat.TextError as fault:
+            trajectory.error = f"the model cannot be shown the conversation: {fault}"
+            return "error"
+
+    def _go_on(self, episode: _Episode, turn: Turn, limits: Limits, stream: int) -> str:
+        """Takes the answer to a turn; returns "sample" or why the episode ends."""
+        trajectory = episode.trajectory
         trajectory.turn_rewards[-1] += turn.reward
+        trajectory.infos.append(turn.info)
         history = list(trajectory.messages)
-        trajectory.messages += turn.messages
-        if turn.done:
-            return "stop"
-        if trajectory.turns >= limits.max_turns:
-            return "turns"
+        self._said(trajectory, turn.messages)
+        if turn.done or trajectory.turns >= limits.max_turns:
+            if history[-1].get("truncated"):
+                return "length"
+            return "stop" if turn.done else "turns"
         if not turn.messages:
             trajectory.error = "the environment neither answered nor ended the episode"
             return "error"
-        return self._continue(episode, history, turn.messages, limits, stream)
+        return self._continue(episode, history, limits, stream)
 
-    def _prompt(self, trajectory: Trajectory) -> list[int]:
-        tools = self.environments.tools or None
-        return chat.prompt(self.tokenizer, trajectory.task, trajectory.messages, tools=tools)
+    def _prompt(self, episode: _Episode) -> list[int]:
+        """Returns the ids that a sequence begins with; those of a group are rendered once."""
+        trajectory = episode.trajectory
+        task, messages, draw = trajectory.task, trajectory.messages, trajectory.draw
+        episode.tools = chat.tools_of(task, self.environments.tools)
+        same, episode.text, ids = self._openings.get(draw, ([], "", []))
+        if same != messages:
+            episode.text = chat.prompt_text(self.tokenizer, task, messages, tools=episode.tools)
+            plain = task.prompt is not None
+            ids = chat.encode(self.tokenizer, episode.text, self.engine.max_length, special=plain)
+            if not trajectory.sequences:
+                self._openings[draw] = list(messages), episode.text, ids
+        return ids
 
-    def _open(self, episode: _Episode, prompt: list[int], limits: Limits, stream: int) -> str:
-        """Starts a token sequence with a prompt."""
+    def _open(self, episode: _Episode, limits: Limits, stream: int) -> str:
+        """Starts a token sequence with all that was said so far."""
+        trajectory, prompt = episode.trajectory, self._prompt(episode)
         room = self.engine.max_length - len(prompt)
-        sequence = types.Sequence()
-        sequence.extend(prompt)
-        episode.trajectory.sequences.append(sequence)
+        if room > 0 or not trajectory.sequences:
+            sequence = types.Sequence()
+            sequence.extend(prompt[: self.engine.max_length])
+            trajectory.sequences.append(sequence)
         if room < 1:
             return "length"
-        noise = (stream, episode.trajectory.draw, episode.trajectory.sample)
-        own = episode.trajectory.task.temperature if stream == TRAIN else 0.0
-        settings = Sampling(noise, own or limits.temperature, limits.top_p, limits.top_k)
+        own = trajectory.task.temperature if stream == TRAIN else 0.0
+        settings = Sampling(
+            (stream, trajectory.draw, trajectory.sample),
+            own or limits.temperature,
+            limits.top_p,
+            limits.top_k,
+            sequence=len(trajectory.sequences) - 1,
+        )
         self.engine.open(episode.key, prompt, min(limits.max_new_tokens, room), settings)
         episode.open = True
         return "sample"
 
     def _continue(
-        self,
-        episode: _Episode,
-        history: list[Message],
-        messages: list[Message],
-        limits: Limits,
-        stream: int,
+        self, episode: _Episode, history: list[Message], limits: Limits, stream: int
     ) -> str:
-        """Appends the environment's messages to the sequence, or starts another where the template rewrites it."""
-        sequence = episode.trajectory.sequences[-1]
-        if episode.trajectory.task.prompt is not None:
+        """Appends what follows `history` to the sequence, or starts another where the template rewrites it."""
+        trajectory = episode.trajectory
+        sequence, messages = trajectory.sequences[-1], trajectory.messages[len(history) :]
+        if trajectory.task.prompt is not None:
             text = "\n".join(["", *(str(message["content"]) for message in messages), ""])
-            tokens = list(self.tokenizer.encode(text, add_special_tokens=False))
+            tokens = chat.encode(self.tokenizer, text, self.engine.max_length)
         else:
             try:
-                tokens = chat.continuation(
+                tokens, episode.text = chat.follow(
                     self.tokenizer,
+                    episode.text,
                     history,
                     messages,
                     last_token=episode.last_token,
-                    tools=self.environments.tools or None,
+                    tools=episode.tools,
+                    most=self.engine.max_length,
                 )
-            except chat.ChatTemplateError:
+            except chat.Rewriting:
                 self.engine.close(episode.key)
                 episode.open = False
-                return self._open(episode, self._prompt(episode.trajectory), limits, stream)
+                return self._open(episode, limits, stream)
         room = self.engine.max_length - len(sequence.tokens) - len(tokens)
         if room < 1 or not tokens:
             return "length"
@@ -187,16 +274,23 @@ class Rollout:
         self.engine.extend(episode.key, tokens, min(limits.max_new_tokens, room))
         return "sample"
 
-    def _sampled(self, episode: _Episode, turn: SampledTurn) -> str:
-        """Takes a turn; returns "environment", or "length" where a token limit cut it."""
+    def _sampled(self, episode: _Episode, turn: SampledTurn, limits: Limits) -> str:
+        """Takes a turn; returns "environment", or "length" where a token limit cut it and it goes to none."""
         trajectory = episode.trajectory
         trajectory.sequences[-1].extend(turn.tokens, turn.logprobs, self.policy_version)
-        stops = tuple(self.engine.stops)
-        content = chat.decode(self.tokenizer, turn.tokens, stop_tokens=stops)
-        trajectory.messages.append({"role": "assistant", "content": content})
+        content = chat.decode(
+            self.tokenizer,
+            turn.tokens,
+            stop_tokens=(turn.stop_token,),
+            stop_strings=self.stop_strings,
+        )
+        message: Message = {"role": "assistant", "content": content}
+        trajectory.sampled_messages.append(len(trajectory.messages))
+        trajectory.messages.append(message if turn.stopped else message | {"truncated": True})
         trajectory.turn_rewards.append(0.0)
-        if not turn.stopped:
+        handed_over = self.environments.active and limits.truncated_turns == "environment"
+        if not turn.stopped and not handed_over:
             return "length"
-        episode.last_token = turn.tokens[-1]
+        episode.last_token = turn.stop_token
         episode.future = self.environments.step(episode.name, trajectory.messages)
         return "environment"

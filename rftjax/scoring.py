@@ -23,6 +23,7 @@ from rftjax.types import Score, Trajectory
 from rftjax.workers import WorkerError, Workers
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # advantages are float32, in which what is beyond is infinite
+UNANSWERED = "nothing was sampled: what came before the first answer fills rollout.max_length"
 
 
 class EvaluatorError(UserError):
@@ -77,7 +78,9 @@ class Scorer:
         """Starts scoring one finished trajectory; returns at once, and a second call does nothing."""
         if id(trajectory) in self._pending:
             return
-        if trajectory.finish_reason == "error":
+        if trajectory.unanswered and not trajectory.error:
+            future = _done(_invalid(UNANSWERED))
+        elif trajectory.finish_reason == "error":
             future = _done(_invalid(f"environment: {trajectory.error or 'no reason given'}"))
         elif self._workers is None:
             future = _done(_sum_of_turns(trajectory))
@@ -139,6 +142,15 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def answered(trajectories: Iterable[Trajectory]) -> list[Score]:
+    """Returns the scores of those whose policy sampled anything: others are no fault of evaluator or environment."""
+    return [
+        one.score
+        for one in trajectories
+        if one.score is not None and not (one.unanswered and not one.error)
+    ]
 
 
 def error_share(scores: list[Score]) -> float:

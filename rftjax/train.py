@@ -14,6 +14,7 @@ from rftjax.interruption import Interrupted, Interruption
 from rftjax.job import Job
 from rftjax.metrics import histograms, rollout_metrics
 from rftjax.saving import Saving, check_updates
+from rftjax.scoring import answered
 from rftjax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,9 @@ def train(
                     with recorder.time("sample"):
                         sampled = sampling.take(state, wanted)
                     with recorder.time("evaluate"):
-                        job.scorer.check(job.scorer.gather(sampled))
+                        job.scorer.gather(sampled)
                         trajectories += sampled
+                job.scorer.check(answered(trajectories))
                 pauses = job.heldout_due(step + 1) or checkpoints.due(step + 1)
                 with recorder.time("update"), interruption.hold():
                     step += 1

@@ -90,9 +90,10 @@ class Turn:
 class Trajectory:
     """One finished conversation: draw `draw` of the task stream, sample `sample` of that draw's group.
 
-    `finish_reason` is stop (the model or the environment ended it), length (a token limit), turns (the turn limit) or
-    error (the environment failed; `error` says how). `infos` holds the environment's `Turn.info`, one a turn; `state`
-    is what its `state()` said at the end. `score` and `advantage` are filled in after scoring.
+    `finish_reason` is stop (the model or the environment ended it), length (a token limit ended it or cut its last
+    turn), turns (the turn limit) or error (the environment failed, or said what the model cannot be shown; `error`
+    says how). A message that a token limit cut has `truncated`. `infos` holds the environment's `Turn.info`, one a
+    turn; `state` is what its `state()` said at the end. `score` and `advantage` are filled in after scoring.
     """
 
     task: Task
@@ -107,14 +108,36 @@ class Trajectory:
     error: str = ""
     score: Score | None = None
     advantage: float = 0.0
+    sampled_messages: list[int] = dataclasses.field(default_factory=list)  # where in `messages`
 
     @property
     def completion(self) -> str:
-        """Text of the last assistant message, empty where there is none."""
-        for message in reversed(self.messages):
+        """Text of the last turn that the policy sampled, empty where there is none.
+
+        In a trajectory made by hand, without `sampled_messages`, it is the last assistant message that the row has not.
+        """
+        if self.sampled_messages:
+            return self.messages[self.sampled_messages[-1]].get("content") or ""
+        own = (
+            0
+            if self.messages[: len(self.task.messages)] != self.task.messages
+            else len(self.task.messages)
+        )
+        for message in reversed([] if self.unanswered else self.messages[own:]):
             if message.get("role") == "assistant":
                 return message.get("content") or ""
         return ""
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it ended before the policy sampled a token; such a one has no score."""
+        return bool(self.sequences) and not any(any(one.sampled) for one in self.sequences)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a token limit ended it, or cut one of its turns."""
+        turns = (self.messages[index] for index in self.sampled_messages)
+        return self.finish_reason == "length" or any(turn.get("truncated") for turn in turns)
 
     @property
     def turns(self) -> int:

@@ -195,12 +195,122 @@ def test_prompts_encoded_together_are_those_encoded_alone():
     assert chat.prompts(words, tasks[1:2]) == alone[1:2] and chat.prompts(words, []) == []
 
 
-def test_decoding_drops_the_stop_token_and_keeps_what_is_asked_for():
+def test_decoding_drops_the_stop_token_and_keeps_every_other_special_one():
     words = make()
     sampled = ids(words, "a", "<|endoftext|>", "b", "!")
-    assert chat.decode(words, sampled) == "ab!"
-    assert chat.decode(words, sampled, stop_tokens=(sampled[-1],)) == "ab"
-    assert chat.decode(words, [*sampled, words.eos_token_id], keep_special=True) == (
-        "a<|endoftext|>b!"
-    )
+    assert chat.decode(words, sampled) == "a<|endoftext|>b!"
+    assert chat.decode(words, sampled, stop_tokens=(sampled[-1],)) == "a<|endoftext|>b"
+    assert chat.decode(words, [*sampled, words.eos_token_id]) == "a<|endoftext|>b!"
     assert chat.decode(words, []) == ""
+
+
+def test_the_text_ends_before_a_stop_string_wherever_the_tokens_end():
+    words = make()
+    sampled = ids(words, "b", "<", "/", "ab", ">", "!")
+    assert chat.decode(words, sampled, stop_strings=("zz", "</a", "!")) == "b"
+    assert chat.decode(words, sampled, stop_strings=("zz",)) == "b</ab>!"
+
+
+def test_a_stop_string_ends_with_the_token_that_completes_it():
+    words = make()
+    find = chat.StopStrings(words, ("</a", "é"))
+    sampled = ids(words, "b", "<", "/", "ab", ">", "<", "/", "ab")
+    assert find(sampled, 0) == 4
+    assert [find(sampled[:end], end - 1) for end in range(1, 5)] == [0, 0, 0, 4]
+    assert find(sampled[:3], 0) == 0
+    accent = words.encode("é")
+    assert len(accent) == 2 and find([*sampled[:1], *accent], 2) == 3
+    assert find(sampled[:1] * 500 + sampled[:4], 500) == 504
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' <|im_end|>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_with_a_space_before_its_end_of_turn_writes_no_second_one():
+    words = make(LLAMA2)
+    history = [USER, {"role": "assistant", "content": "a"}]
+    ended = chat.continuation(words, history, [AGAIN], last_token=words.eos_token_id)
+    assert words.decode(ended) == "<|im_start|>[INST] again [/INST]"
+    cut = chat.continuation(words, history, [AGAIN])
+    assert words.decode(cut) == " <|im_end|><|im_start|>[INST] again [/INST]"
+
+
+def test_half_a_surrogate_pair_is_named_and_no_crash():
+    words = make()
+    for text in ("ab\ud83d", "\udc00"):
+        with pytest.raises(chat.TextError, match=r"half of a surrogate pair.*character [02]"):
+            chat.encode(words, text)
+        with pytest.raises(chat.TextError, match="surrogate"):
+            chat.render(words, [USER, {"role": "user", "content": text}], generation_prompt=True)
+    faults = list(chat.measure(words, [Task("a", [USER]), Task("b", [], prompt="\ud83d")]))
+    assert isinstance(faults[0], int) and isinstance(faults[1], chat.TextError)
+
+
+def test_a_text_beyond_any_room_is_not_encoded():
+    words = make()
+    words.encode = None  # nothing is to be encoded
+    with pytest.raises(chat.TooLong, match=r"rollout.max_length=10: a text of 20000000 characters"):
+        chat.encode(words, "a" * 20_000_000, 10)
+    (count,) = chat.measure(words, [Task("a", [], prompt="a" * 20_000_000)], most=10)
+    assert count == 20_000_000 // chat.CHARACTERS
+
+
+def test_a_turn_renders_the_conversation_twice():
+    words, calls = make(), []
+    render = words.apply_chat_template
+    words.apply_chat_template = lambda *args, **kwargs: calls.append(1) or render(*args, **kwargs)
+    prompt = chat.prompt_text(words, Task("a", [USER]))
+    history = [USER, {"role": "assistant", "content": "a"}]
+    calls.clear()
+    ids, after = chat.follow(words, prompt, history, [AGAIN], last_token=words.eos_token_id)
+    assert len(calls) == 2
+    assert after == render([*history, AGAIN], tokenize=False, add_generation_prompt=True)
+    assert ids == chat.continuation(words, history, [AGAIN], last_token=words.eos_token_id)
+
+
+LISTS_TOOLS = "{% if tools %}{{ tools | map(attribute='function') | map(attribute='name') | join(',') }}{% endif %}"
+
+
+def schema(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {}}}
+
+
+def test_a_rows_own_tools_reach_the_template_before_the_environments():
+    words = make(LISTS_TOOLS + CHATML)
+    task = Task("a", [USER], {"tools": [schema("add"), schema("find")]})
+    text = chat.prompt_text(words, task, tools=[schema("find"), schema("ask")])
+    assert text.startswith("add,find,ask<|im_start|>")
+    as_json = Task("a", [USER], {"tools": '[{"type": "function", "function": {"name": "add"}}]'})
+    assert chat.prompt_text(words, as_json).startswith("add<|im_start|>")
+    for nothing in (None, [], ""):
+        assert chat.prompt_text(words, Task("a", [USER], {"tools": nothing})).startswith(
+            "<|im_start|>"
+        )
+    for odd in (["hammer"], "saw", {"name": "add"}, 3):
+        with pytest.raises(chat.TextError, match="tools=.*tasks.map"):
+            chat.prompt_text(words, Task("a", [USER], {"tools": odd}))
+
+
+def test_a_plain_prompt_goes_on_with_what_the_environment_opens_with():
+    words = make("")
+    task = Task("a", [USER], prompt="say ab")
+    assert chat.prompt_text(words, task, [USER, AGAIN, USER]) == "say ab\nagain\nsay ab\n"
+    assert chat.prompt_text(words, task, [USER]) == "say ab"
+
+
+def test_a_template_that_drops_tools_is_told_from_one_that_shows_them():
+    assert chat.drops_tools(make(), [USER], [schema("add")])
+    assert not chat.drops_tools(make(LISTS_TOOLS + CHATML), [USER], [schema("add")])
+
+
+def test_a_call_is_rendered_as_the_model_would_write_it():
+    calls = "{% for c in m['tool_calls'] %}{{ '<call>' + c['function'] | tojson + '</call>' }}{% endfor %}"
+    words = make(CHATML.replace("{% endfor %}", "", 1).replace(
+        "+ m['content'] + '<|im_end|>\n' }}", "+ m['content'] }}" + calls + "{{ '<|im_end|>\n' }}{% endfor %}"
+    ))  # fmt: skip
+    text = chat.rendered_call(words, [schema("add")], {"a": 1})
+    assert text == '<call>{"name": "add", "arguments": {"a": 1}}</call>'
+    assert chat.rendered_call(make(), [schema("add")], {"a": 1}) == ""

@@ -136,14 +136,27 @@ def test_new_parameters_are_used_at_once(model):
     assert after[0].sequences[0].logprobs != before
 
 
-def test_a_stop_is_one_known_token(model):
+def test_stops_are_ids_of_the_vocabulary_and_texts_that_the_tokenizer_can_write(model):
     assert model.stop_tokens() == (1,)
-    assert model.stop_tokens(("w5", 9, 1)) == (1, 8, 9)
-    for wrong in ("w5 w6", 64, -1):
-        with pytest.raises(
-            ValueError, match="sampler.stop: .* a stop is exactly one of the 64 tokens"
-        ):
+    assert model.stop_tokens(("w5", 9, 1, "w5 w6")) == (1, 8, 9)
+    assert model.stop_strings(("w5", 9, "w5 w6")) == ("w5", "w5 w6")
+    for wrong in (64, -1):
+        with pytest.raises(ValueError, match="sampler.stop: .* none of the 64 tokens"):
             model.stop_tokens([wrong])
+    for wrong in ("elephant", "w5 elephant"):
+        with pytest.raises(ValueError, match="sampler.stop: the tokenizer does not know all of"):
+            model.stop_strings([wrong])
+
+
+def test_a_text_of_several_tokens_ends_a_turn(model):
+    whole = model.sample([[5, 6]], max_new_tokens=12, samples=4, seed=3)
+    words = whole[0].completion.split()
+    stop = " ".join(words[2:4])
+    ended = model.sample([[5, 6]], max_new_tokens=12, samples=4, seed=3, stop=[stop])
+    first = whole[0].sequences[0].tokens
+    assert ended[0].completion.split() == words[:2] and ended[0].finish_reason == "stop"
+    assert ended[0].sequences[0].tokens == first[: len(ended[0].sequences[0].tokens)]
+    assert sum(ended[0].sequences[0].sampled) == 4
 
 
 def test_a_text_a_conversation_and_ids_alone_are_prompts_too(model):

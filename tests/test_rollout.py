@@ -1,10 +1,12 @@
 import json
+import re
 import textwrap
 
 import jax
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from rftjax import chat
 from rftjax import tokenizer as tokenizers_of_models
 from rftjax.environments import Environments
 from rftjax.models import decoder
@@ -146,9 +148,12 @@ def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rol
             tokens += turn.tokens
             sampled += [True] * len(turn.tokens)
             logprobs += turn.logprobs
-            if turn.stopped and index < 2:
+            if index < len(turns) - 1:
+                # A turn that was cut gets the end that it lacks.
+                end = "" if turn.stopped else "<end>"
                 answer = tokenizer.encode(
-                    "<user>" + "ab" * (index + 1) + "<end><assistant>", add_special_tokens=False
+                    end + "<user>" + "ab" * (index + 1) + "<end><assistant>",
+                    add_special_tokens=False,
                 )
                 tokens += answer
                 sampled += [False] * len(answer)
@@ -159,7 +164,12 @@ def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rol
         assert sequence.logprobs == logprobs
         assert sequence.policy_version == [7 if flag else -1 for flag in sampled]
         assert trajectory.turns == len(turns) <= 3
-        assert trajectory.finish_reason == ("stop" if turns[-1].stopped else "length")
+        whole = turns[-1].stopped and len(turns) == 3
+        assert trajectory.finish_reason == ("stop" if whole else "length")
+        cut = [
+            trajectory.messages[at].get("truncated", False) for at in range(1, 2 * len(turns), 2)
+        ]
+        assert cut == [not turn.stopped for turn in turns]
         finished += trajectory.finish_reason == "stop"
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         drifted += tokenizer.encode(text, add_special_tokens=False) != tokens
@@ -272,6 +282,9 @@ class Environment:
         self.turns += 1
         answer = [{"role": "user", "content": "c"}]
         return Turn(answer, done=self.turns == 2, reward=0.5 * self.turns, info={"seed": self.seed})
+
+    def state(self):
+        return {"turns": self.turns}
 """
 
 
@@ -286,6 +299,8 @@ def test_a_stateful_environment_opens_answers_and_rewards(rollout, tokenizer):
         assert trajectory.sequences[0].tokens[: len(start)] == start
         if trajectory.finish_reason == "stop":
             assert trajectory.turn_rewards == [0.5, 1.0]
+            assert len(trajectory.infos) == 2 and trajectory.infos[0].keys() == {"seed"}
+            assert trajectory.state == {"turns": 2}
             assert trajectory.messages[-1]["role"] == "user"  # the last answer is kept
 
 
@@ -349,3 +364,228 @@ def test_a_task_s_own_temperature_is_that_of_its_training_samples(rollout):
     (cold_texts, warm_texts), (heldout_texts, _) = texts(0), texts(1)
     assert len(cold_texts) == 1 and len(warm_texts) > 1
     assert len(heldout_texts) > 1  # a held-out set has the settings of section eval
+
+
+def test_environments_open_as_rows_become_free(rollout, tmp_path):
+    run = rollout(
+        """
+        import os
+        class Environment:
+            def __init__(self, task, seed):
+                self.task = task
+                self.note("+1")
+            def note(self, text):
+                with open(self.task.data["log"], "a") as file:
+                    file.write(text + "\\n")
+            def step(self, message):
+                return None
+            def close(self):
+                self.note("-1")
+        """,
+        "Environment",
+        slots=2,
+    )
+    log = tmp_path / "log"
+    drawn = tasks(9)
+    for _, task in drawn:
+        task.data["log"] = str(log)
+    trajectories = run(drawn, 2, Limits(4))
+    assert len(trajectories) == 18
+    most = opened = 0
+    for line in log.read_text().split():
+        opened += int(line)
+        most = max(most, opened)
+    assert 0 < most <= run.engine.rows == 4
+
+
+ODD = """
+from rftjax.types import Turn
+class Environment:
+    def __init__(self, task, seed):
+        self.odd = task.id == "task 1"
+    def reset(self):
+        return RESET if self.odd else None
+    def step(self, message):
+        return STEP if self.odd else None
+"""
+ENDS = Limits(60, max_turns=3)
+
+
+def test_an_opening_or_answer_that_does_not_fit_ends_its_sample_with_length(rollout):
+    for said in (
+        "STEP = 'c' * 119",
+        "STEP = 'c' * 20_000",
+        "RESET = 'c' * 200",
+        "RESET = 'c' * 20_000",
+    ):
+        run = rollout(ODD + "RESET = 'c'\nSTEP = 'c'\n" + said, "Environment")
+        trajectories = run(tasks(3), 2, ENDS)
+        assert {t.finish_reason for t in trajectories if t.draw == 1} == {"length"}, said
+        assert all(len(s.tokens) <= 120 for t in trajectories for s in t.sequences)
+        assert all(t.unanswered == ("RESET" in said and t.draw == 1) for t in trajectories)
+        assert all(len(m["content"]) < 64 * 120 + 40 for t in trajectories for m in t.messages)
+
+
+def test_a_history_that_outgrows_the_room_once_rewritten_keeps_what_was_sampled(rollout, tmp_path):
+    forgetful = ambiguous_tokenizer(tmp_path / "forgetful", FORGETFUL)
+    run = rollout("def reply(task, messages):\n    return 'c' * 40", tokenizer=forgetful)
+    trajectories = run(tasks(3), 2, Limits(8, max_turns=9))
+    assert {t.finish_reason for t in trajectories} == {"length"}
+    for trajectory in trajectories:
+        assert len(trajectory.sequences) == trajectory.turns > 1
+        assert all(any(s.sampled) and len(s.tokens) <= 120 for s in trajectory.sequences)
+
+
+STRICT = TEMPLATE.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "STEP = 'a \\ud83d b'",
+        "RESET = 'a \\ud83d b'",
+        "STEP = [{'role': 'tool', 'content': '7'}]",
+        "RESET = [{'role': 'tool', 'content': '7'}]",
+    ],
+)
+def test_what_the_model_cannot_be_shown_is_an_error_of_its_sample(rollout, tmp_path, said):
+    strict = ambiguous_tokenizer(tmp_path / "strict", STRICT)
+    run = rollout(ODD + "RESET = 'c'\nSTEP = 'c'\n" + said, "Environment", tokenizer=strict)
+    trajectories = run(tasks(3), 2, ENDS)
+    for trajectory in trajectories:
+        assert (trajectory.finish_reason == "error") == (trajectory.draw == 1)
+        if trajectory.draw == 1:
+            wanted = "half of a character" if "ud83d" in said else "cannot be shown.*no tools"
+            assert re.search(wanted, trajectory.error)
+
+
+def test_a_completion_is_sampled_and_never_an_assistants_message_of_the_row(rollout):
+    shot = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    long = [*shot[:2], {"role": "user", "content": "c" * 200}]
+    drawn = [(0, Task("short", shot)), (1, Task("long", long))]
+    answered, unanswered = rollout()(drawn, 1, Limits(4))
+    assert answered.messages[:3] == shot and not answered.unanswered
+    assert answered.completion == answered.messages[3]["content"] != "b"
+    assert unanswered.unanswered and unanswered.completion == ""
+
+
+CUTS = """
+from rftjax.types import Turn
+class Environment:
+    def __init__(self, task, seed):
+        pass
+    def step(self, message):
+        cut = message.get("truncated", False)
+        return Turn([{"role": "user", "content": "c"}], done=False, reward=-1.0 if cut else 1.0)
+"""
+
+
+def test_a_cut_turn_goes_to_the_environment_unless_a_field_ends_it(rollout):
+    run = rollout(CUTS, "Environment")
+    trajectories = run(tasks(3), 3, Limits(3, max_turns=3))
+    rewards = [reward for t in trajectories for reward in t.turn_rewards]
+    assert -1.0 in rewards
+    for trajectory in trajectories:
+        assert trajectory.turns == 3
+        cut = trajectory.turn_rewards[-1] < 0
+        assert trajectory.finish_reason == ("length" if cut else "turns")
+        assert trajectory.truncated == (-1.0 in trajectory.turn_rewards)
+        (sequence,) = trajectory.sequences
+        text = run.tokenizer.decode(sequence.tokens[: sequence.sampled.index(True)])
+        assert run.tokenizer.decode(sequence.tokens).startswith(text)
+    for choice in ("end", "mask"):
+        ended = run(tasks(3), 3, Limits(3, max_turns=3, truncated_turns=choice))
+        assert any(t.finish_reason == "length" and t.turns == 1 for t in ended)
+        assert all(reward >= 0 for t in ended for reward in t.turn_rewards)
+
+
+def test_a_conversation_that_starts_over_draws_fresh_noise(rollout, tmp_path):
+    # Every turn is sampled from the same prompt: the template shows nothing but the first message.
+    blind = "<{{ messages[0].role }}>{{ messages[0].content }}<end>{% if add_generation_prompt %}<assistant>{% endif %}"
+    run = rollout(CUTS, "Environment", tokenizer=ambiguous_tokenizer(tmp_path / "blind", blind))
+    trajectories = run(tasks(2), 2, Limits(20, max_turns=4))
+    for trajectory in trajectories:
+        sampled = [tuple(turn.tokens) for turn in run.engine.turns_of(trajectory)]
+        assert len(trajectory.sequences) == len(sampled) == 4
+        assert len(set(sampled)) > 1
+
+
+def test_a_groups_prompt_is_rendered_and_encoded_once(rollout, tmp_path):
+    counting = ambiguous_tokenizer(tmp_path / "counting")
+    calls = []
+    encode = counting.encode
+    counting.encode = lambda *args, **kwargs: calls.append(args) or encode(*args, **kwargs)
+    rollout(tokenizer=counting)(tasks(3), 6, Limits(4))
+    assert len(calls) == 3
+
+
+def test_plain_prompts_show_what_the_environment_opens_with(rollout, tokenizer):
+    run = rollout(EPISODES, "Environment")
+    task = Task("plain", [{"role": "user", "content": "abc"}], prompt="abc")
+    (trajectory,) = run([(0, task)], 1, LIMITS)
+    (sequence,) = trajectory.sequences
+    given = sequence.tokens[: sequence.sampled.index(True)]
+    assert given == tokenizer.encode("abc\nbc\n")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 16])
+def test_stop_strings_end_turns_whatever_a_dispatch_takes(weights, tokenizer, steps):
+    found = chat.StopStrings(tokenizer, ("ca", "bb"))
+    engine = Listener(
+        CONFIG,
+        slots=3,
+        parked=3,
+        max_length=120,
+        stops=[END],
+        find_stop=found,
+        dispatch_steps=steps,
+        prefill_chunk=16,
+    )
+    engine.set_params(weights)
+    run = Rollout(engine, tokenizer, Environments(""), seed=5, stop_strings=found.texts)
+    stopped = run(tasks(4), 3, Limits(30))
+    engine.find_stop = None
+    run.stop_strings = ()
+    whole = run(tasks(4), 3, Limits(30))
+    ended = 0
+    for one, full in zip(stopped, whole, strict=True):
+        text = full.completion
+        at = min([i for stop in found.texts if (i := text.find(stop)) >= 0], default=-1)
+        sequence, longer = one.sequences[0], full.sequences[0]
+        count = len(sequence.tokens)
+        assert sequence.tokens == longer.tokens[:count]
+        assert sequence.logprobs == longer.logprobs[:count]
+        if at < 0:
+            assert one.completion == text and count == len(longer.tokens)
+            continue
+        ended += 1
+        assert one.completion == text[:at] and one.finish_reason == "stop"
+        first = sequence.sampled.index(True)
+        said = tokenizer.decode(sequence.tokens[first:], skip_special_tokens=False)
+        before = tokenizer.decode(sequence.tokens[first:-1], skip_special_tokens=False)
+        assert any(stop in said for stop in found.texts)
+        assert not any(stop in before for stop in found.texts)
+    assert ended > 2
+
+
+def test_a_turn_that_a_stop_string_ended_gets_the_end_that_it_lacks(rollout, tokenizer):
+    run = rollout(CHATTY, slots=2)
+    run.engine.find_stop = chat.StopStrings(tokenizer, ("c",))
+    run.stop_strings = ("c",)
+    trajectories = run(tasks(3), 2, LIMITS)
+    assert max(t.turns for t in trajectories) == 3
+    for trajectory in trajectories:
+        turns = run.engine.turns_of(trajectory)
+        wanted = chat.prompt(tokenizer, trajectory.task) + turns[0].tokens
+        for index in range(1, len(turns)):
+            end = "" if turns[index - 1].stop_token == END else "<end>"
+            answer = f"{end}<user>{'ab' * index}<end><assistant>"
+            wanted += tokenizer.encode(answer, add_special_tokens=False) + turns[index].tokens
+        assert trajectory.sequences[0].tokens == wanted

@@ -1,4 +1,6 @@
+import cProfile
 import dataclasses
+import pstats
 import re
 
 import jax
@@ -13,7 +15,7 @@ from rftjax.models.decoder import FULL, Config, Rope
 from rftjax.models.distribution import draw, uniforms
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, Sampling
-from rftjax.sampler.pool import cache_length
+from rftjax.sampler.pool import Pool, cache_length
 
 CONFIG = Config(
     family="llama",
@@ -133,6 +135,95 @@ def test_cached_decode_agrees_with_one_forward_pass_over_several_turns(params, w
     gap = np.concatenate([gaps(params, *sequence, 0.9) for sequence in found.values()])
     assert len(gap) > 60
     assert gap.mean() < 1e-5 and gap.max() < 1e-4
+
+
+def fifth(tokens, start):
+    """Finds the first token that 5 divides, as a stop string would be found."""
+    return next((at + 1 for at in range(start, len(tokens)) if tokens[at] % 5 == 0), 0)
+
+
+def test_what_was_sampled_behind_a_stop_string_leaves_nothing_behind(params, weights):
+    found = {}
+    for steps, bridge, parked in ((1, 0, 6), (16, 0, 3), (16, 4, 0)):
+        engine = new_engine(
+            weights,
+            slots=3,
+            parked=parked,
+            stops=[STOP],
+            find_stop=fifth,
+            dispatch_steps=steps,
+            bridge_steps=bridge,
+        )
+        found[steps, bridge] = converse(engine, random_prompts(6), turns=4)
+    first, *others = found.values()
+    assert all(
+        {i: s[0] for i, s in one.items()} == {i: s[0] for i, s in first.items()} for one in others
+    )
+    for sequences in found.values():
+        gap = np.concatenate([gaps(params, *sequence, 0.9) for sequence in sequences.values()])
+        assert len(gap) > 60 and gap.max() < 1e-4
+
+
+def test_a_sequence_that_starts_over_draws_noise_of_its_own(weights):
+    prompt, sampled = random_prompts(1)[0], []
+    for sequence in (0, 1, 0, 2):
+        engine = new_engine(weights)
+        engine.open((0, 0), prompt, 12, Sampling((0, 0, 3), sequence=sequence))
+        sampled.append(finish(engine)[0, 0].tokens)
+    assert sampled[0] == sampled[2]
+    assert len({tuple(tokens) for tokens in sampled}) == 3
+
+
+def test_rows_that_begin_alike_are_those_that_a_comparison_finds():
+    pool = Pool(CONFIG, slots=6, parked=0, rows=2, chunk=4)
+    rng = np.random.default_rng(3)
+    base = rng.integers(0, 3, 40).tolist()
+    texts = [base[: rng.integers(1, 40)] + rng.integers(0, 3, 9).tolist() for _ in range(40)]
+    held = {}
+    for index, text in enumerate(texts):
+        prompt, avoid = pool.prompt(text), {index % 6, (index + 1) % 6}
+        shared = {}
+        for row, other in held.items():
+            most = min(len(other), len(text)) - 1
+            whole = (n for n in range(0, most + 1, 4) if other[:n] == text[:n])
+            shared[row] = max(whole)
+        count, near = pool.nearest(prompt, 2, avoid)
+        assert count == max(shared.values(), default=0)
+        if count:
+            best = [row for row, found in shared.items() if found == count]
+            assert near == min(best, key=lambda row: (row in avoid, row != 2, row))
+        assert pool.origin(prompt) == next((r for r, t in held.items() if t == text), -1)
+        pool.hold(index % 6, prompt)
+        held[index % 6] = text
+    assert {start for held in pool._holds for start in held.starts} == set(pool._starting)
+
+
+def calls_of(run):
+    """Returns how many calls of each function of the sampler `run` makes, and all together."""
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    found = {
+        key[2]: value[0]
+        for key, value in pstats.Stats(profile).stats.items()
+        if "sampler" in key[0]
+    }
+    return found, pstats.Stats(profile).total_calls
+
+
+def test_a_long_prompt_is_hashed_once_and_opening_and_closing_are_not_quadratic():
+    prompt = list(range(8000))
+
+    def run(count):
+        engine = Engine(CONFIG, slots=4, max_length=9000)
+        for sample in range(count):
+            engine.open((0, sample), prompt, 8, Sampling((0, 0, sample)))
+        for sample in range(count):
+            engine.close((0, sample))
+
+    found, few = calls_of(lambda: run(100))
+    _, many = calls_of(lambda: run(1000))
+    assert found["prompt"] == 1
+    assert many < 15 * few
 
 
 def test_each_token_is_prefilled_once_over_several_turns(weights):

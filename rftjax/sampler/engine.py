@@ -13,8 +13,9 @@ until the host has given them the slots that came free; without a bridge the hos
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,21 +29,35 @@ from rftjax.errors import NotFinite, UserError
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import Settings
 from rftjax.sampler import device
-from rftjax.sampler.pool import GRANULE, Piece, Pool, Saved
+from rftjax.sampler.pool import GRANULE, Piece, Pool, Prompt, Saved
 from rftjax.types import Params
 
 STOPS = 16  # room for stop ids; constant, so that their number is not a shape
+SEQUENCE_BITS = 16  # of a noise key's third part: the sample; what is above numbers the sequence
 Key = tuple[int, int]  # of a conversation: draw and sample
+# Of a turn's tokens, and how many of them were looked at before: how many there are up to the end of the first stop
+# string, 0 where there is none.
+FindStop = Callable[[list[int], int], int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How one conversation is sampled: settings, and the noise key's parts (stream, draw, sample)."""
+    """How one conversation is sampled: settings, and the noise key's parts (stream, draw, sample).
+
+    `sequence` numbers the token sequences of a trajectory that starts over: each one draws noise of its own.
+    """
 
     noise: tuple[int, int, int]
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    sequence: int = 0
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """The noise key that the device folds in."""
+        stream, draw, sample = self.noise
+        return stream, draw, sample + (self.sequence << SEQUENCE_BITS)
 
     @property
     def filtered(self) -> bool:
@@ -52,35 +67,44 @@ class Sampling:
 
 @dataclasses.dataclass
 class SampledTurn:
-    """One finished turn: token ids (a stop token included), log-probabilities, and whether a stop token ended it."""
+    """One finished turn: token ids (what stopped it included), log-probabilities, and whether a stop token or a stop
+    string ended it; `stop_token` is the id that did, -1 for a stop string or a cut turn."""
 
     key: Key
     tokens: list[int]
     logprobs: list[float]
     stopped: bool
+    stop_token: int = -1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Conversation:
     key: Key
     sampling: Sampling
     tokens: list[int]
-    group: tuple[int, ...]  # the prompt
+    prompt: list[int]
+    group: Prompt
     cached: int = 0  # tokens whose keys and values lie in the cache
     budget: int = 0  # tokens that this turn may still sample; 0 while the environment thinks
     slot: int = -1
     parked: int = -1
     saved: Saved | None = None  # its row, in the host's memory
     given: bool = False  # the device has this turn's row and goes on with it by itself
+    turn: int = 0
     turn_tokens: list[int] = dataclasses.field(default_factory=list)
     turn_logprobs: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[int, tuple[int, int, int]]:
+        """Sorts the queue: those that may run longest first, then in the order of their noise keys."""
+        return -self.budget, self.sampling.key
 
 
 @dataclasses.dataclass
 class _Flight:
-    """A dispatch that the device works on: the conversations it runs with their slots, and what it will return."""
+    """A dispatch that the device works on: the conversations it runs with their slots and turns, and its results."""
 
-    running: list[tuple[_Conversation, int]]
+    running: list[tuple[_Conversation, int, int]]
     most: int  # steps
     enough: int
     tokens_BT: jax.Array
@@ -106,7 +130,9 @@ class Engine:
     `limit` is the number of ids that may be sampled (0: the whole vocabulary). `max_length` bounds every conversation,
     in tokens; `dispatch_steps` and `bridge_steps` (0: none) are decode steps of a call. The same seed, weights and
     noise keys give the same tokens whatever the order of arrival or the slot. With a mesh, its devices share out the
-    rows; both counts of rows are rounded up to a multiple of theirs.
+    rows; both counts of rows are rounded up to a multiple of theirs. `stops` are ids, which the device looks for;
+    `find_stop` finds stop strings, of which the device knows nothing: what it sampled behind one is dropped, so that
+    the tokens do not depend on where a dispatch ends.
     """
 
     def __init__(
@@ -117,6 +143,7 @@ class Engine:
         parked: int = 0,
         max_length: int = 1024,
         stops: Sequence[int] = (),
+        find_stop: FindStop | None = None,
         seed: int = 0,
         limit: int = 0,
         dispatch_steps: int = 16,
@@ -132,7 +159,7 @@ class Engine:
         self.config, self.slots, self.max_length = config, slots, max_length
         self.limit, self.mesh = limit, mesh
         self.steps, self.bridge = dispatch_steps, min(bridge_steps, dispatch_steps)
-        self.stops = set(stops)
+        self.stops, self.find_stop = set(stops), find_stop
         self.counters = Counters()
         self._stops_E = jnp.asarray(list(stops) + [-2] * (STOPS - len(stops)), jnp.int32)
         self._seed = jnp.asarray(seed, jnp.uint32)
@@ -147,16 +174,20 @@ class Engine:
             mesh=mesh,
         )
         self._open: dict[Key, _Conversation] = {}
-        self._queue: list[_Conversation] = []
+        self._queue: list[_Conversation] = []  # sorted by `order`
+        self._last: _Conversation | None = None  # opened last
         self._reset()
 
     def _reset(self) -> None:
         self._free = list(range(self.slots))
         self._free_parked = list(range(self._parked))
+        self._in_slots: dict[int, _Conversation] = {}
         self._pool.clear()
         self._flight: _Flight | None = None
         self._rows: device.Rows | None = None
-        self._abandoned: set[int] = set()  # slots whose conversation was closed while it sampled
+        self._abandoned: set[int] = (
+            set()
+        )  # slots whose turn ended here while the device goes on with it
 
     def set_params(self, params: Params) -> None:
         """Takes new weights (from `device.sampler_params`); nothing cached under the old ones is used again."""
@@ -187,29 +218,35 @@ class Engine:
 
         Conversations with the same prompt share its computation.
         """
-        self._check_budget(tokens, budget)
-        self._check_ids(tokens)
-        conversation = _Conversation(key, sampling, list(tokens), tuple(tokens), budget=budget)
-        self._open[key] = conversation
-        self._queue.append(conversation)
+        self._check_budget(len(tokens), budget)
+        prompt, last = list(tokens), self._last
+        if last is not None and last.prompt == prompt:
+            prompt, group = last.prompt, last.group  # hashed once for the group
+        else:
+            self._check_ids(prompt)
+            group = self._pool.prompt(prompt)
+        conversation = _Conversation(key, sampling, list(prompt), prompt, group, budget=budget)
+        self._open[key] = self._last = conversation
+        bisect.insort(self._queue, conversation, key=lambda c: c.order)
 
     def extend(self, key: Key, tokens: list[int], budget: int) -> None:
         """Appends what the environment said and starts the next turn."""
         conversation = self._open[key]
         assert conversation.budget == 0, "the turn before is still being sampled"
-        self._check_budget(conversation.tokens + tokens, budget)
+        self._check_budget(len(conversation.tokens) + len(tokens), budget)
         self._check_ids(tokens)
         conversation.tokens += tokens
         conversation.budget = budget
+        conversation.turn += 1
         conversation.turn_tokens, conversation.turn_logprobs = [], []
         conversation.given = False
         if conversation.slot < 0:
-            self._queue.append(conversation)
+            bisect.insort(self._queue, conversation, key=lambda c: c.order)
 
-    def _check_budget(self, tokens: list[int], budget: int) -> None:
-        if not tokens or budget < 1 or len(tokens) + budget > self.max_length:
+    def _check_budget(self, count: int, budget: int) -> None:
+        if count < 1 or budget < 1 or count + budget > self.max_length:
             raise UserError(
-                f"rollout.max_length={self.max_length}: a turn of up to {budget} tokens after {len(tokens)} does not"
+                f"rollout.max_length={self.max_length}: a turn of up to {budget} tokens after {count} does not"
                 " fit (both must be at least 1); raise rollout.max_length or shorten the prompt"
             )
 
@@ -226,12 +263,16 @@ class Engine:
         conversation = self._open.pop(key)
         if conversation.slot >= 0:
             self._free.append(conversation.slot)
+            del self._in_slots[conversation.slot]
             if conversation.budget:
                 self._abandoned.add(conversation.slot)
+        elif conversation.budget:
+            at = bisect.bisect_left(self._queue, conversation.order, key=lambda c: c.order)
+            while self._queue[at] is not conversation:
+                at += 1
+            del self._queue[at]
         if conversation.parked >= 0:
             self._free_parked.append(conversation.parked)
-        if conversation in self._queue:
-            self._queue.remove(conversation)
 
     @property
     def rows(self) -> int:
@@ -247,7 +288,7 @@ class Engine:
         """Fills slots, computes what prompts and environments added, takes one dispatch; returns the turns it ended."""
         assert self._params is not None, "set_params comes first"
         copies = self._admit()
-        running = [c for c in self._open.values() if c.slot >= 0 and c.budget > 0]
+        running = [c for c in self._in_slots.values() if c.budget > 0]
         if not running:
             self._flight = None  # its rows are idle
             return []
@@ -265,7 +306,6 @@ class Engine:
         A long one that starts late runs on alone, in steps as dear as those of full slots. Returns the rows that start
         as copies, each with the one it is a copy of.
         """
-        self._queue.sort(key=lambda c: (-c.budget, c.sampling.noise))
         copies: dict[int, int] = {}
         sources: set[int] = set()
         while self._queue:
@@ -289,6 +329,7 @@ class Engine:
                 shared, near = self._pool.nearest(conversation.group, slot, copies)
             self._pool.hold(slot, conversation.group)
             conversation.slot = slot
+            self._in_slots[slot] = conversation
             if conversation.saved is not None:
                 self._pool.restore(slot, conversation.saved)
                 conversation.saved = None
@@ -306,8 +347,8 @@ class Engine:
 
     def _park_one(self) -> bool:
         """Moves one conversation that waits for its environment out of its slot; false where none waits."""
-        for conversation in self._open.values():
-            if conversation.slot >= 0 and conversation.budget == 0:
+        for conversation in self._in_slots.values():
+            if conversation.budget == 0:
                 if self._free_parked:
                     conversation.parked = self._free_parked.pop()
                     self._pool.park(conversation.parked, conversation.slot)
@@ -316,6 +357,7 @@ class Engine:
                     conversation.saved = self._pool.evict(conversation.slot)
                     self.counters.evicted_rows += 1
                 self._free.append(conversation.slot)
+                del self._in_slots[conversation.slot]
                 conversation.slot = -1
                 return True
         return False
@@ -359,7 +401,7 @@ class Engine:
         filtered = any(c.sampling.filtered for c in running)
         call = self._decode(self._params, self._pool.cache, running, most, enough, filtered)
         self._pool.cache, self._rows, *sampled = call.run()
-        return _Flight([(c, c.slot) for c in running], most, enough, *sampled)
+        return _Flight([(c, c.slot, c.turn) for c in running], most, enough, *sampled)
 
     def _decode(
         self,
@@ -383,7 +425,7 @@ class Engine:
             if not c.given:
                 c.given = given_B[c.slot] = True
                 token_B[c.slot], position_B[c.slot] = c.tokens[-1], len(c.tokens) - 1
-                budget_B[c.slot], noise_B3[c.slot] = c.budget, c.sampling.noise
+                budget_B[c.slot], noise_B3[c.slot] = c.budget, c.sampling.key
                 temperature_B[c.slot] = c.sampling.temperature
                 top_p_B[c.slot], top_k_B[c.slot] = c.sampling.top_p, c.sampling.top_k
         given = device.Rows(
@@ -410,33 +452,40 @@ class Engine:
         self.counters.decode_steps += int(flight.steps)
         self.counters.dispatches += 1
         turns = []
-        for c, slot in flight.running:
+        for c, slot, number in flight.running:
             count = int((tokens_BT[slot] >= 0).sum())
-            # A turn that ended in the dispatch before has none here, and its conversation may be closed.
-            if count and self._open.get(c.key) is c:
-                turns.append(self._take(c, tokens_BT[slot, :count], logprobs_BT[slot, :count]))
+            # A turn that ended in the dispatch before has none here, or some behind its stop string; its conversation
+            # may be closed, or in its next turn.
+            if count and self._open.get(c.key) is c and c.turn == number and c.budget > 0:
+                tokens = tokens_BT[slot, :count].tolist()
+                turns.append(self._take(c, tokens, logprobs_BT[slot, :count].tolist()))
         return [turn for turn in turns if turn]
 
     def _take(
-        self, c: _Conversation, tokens_T: np.ndarray, logprobs_T: np.ndarray
+        self, c: _Conversation, tokens: list[int], logprobs: list[float]
     ) -> SampledTurn | None:
         """Appends a row's new tokens to its conversation; returns the turn where it ended."""
-        if not np.isfinite(logprobs_T).all():
+        before = len(c.turn_tokens)
+        end = self.find_stop(c.turn_tokens + tokens, before) if self.find_stop else 0
+        if end:
+            tokens, logprobs = tokens[: end - before], logprobs[: end - before]
+            self._abandoned.add(c.slot)
+        if not np.isfinite(logprobs).all():
             raise NotFinite(
                 f"the model's logits are not finite after {len(c.tokens)} tokens of conversation {c.key}."
                 " Where training made the weights so, give a lower --config.optim.lr and go on from the last"
                 " checkpoint, from an earlier one by --restart_from=STEP, or in a new workdir. Where the base model"
                 " does this, set model.dtype='float32' or give another model.path"
             )
-        c.cached = len(c.tokens) - 1 + len(tokens_T)
-        tokens = tokens_T.tolist()
+        c.cached = len(c.tokens) - 1 + len(tokens)
         c.tokens += tokens
         c.turn_tokens += tokens
-        c.turn_logprobs += logprobs_T.tolist()
+        c.turn_logprobs += logprobs
         c.budget -= len(tokens)
         self.counters.sampled_tokens += len(tokens)
-        stopped = tokens[-1] in self.stops
+        stop_token = tokens[-1] if tokens[-1] in self.stops else -1
+        stopped = bool(end) or stop_token >= 0
         if not stopped and c.budget > 0:
             return None
         c.budget = 0
-        return SampledTurn(c.key, c.turn_tokens, c.turn_logprobs, stopped)
+        return SampledTurn(c.key, c.turn_tokens, c.turn_logprobs, stopped, stop_token)

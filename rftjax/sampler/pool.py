@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,21 @@ from rftjax.types import Params
 
 COPIES = 8  # rows a copying call moves; constant, so that it compiles once
 GRANULE = 128  # cache lengths are multiples of this
-Prompt = tuple[int, ...]
 Piece = tuple[int, int, list[int]]  # a row, the position of its first new token, and the new tokens
 Saved = list[tuple[np.ndarray, np.ndarray]]  # keys and values (K, S, C) of one row, a layer each
+
+
+class Prompt:
+    """Digests of a prompt: `whole`, and `starts` of its beginnings in whole chunks that leave a token over."""
+
+    def __init__(self, tokens: Sequence[int], chunk: int) -> None:
+        data = np.asarray(tokens, np.int32)
+        state, self.starts = hashlib.blake2b(digest_size=16), list[bytes]()
+        for end in range(chunk, len(data), chunk):
+            state.update(data[end - chunk : end].tobytes())
+            self.starts.append(state.digest())
+        state.update(data[len(self.starts) * chunk :].tobytes() + b"whole")
+        self.whole = state.digest()
 
 
 class Pool:
@@ -48,36 +61,43 @@ class Pool:
     def clear(self) -> None:
         """Frees the memory; no row holds anything any more."""
         self.cache = self._store = None
-        self._groups: dict[Prompt, int] = {}  # a row that holds the whole prompt
-        self._holds: list[Prompt] = [()] * self.slots
+        self._groups: dict[bytes, int] = {}  # a row that holds the whole prompt
+        self._starting: dict[bytes, set[int]] = {}  # the rows that begin with these chunks
+        self._holds: list[Prompt | None] = [None] * self.slots
+
+    def prompt(self, tokens: Sequence[int]) -> Prompt:
+        """Returns the digests of a prompt, by which rows that begin alike are found."""
+        return Prompt(tokens, self.chunk)
 
     def origin(self, prompt: Prompt) -> int:
         """Returns a row that holds the whole prompt, or -1."""
-        return self._groups.get(prompt, -1)
+        return self._groups.get(prompt.whole, -1)
 
     def hold(self, row: int, prompt: Prompt) -> None:
         """Notes that the row begins with this prompt from now on."""
         held = self._holds[row]
-        if held != prompt and self._groups.get(held) == row:
-            del self._groups[held]
+        if held is not None and held.whole != prompt.whole:
+            if self._groups.get(held.whole) == row:
+                del self._groups[held.whole]
+            for start in held.starts:
+                self._starting[start].discard(row)
+                if not self._starting[start]:
+                    del self._starting[start]
         self._holds[row] = prompt
-        self._groups.setdefault(prompt, row)
+        self._groups.setdefault(prompt.whole, row)
+        for start in prompt.starts:
+            self._starting.setdefault(start, set()).add(row)
 
     def nearest(self, prompt: Prompt, row: int, avoid: Iterable[int]) -> tuple[int, int]:
         """Returns how many tokens of the prompt some row holds, and which row: this one if it can, late those to avoid.
 
         In whole chunks, so that each token is computed in the same call as it would be in a row of its own.
         """
-        best = (0, 0, -1)
-        for other in (row, *range(self.slots)):
-            held, shared = self._holds[other], 0
-            most = min(len(held), len(prompt)) - 1
-            while shared + self.chunk <= most and (
-                held[: shared + self.chunk] == prompt[: shared + self.chunk]
-            ):
-                shared += self.chunk
-            best = max(best, (shared, other not in avoid, other), key=lambda found: found[:2])
-        return best[0], best[2]
+        for count in range(len(prompt.starts), 0, -1):
+            if rows := self._starting.get(prompt.starts[count - 1]):
+                best = min(rows, key=lambda other: (other in avoid, other != row, other))
+                return count * self.chunk, best
+        return 0, row
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` positions in every decoding row; the length only grows until `clear`."""
@@ -125,18 +145,26 @@ class Pool:
     def fill(self, params: Params, pieces: list[Piece]) -> None:
         """Computes new tokens into their rows, each in chunks of its own, whoever shares the calls."""
         share = self.slots // self.shards
-        left = [[piece for piece in pieces if piece[0] // share == n] for n in range(self.shards)]
         B = self.shards * self.rows
+        # A shard's pieces with how many of their tokens are in, the next one to compute last.
+        left = [
+            [(*piece, 0) for piece in reversed(pieces) if piece[0] // share == shard]
+            for shard in range(self.shards)
+        ]
         while any(left):
             rows_B, start_B, count_B = (np.zeros(B, np.int32) for _ in range(3))
             tokens_BT = np.zeros((B, self.chunk), np.int32)
             for shard, waiting in enumerate(left):
-                for index, (slot, start, tokens) in enumerate(waiting[: self.rows]):
-                    at, new = shard * self.rows + index, tokens[: self.chunk]
-                    rows_B[at], start_B[at], count_B[at] = slot % share, start, len(new)
+                taken = [waiting.pop() for _ in range(min(self.rows, len(waiting)))]
+                for at, (slot, start, tokens, done) in enumerate(taken, shard * self.rows):
+                    new = tokens[done : done + self.chunk]
+                    rows_B[at], start_B[at], count_B[at] = slot % share, start + done, len(new)
                     tokens_BT[at, : len(new)] = new
-                    waiting[index] = (slot, start + len(new), tokens[len(new) :])
-                left[shard] = [piece for piece in waiting if piece[2]]
+                waiting += [
+                    (slot, start, tokens, done + self.chunk)
+                    for slot, start, tokens, done in reversed(taken)
+                    if done + self.chunk < len(tokens)
+                ]
             self.cache = device.prefill(
                 self.config,
                 params,
