@@ -74,10 +74,13 @@ def make_batch(
     """
     used: list[tuple[int, types.Sequence]] = []
     advantages, weights, trained, temperatures = [], [], [], []
+    shares: list[float] = []
     for trajectory in trajectories:
         if trajectory.score is not None and not trajectory.score.valid:
             continue
+        own = sum(map(sum, (sequence.sampled for sequence in trajectory.sequences)))
         for sequence in trajectory.sequences:
+            shares.append(sum(sequence.sampled) / max(own, 1))
             _check(sequence, trajectory, max_length)
             used.append((trajectory.draw, sequence))
             advantages.append(trajectory.advantage)
@@ -90,6 +93,8 @@ def make_batch(
     advantages_B, weights_B = np.zeros(B, np.float32), np.zeros(B, np.float32)
     temperatures_B = np.full(B, temperature, np.float32)
     temperatures_B[: len(used)] = temperatures
+    shares_B = np.zeros(B, np.float32)
+    shares_B[: len(used)] = shares
     for index, (_, sequence) in enumerate(used):
         count = len(sequence.tokens)
         if trained[index]:
@@ -114,6 +119,7 @@ def make_batch(
         advantages_B,
         weights_B,
         temperatures_B if temperature else None,
+        shares_B,
     )
 
 

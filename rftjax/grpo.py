@@ -194,6 +194,7 @@ def policy_loss(
     sampler_logprobs: Any = None,
     entropy: Any = None,
     weights: Any = None,
+    shares: Any = None,
     normalizer: Any = None,
     token_normalizer: Any = None,
     term: Callable[[LossInputs], Any] | None = None,
@@ -207,7 +208,10 @@ def policy_loss(
     gradient: a ratio of 1. `fields` are those of `LossSettings` and win over `settings`.
 
     aggregate: `token_mean` over all tokens; `sequence_mean` the mean over all B rows of each row's
-    token mean (a row without tokens counts as 0); `constant` the sum over B * max_tokens.
+    token mean (a row without tokens counts as 0); `constant` the sum over B * max_tokens. Where
+    trajectories have several rows, `shares` (B,) holds n_s / n, a row's n_s among the n trained tokens of its
+    trajectory, and B is replaced by N, the sum of them, which counts trajectories: `sequence_mean` is then
+    1/N sum_i sum_s (n_s / n_i) mean_t l_ist = 1/N sum_i 1/n_i sum_st l_ist, as if the rows were one.
     `normalizer` replaces that denominator (tokens, sequences, sequences * max_tokens) by the whole
     step's, so that the losses of parts add up to the loss of the whole. The KL and what `term` returns, (B, T),
     are aggregated alike. The entropy bonus is a token mean: its denominator in a part is `token_normalizer`, the
@@ -234,7 +238,9 @@ def policy_loss(
         term_BT = _where_trained(term(inputs), mask_BT, "grpo.loss: what the function returned,")
         metrics["loss/term"] = _token_mean(term_BT, mask_BT)
         loss_BT = loss_BT + term_BT
-    loss = _aggregate(settings, loss_BT * inputs.weights[:, None], mask_BT, normalizer)
+    weighted_BT = loss_BT * inputs.weights[:, None]
+    shares_B = jnp.ones(mask_BT.shape[0]) if shares is None else jnp.asarray(shares)
+    loss = _aggregate(settings, weighted_BT, mask_BT, shares_B, normalizer)
     if inputs.entropy is not None:
         metrics["entropy"] = _token_mean(inputs.entropy, mask_BT)
         if settings.entropy_weight > 0:
@@ -360,14 +366,18 @@ def estimate_kl(kind: str, logprobs_BT: jax.Array, reference_BT: jax.Array) -> j
 
 
 def _aggregate(
-    settings: LossSettings, loss_BT: jax.Array, mask_BT: jax.Array, normalizer: Any
+    settings: LossSettings,
+    loss_BT: jax.Array,
+    mask_BT: jax.Array,
+    shares_B: jax.Array,
+    normalizer: Any,
 ) -> jax.Array:
     masked_BT = jnp.where(mask_BT, loss_BT, 0.0)
-    rows = mask_BT.shape[0]
+    rows = jnp.sum(shares_B)
     if settings.aggregate == "token_mean":
         total, own = jnp.sum(masked_BT), jnp.maximum(jnp.sum(mask_BT), 1)
     elif settings.aggregate == "sequence_mean":
-        total, own = jnp.sum(_row_mean(masked_BT, mask_BT)), rows
+        total, own = jnp.sum(_row_mean(masked_BT, mask_BT) * shares_B[:, None]), rows
     else:
         if normalizer is None and settings.max_tokens <= 0:
             raise UserError(

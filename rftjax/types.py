@@ -189,3 +189,6 @@ class Batch(NamedTuple):
     advantages_B: Any
     weights_B: Any
     temperatures_B: Any = None  # of sampling; None: all rows have the spec's
+    shares_B: Any = (
+        None  # of a row in the trained tokens of its trajectory; None: each row is a trajectory
+    )

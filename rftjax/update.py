@@ -227,7 +227,10 @@ def make_scorer(
 def normalizers(batch: Batch, aggregate: str, max_tokens: int) -> tuple[jax.Array, jax.Array]:
     """Returns the whole step's denominators: the loss's for its aggregate, and the number of trained tokens."""
     tokens = jnp.maximum(jnp.sum(batch.sampled_BT), 1)
-    sequences = jnp.maximum(jnp.sum(jnp.any(batch.sampled_BT, axis=1)), 1)
+    trained_B = jnp.any(batch.sampled_BT, axis=1)
+    # The sequences of one trajectory count as one together.
+    shares_B = 1.0 if batch.shares_B is None else batch.shares_B
+    sequences = jnp.maximum(jnp.sum(jnp.where(trained_B, shares_B, 0.0)), 1)
     denominators = {
         "token_mean": tokens,
         "sequence_mean": sequences,
@@ -287,6 +290,7 @@ def make_update(
             sampler_logprobs=batch.sampler_logprobs_BT,
             entropy=to_rows(entropies_RM, pack.places_RM, like_BT),
             weights=batch.weights_B,
+            shares=batch.shares_B,
             normalizer=denominator,
             token_normalizer=tokens,
         )

@@ -134,6 +134,7 @@ def test_sequences_of_one_trajectory_share_its_advantage_and_weight():
     made.sequences.append(trajectory(0, 0, [5, 9, 9], [4]).sequences[0])
     batch = make_batch([made], rows=2, max_length=8)
     assert batch.advantages_B.tolist() == [0.5, 0.5]
+    np.testing.assert_allclose(batch.shares_B, [2 / 3, 1 / 3], rtol=1e-6)
     assert scored_tokens(batch) == {0: [(2, 7, 6), (3, 8, 7)], 1: [(3, 4, 9)]}
 
 

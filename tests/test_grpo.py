@@ -763,3 +763,36 @@ def test_presets_that_part_only_where_the_ratio_is_not_one_have_one_gradient_at_
     assert float(jnp.abs(gradients[0]).max()) > 0.01
     for other in gradients[1:]:
         np.testing.assert_allclose(other, gradients[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregate", ["sequence_mean", "constant"])
+def test_the_sequences_of_one_trajectory_weigh_as_one(aggregate):
+    """Trajectories of 6 and 3 tokens; the first one is also laid out as sequences of 2 and 4."""
+    rng = np.random.default_rng(0)
+    values, old = rng.normal(-1, 0.3, (2, 9)), rng.normal(-1, 0.3, 9)
+    own = [np.arange(6), np.arange(6, 9)]
+    split = [np.arange(2), np.arange(2, 6), np.arange(6, 9)]
+
+    def loss(logprobs_T, rows, advantages, shares):
+        at_BT = np.zeros((len(rows), 6), int)
+        mask_BT = np.zeros((len(rows), 6), bool)
+        for row, chosen in enumerate(rows):
+            at_BT[row, : len(chosen)], mask_BT[row, : len(chosen)] = chosen, True
+        value, _ = grpo.policy_loss(
+            logprobs_T[at_BT],
+            mask_BT,
+            jnp.asarray(advantages),
+            old_logprobs=old[at_BT],
+            shares=shares,
+            aggregate=aggregate,
+            max_tokens=10,
+        )
+        return value
+
+    found = jax.value_and_grad(loss)(jnp.asarray(values[0]), own, [1.0, -0.5], None)
+    shares = np.array([2 / 6, 4 / 6, 1.0])
+    parts = jax.value_and_grad(loss)(jnp.asarray(values[0]), split, [1.0, 1.0, -0.5], shares)
+    np.testing.assert_allclose(parts[0], found[0], rtol=1e-6)
+    np.testing.assert_allclose(parts[1], found[1], rtol=1e-6)
+    unweighted = jax.grad(loss)(jnp.asarray(values[0]), split, [1.0, 1.0, -0.5], None)
+    assert not np.allclose(unweighted, found[1])

@@ -163,8 +163,15 @@ def test_the_denominator_counts_what_the_whole_step_trains_on(aggregate, expecte
     batch = batch_of(trajectories(1, 1, 70, LENGTH))
     sampled_BT = np.zeros((4, 5), bool)  # two of four rows are trained on
     sampled_BT[0, 1:3] = sampled_BT[2, 4] = True
-    found = update.normalizers(batch._replace(sampled_BT=sampled_BT), aggregate, 10)
-    assert [int(value) for value in found] == [expected, 3]
+    for shares_B, trajectories_found in (
+        (None, 2),
+        (np.ones(4), 2),
+        (np.array([2, 0, 1, 0]) / 3, 1),
+    ):
+        changed = batch._replace(sampled_BT=sampled_BT, shares_B=shares_B)
+        found = update.normalizers(changed, aggregate, 10)
+        wanted = expected if aggregate == "token_mean" else expected * trajectories_found / 2
+        assert [float(value) for value in found] == [wanted, 3]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 4)])  # the heads divide over 2
