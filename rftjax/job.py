@@ -46,7 +46,7 @@ from rftjax.overlap import Sampling
 from rftjax.resume import merge_resume
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
-from rftjax.sampler.engine import Engine
+from rftjax.sampling import make_rollout
 from rftjax.scoring import Scorer
 from rftjax.types import Task, TrainState, Trajectory
 
@@ -113,36 +113,6 @@ def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:
 def set_field(name: str) -> str:
     """Returns how errors name a held-out set."""
     return "tasks.heldout" if name == MAIN else f"eval.sets[{name}]"
-
-
-def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
-    """Returns the sampler of the config on the model's mesh, with rows for conversations that wait where there is an
-    environment."""
-    section = config.sampler
-    pool = section.pool or section.slots * (2 if config.environment else 1)
-    shape = model.config
-    if shape.attention == "cudnn" and model.mesh is not None and model.mesh.shape["tensor"] > 1:
-        # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
-        shape = dataclasses.replace(shape, attention="plain")
-    bridge = section.bridge_steps
-    if bridge < 0:
-        bridge = 0 if jax.default_backend() == "cpu" else section.dispatch_steps // 4
-    strings = model.stop_strings(section.stop)
-    return Engine(
-        shape,
-        slots=section.slots,
-        parked=pool - section.slots,
-        max_length=config.rollout.max_length,
-        stops=model.stop_tokens(section.stop),
-        find_stop=chat.StopStrings(model.tokenizer, strings) if strings else None,
-        seed=config.seed,
-        limit=model.vocabulary,
-        dispatch_steps=section.dispatch_steps,
-        bridge_steps=bridge,
-        prefill_rows=section.prefill_rows,
-        prefill_chunk=section.prefill_chunk,
-        mesh=model.mesh,
-    )
 
 
 @dataclasses.dataclass
@@ -215,15 +185,8 @@ class Job:
             origin = Origin(config, model, mesh)
             if not resumes:
                 _ = origin.adapters  # those of lora.path are checked before anything is sampled
-            engine = make_engine(config, model)
+            rollout = make_rollout(config, model, environments)
             workers.pop_all()  # from here on they are the job's
-        rollout = Rollout(
-            engine,
-            model.tokenizer,
-            environments,
-            seed=config.seed,
-            stop_strings=model.stop_strings(config.sampler.stop),
-        )
         return cls(
             given,
             config,
