@@ -100,9 +100,9 @@ class Binding:
                 name not in self.inputs or field in self._changes
             )
             cut = field in ("tasks.heldout", "eval.sets") and "eval.max_tasks" in self._changes
-            if not different or chosen or cut or not old or (name in self.inputs and not new):
+            if not different or cut or not old or (name in self.inputs and not new):
                 continue
-            if field in accepted:
+            if chosen or field in accepted:
                 self._changes[name] = (old, new)
             else:
                 problems.append(_problem(name, field, different))
@@ -140,7 +140,7 @@ class Binding:
         marked = {
             field: after
             for field, (_, after) in self._changes.items()
-            if field in RECORDED or field.partition("[")[0] in ACCEPTABLE
+            if field in RECORDED or isinstance(after, dict)  # another fingerprint
         }
         self._changes = {}
         return {

@@ -160,3 +160,14 @@ def test_a_record_that_is_damaged_says_what_to_do_and_that_works(begun, config):
         Binding(begun, config, INPUTS)
     (begun / "run.json").unlink()
     Binding(begun, config, INPUTS)
+
+
+def test_an_input_that_only_moved_is_in_the_history_and_not_in_the_metrics(
+    begun, config, checkpoints
+):
+    config.evaluator = "moved/reward.py:evaluate"
+    binding = Binding(begun, config, INPUTS)
+    binding.start(checkpoints)
+    assert binding.bind(7) == {}
+    (entry,) = json.loads((begun / "run.json").read_text())["changes"]
+    assert entry["after"] == "moved/reward.py:evaluate"

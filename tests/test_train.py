@@ -355,7 +355,9 @@ def test_a_run_that_is_killed_and_interrupted_ends_as_if_nothing_had_happened(
     interrupt.unlink()
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 130, out
-    assert "interrupted at 3/4; the same command goes on" in out and "gain" not in out
+    assert (
+        "interrupted at 3/4; the same command goes on" in out and "held-out reward after" not in out
+    )
     assert lines_of(workdir)[-1]["step"] == 3  # the step under way ended and was saved
     assert not (workdir / "export").exists()
 
@@ -473,7 +475,7 @@ def test_a_failed_start_and_a_check_bind_no_workdir(config, tmp_path):
         modes.run("train", broken, {}, tmp_path)
     changed = config.copy_and_resolve_references()
     changed.evaluator = config.evaluator.replace(":evaluate", ":failing")
-    changed.batch.prompts = 5  # the first step has draw 4
+    changed.batch.prompts, changed.scoring.max_error_share = 5, 0.0  # the first step has draw 4
     with pytest.raises(EvaluatorError):
         modes.run("train", changed, {}, tmp_path)
     modes.run("check", config, {}, tmp_path)
@@ -520,7 +522,7 @@ def test_going_back_to_a_checkpoint_makes_the_same_run_again(config, whole, tmp_
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
     (workdir / "rollouts" / "step_000004.jsonl").unlink()
-    with pytest.raises(UserError, match=r"restart_from=1: .* there are 3, 4"):
+    with pytest.raises(UserError, match=r"restart_from=1: .* there are .*3, 4; give one"):
         modes.run("train", config, {}, workdir, restart_from=1)
     modes.run("train", config, {}, workdir, restart_from=3)
     assert_same_run(workdir, whole)
