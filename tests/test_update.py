@@ -99,7 +99,9 @@ def plain_gradient(params, batch):
     return jax.grad(loss)(params)
 
 
-def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False, settings=None):
+def gradient(
+    params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False, settings=None, old=None
+):
     """The gradient as an update with plain descent at a rate of 1 applies it, its metrics too."""
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     optimizer = optax.sgd(1.0)
@@ -110,7 +112,7 @@ def gradient(params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False
     apply = update.make_update(
         config, optimizer, loss, shardings=where, unroll=unroll, mesh=mesh, **(settings or {})
     )
-    after, metrics = apply(state, sharding.put_batch(mesh, batch))
+    after, metrics = apply(state, sharding.put_batch(mesh, batch), old)
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted or pytest.fail(), after, where)
     changes = jax.tree.map(
         lambda old, new: np.asarray(old) - np.asarray(new), params, after.trainable
@@ -315,6 +317,9 @@ def test_wrong_log_probabilities_of_the_sampler_are_told(params):
     _, metrics = gradient(params, wrong)
     np.testing.assert_allclose(metrics["sampler/logprob_diff_mean"], gaps.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["sampler/logprob_diff_max"], gaps.max(), rtol=1e-4)
+    # After further updates the policy that sampled is the old one, not the current one.
+    _, metrics = gradient(params, wrong, old=jnp.asarray(wrong.sampler_logprobs_BT))
+    assert metrics["sampler/logprob_diff_max"] == 0.0
 
 
 def test_adapters_score_as_the_sampler_merges_them(params):

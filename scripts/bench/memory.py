@@ -3,9 +3,9 @@
     python scripts/bench/memory.py --model=tests/data/tiny [--width=256 --layers=8] [--set model.dtype=bfloat16 ...]
 
 Compared are the two sums of `rftjax.memory.estimate` with the most that the process held above what it holds with no
-state at all, in the second step (the first one compiles, which costs memory of its own): on an accelerator by its own
-count, else by the system's (VmHWM of Linux, reset before each half of the step). With `--width` the weights are random
-ones of that width, with the model's tokenizer.
+state at all, in the second step (the first one compiles; what the programs hold is told apart): on an accelerator by
+its own count, else by the system's (VmHWM of Linux, reset before each half of the step). With `--width` the weights are
+random ones of that width, with the model's tokenizer.
 """
 
 from __future__ import annotations
@@ -126,11 +126,12 @@ def measure(parts: Job) -> dict[str, float]:
         batches, _ = learner.batch(state, trajectories, step)
         state, _ = learner.update(state, batches, step)
         peaks[memory.UPDATE] = peak_bytes()
-    del state, batches
-    jax.clear_caches()  # programs hold no arrays, but constants
-    base = held_bytes()
     sampling.close()
-    return {name: float(peak - base) for name, peak in peaks.items()}
+    del state, batches, trajectories
+    base = held_bytes()
+    jax.clear_caches()
+    measured = {name: float(peak - base) for name, peak in peaks.items()}
+    return measured | {"compiled programs": float(base - held_bytes())}
 
 
 if __name__ == "__main__":
