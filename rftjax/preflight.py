@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rftjax import chat, memory, reasons, rollout_files, transcripts
+from rftjax import chat, memory, reasons, rollout_files, toolbox, transcripts
 from rftjax.curriculum import task_stream
 from rftjax.errors import UserError
 from rftjax.evaluation import MAIN
@@ -18,7 +18,7 @@ from rftjax.learner import has_variance, set_advantages
 from rftjax.metrics import rollout_metrics
 from rftjax.reports import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.scoring import answered
-from rftjax.types import Task, Trajectory
+from rftjax.types import Message, Task, Trajectory
 
 # Prompts that `check` samples at once from the base model, of training and of each held-out set.
 CHECK_PROMPTS = 4
@@ -74,6 +74,7 @@ def check(given: Any, workdir: Path) -> None:
     with Job.build(resolve(given), workdir) as parts, Report(workdir / "check") as report:
         _say_parts(parts, report)
         _say_prompt(parts, report)
+        _say_tools(parts, report)
         trajectories = _sample(parts)
         report.keep(trajectories)
         _say_samples(parts, trajectories, report)
@@ -108,12 +109,51 @@ def _say_prompt(parts: Job, report: Report) -> None:
     tokenizer, task = parts.policy.tokenizer, parts.train_tasks[0]
     ids = chat.prompt(tokenizer, task, tools=parts.environments.tools or None)
     report.say("prompt", f"of task {task.id}, {len(ids)} tokens, as the model sees it")
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    report.say("", "\n".join(transcripts.indented(text, by=0)))
+    report.say("", "\n".join(transcripts.indented(chat.show(tokenizer, ids), by=0)))
     stops = list(parts.rollout.engine.stops)
     names = [f"{tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in stops[:SHOWN_STOPS]]
     more = f" and {len(stops) - SHOWN_STOPS} more" if len(stops) > SHOWN_STOPS else ""
     report.say("stops", ", ".join(names) + more)
+
+
+def _say_tools(parts: Job, report: Report) -> None:
+    """Shows whether the model sees the environment's tools, and whether a call as its template writes it is read."""
+    task = next((task for task in parts.train_tasks if task.prompt is None), None)
+    if parts.environments.tools and task is not None:
+        tools = chat.tools_of(task, parts.environments.tools)
+        report.say(
+            "tools", ", ".join(str(tool.get("function", tool).get("name")) for tool in tools)
+        )
+        for text in tool_findings(parts.policy.tokenizer, task.messages, tools):
+            report.say("", text)
+
+
+def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) -> list[str]:
+    """Returns what a chat template does with tools: whether a prompt shows them, and whether a call that it renders,
+    encoded and decoded as a sampled answer would be, is read back as that call."""
+    found = []
+    if chat.drops_tools(tokenizer, list(messages), list(tools)):
+        found.append(
+            "WARNING: the chat template drops the tools: the model never sees them; use a model whose template shows"
+            " tools, or describe them in a system message"
+        )
+    arguments = {"text": 'two words, a "quote"\nand a line'}
+    call = chat.rendered_call(tokenizer, list(tools), arguments)
+    read = toolbox.tool_calls({"role": "assistant", "content": call})
+    if not call:
+        found.append(
+            "WARNING: the chat template writes no calls; tell the model in a system message to write"
+            ' <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+        )
+    elif [one.get("arguments") for one in read] != [arguments]:
+        found.append(
+            f"WARNING: rftjax.environments.tools does not read a call as the chat template writes it, {call.strip()!r}:"
+            " write an environment that does, or tell the model in a system message to write"
+            ' <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+        )
+    else:
+        found.append(f"a call, written by the template and read back: {call.strip()!r}")
+    return found
 
 
 def _sample(parts: Job) -> list[Trajectory]:

@@ -135,13 +135,13 @@ class ToolEpisode:
 
     def step(self, message: Message) -> Any:
         """Runs the calls of one assistant message in their order."""
-        calls = _tool_calls(message)
+        calls = tool_calls(message)
         answers = [_tool_message(call, self._begin(call)) for call in calls]
         return Turn(answers, done=not calls)
 
     async def _step_async(self, message: Message) -> Turn:
         """Runs the calls of one assistant message all at once."""
-        calls = _tool_calls(message)
+        calls = tool_calls(message)
         results = await asyncio.gather(*(self._run_async(call) for call in calls))
         return Turn(
             [_tool_message(call, result) for call, result in zip(calls, results, strict=True)],
@@ -184,7 +184,7 @@ def _tool_message(call: dict[str, Any], result: Any) -> Message:
     return message | {name: call[name] for name in ("name", "tool_call_id") if call.get(name)}
 
 
-def _tool_calls(message: Message) -> list[dict[str, Any]]:
+def tool_calls(message: Message) -> list[dict[str, Any]]:
     """Reads the calls of a message, out of its `tool_calls` or else its text; `problem` says what is wrong with one."""
     calls = []
     for given in message.get("tool_calls") or []:

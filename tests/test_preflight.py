@@ -2,6 +2,7 @@ import json
 
 import jax
 import pytest
+from test_chat import CHATML, make
 
 from rftjax import config as configs
 from rftjax import modes, preflight
@@ -87,3 +88,35 @@ def test_a_warning_says_that_every_answer_was_cut_and_what_to_raise():
     assert "sampler.max_new_tokens=256" in preflight.all_cut(found, config)
     found[1].finish_reason = "stop"
     assert not preflight.all_cut(found, config)
+
+
+SHOWN = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+# As Qwen's template writes calls, and as another family's does.
+CALLS = "{% for call in m.tool_calls or [] %}OPEN{{ call.function | tojson }}CLOSE{% endfor %}"
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+
+def calling(before, after):
+    """A template that shows tools and writes calls between these texts."""
+    calls = CALLS.replace("OPEN", before).replace("CLOSE", after)
+    return SHOWN + CHATML.replace("+ '<|im_end|>", "}}" + calls + "{{ '<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        (CHATML, ["WARNING: the chat template drops the", "WARNING: the chat template writes no"]),
+        (SHOWN + CHATML, ["WARNING: the chat template writes no calls"]),
+        (
+            calling("<tool_call>\n", "\n</tool_call>"),
+            ["a call, written by the template and read back: '<tool_call>"],
+        ),
+        (calling("[CALL]", ""), ["WARNING: rftjax.environments.tools does not read a call as"]),
+    ],
+)
+def test_the_check_says_whether_tools_are_seen_and_calls_are_read(template, told):
+    asked = [{"role": "user", "content": "find ab"}]
+    found = preflight.tool_findings(make(template), asked, TOOLS)
+    assert len(found) == len(told)
+    for one, start in zip(found, told, strict=True):
+        assert one.startswith(start), one
