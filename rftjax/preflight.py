@@ -113,7 +113,8 @@ def _say_prompt(parts: Job, report: Report) -> None:
     stops = list(parts.rollout.engine.stops)
     names = [f"{tokenizer.convert_ids_to_tokens(stop)!r} ({stop})" for stop in stops[:SHOWN_STOPS]]
     more = f" and {len(stops) - SHOWN_STOPS} more" if len(stops) > SHOWN_STOPS else ""
-    report.say("stops", ", ".join(names) + more)
+    texts = "".join(f", the text {text!r}" for text in parts.rollout.stop_strings)
+    report.say("stops", ", ".join(names) + more + texts)
 
 
 def _say_tools(parts: Job, report: Report) -> None:
