@@ -16,10 +16,11 @@ import numpy as np
 import optax
 
 import rftjax
-from rftjax import chat, grpo
+from rftjax import grpo
 from rftjax.policy import Policy
 from rftjax.scoring import as_score
 from rftjax.tasks import TaskStream
+from rftjax.text import chat
 from rftjax.types import Task, Trajectory
 
 
@@ -110,8 +111,8 @@ if __name__ == "__main__":
     from pathlib import Path
 
     from rftjax import tasks
+    from rftjax.config.fields import embedded_model
     from rftjax.evaluators.json_record import evaluate
-    from rftjax.fields import embedded_model
 
     loaded = tasks.load(f"{Path(__file__).absolute().parent}/facts.py:rows")
     model = rftjax.load(embedded_model())

@@ -6,7 +6,9 @@ import sys
 
 from absl import app
 
-from rftjax import compare, fetch_model, specs
+from rftjax import compare
+from rftjax.config import specs
+from rftjax.weights import fetch_model
 
 USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=check|train|eval] [--config.FIELD=VALUE ...]
        rftjax compare RUN [RUN ...]      what differs between runs, and what they learned
@@ -27,7 +29,7 @@ def run() -> None:
     if command in ("", "help", "-h"):
         sys.stderr.write(USAGE.format(names=", ".join(specs.names())))
         sys.exit(0 if command else 2)
-    from rftjax.flags import parse_flags
+    from rftjax.config.flags import parse_flags
     from rftjax.main import main
 
     app.run(main, flags_parser=parse_flags)

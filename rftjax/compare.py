@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rftjax import transcripts
+from rftjax.config.fields import base_config, flatten
 from rftjax.errors import UserError
-from rftjax.fields import base_config, flatten
+from rftjax.monitor import transcripts
 
 SHOWN_ANSWERS = 5
 WINDOW = 5  # steps of a mean

@@ -9,8 +9,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rftjax.fields import cache_folder
-from rftjax.flags import parse_flags
+from rftjax.config.fields import cache_folder
+from rftjax.config.flags import parse_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string(
@@ -53,8 +53,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     import jax
 
-    from rftjax import failures, modes
-    from rftjax.interruption import Interrupted
+    from rftjax import modes
+    from rftjax.run import failures
+    from rftjax.run.interruption import Interrupted
 
     # A second start finds its compiled programs here; JAX_COMPILATION_CACHE_DIR names another place.
     if not jax.config.values["jax_compilation_cache_dir"]:

@@ -10,7 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rftjax import evaluating, job, lock, metrics, preflight, results, train
+from rftjax import train
+from rftjax.monitor import recorder as metrics
+from rftjax.run import build as job
+from rftjax.run import evaluating, lock, preflight, results
 
 
 def run(

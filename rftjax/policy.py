@@ -17,13 +17,17 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
-from rftjax import chat, hf, sharding, tokenizer, types, update
+from rftjax import types
+from rftjax.devices import sharding
 from rftjax.errors import UserError
+from rftjax.learning import update
 from rftjax.models import decoder
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, Sampling
+from rftjax.text import chat, tokenizer
 from rftjax.types import Message, Pack, Params, Task, Trajectory
+from rftjax.weights import hf
 
 _PROMPT_RULE = (
     "must be a text, a list of messages ({'role': ..., 'content': ...}) or a list of token ids"

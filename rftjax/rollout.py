@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from rftjax import chat, types
+from rftjax import types
 from rftjax.environments import Environments
 from rftjax.sampler.engine import Engine, SampledTurn, Sampling
+from rftjax.text import chat
 from rftjax.types import Message, Task, Trajectory, Turn
 
 TRAIN = 0  # the noise stream of training; held-out sets have the numbers from 1 on

@@ -17,10 +17,10 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rftjax import reasons
 from rftjax.errors import UserError
+from rftjax.monitor import reasons
 from rftjax.types import Score, Trajectory
-from rftjax.workers import WorkerError, Workers
+from rftjax.workers.pool import WorkerError, Workers
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # advantages are float32, in which what is beyond is infinite
 UNANSWERED = "nothing was sampled: what came before the first answer fills rollout.max_length"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rftjax.curriculum import task_stream
-from rftjax.interruption import Interrupted, Interruption
-from rftjax.job import Job
-from rftjax.metrics import histograms, rollout_metrics
-from rftjax.saving import Saving, check_updates
+from rftjax.monitor.recorder import histograms, rollout_metrics
+from rftjax.run.build import Job
+from rftjax.run.interruption import Interrupted, Interruption
+from rftjax.run.saving import Saving, check_updates
 from rftjax.scoring import answered
+from rftjax.tasks.curriculum import task_stream
 from rftjax.types import TrainState
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from typing import Any
 
 import compare_trl
 
-from rftjax import job, train
+from rftjax import train
+from rftjax.run import build as job
 
 PICTURE = compare_trl.PICTURE.with_name("compare_forms.svg")
 FORMS: dict[str, dict[str, Any]] = {

@@ -136,7 +136,8 @@ def picture(curves: dict[str, dict[str, list[list[float]]]]) -> str:
 
 
 def main() -> None:
-    from rftjax import job, train
+    from rftjax import train
+    from rftjax.run import build as job
 
     parser = argparse.ArgumentParser(description="Compares learning curves with TRL's.")
     parser.add_argument(

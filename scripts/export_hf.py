@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rftjax import config as configs
-from rftjax import results
 from rftjax.errors import UserError
+from rftjax.run import results
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from rftjax import config as configs
-from rftjax import memory
-from rftjax.job import Job, resolve
+from rftjax.run import memory
+from rftjax.run.build import Job, resolve
 
 ROOT = Path(__file__).parents[1]
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6}

@@ -2,9 +2,9 @@ import re
 
 import pytest
 
-from rftjax import alarms
 from rftjax import config as configs
-from rftjax.fields import assign, flatten
+from rftjax.config.fields import assign, flatten
+from rftjax.monitor import alarms
 
 
 def lines_of(count=10, **series):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from rftjax.batching import make_batch, most_scored, widths
+from rftjax.learning.batching import make_batch, most_scored, widths
 from rftjax.types import NOWHERE, Score, Sequence, Task, Trajectory
 
 EOS = 0  # the id that arrays are padded with, on purpose

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rftjax import hf
 from rftjax.models import decoder
+from rftjax.weights import hf
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from rftjax import config as configs
-from rftjax.binding import Binding, stored_config
-from rftjax.checkpoint import Checkpoints
 from rftjax.errors import UserError
+from rftjax.run.binding import Binding, stored_config
+from rftjax.run.checkpoint import Checkpoints
 from rftjax.types import TrainState
 
 INPUTS = {

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rftjax import chat
+from rftjax.text import chat
 from rftjax.types import Task
 
 CHATML = (

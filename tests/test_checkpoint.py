@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rftjax.checkpoint import Checkpoints, CorruptCheckpoint
+from rftjax.run.checkpoint import Checkpoints, CorruptCheckpoint
 from rftjax.types import TrainState
 
 OPTIMIZER = optax.chain(
@@ -177,7 +177,7 @@ KILLED = """
     import os, signal, sys, threading, time
     import jax.numpy as jnp
     from orbax.checkpoint import checkpoint_managers
-    from rftjax.checkpoint import Checkpoints
+    from rftjax.run.checkpoint import Checkpoints
     from rftjax.types import TrainState
 
     def state(step):
@@ -275,7 +275,7 @@ def test_damage_is_reported_with_the_item_and_an_earlier_step_still_loads(tmp_pa
 FULL_DISK = """
     import os, resource, sys
     import jax.numpy as jnp
-    from rftjax.checkpoint import Checkpoints
+    from rftjax.run.checkpoint import Checkpoints
     from rftjax.types import TrainState
 
     def state(count):

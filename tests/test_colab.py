@@ -13,9 +13,8 @@ import pytest
 from snippets import SLOW, WHY, cells, run_cell
 
 from rftjax import config as configs
-from rftjax import specs
-from rftjax.config import base_config, flatten
-from rftjax.flags import diagnose, load_spec
+from rftjax.config import base_config, flatten, specs
+from rftjax.config.flags import diagnose, load_spec
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
@@ -86,7 +85,7 @@ def test_the_commands_of_a_notebook_are_ones_and_its_text_says_their_steps(
     trained(path, tmp_path, monkeypatch, commands.append)
     steps = set()
     for command in commands:
-        if "rftjax.fetch_model" in command:
+        if "rftjax.weights.fetch_model" in command:
             continue
         assert command[1:3] == ["-m", "rftjax.main"]
         flags = [specs.locate(one) for one in command[3:]]

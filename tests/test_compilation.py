@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rftjax.compilation import Compilations, Program, compiling
+from rftjax.devices.compilation import Compilations, Program, compiling
 
 
 @pytest.fixture

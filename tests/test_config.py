@@ -7,8 +7,8 @@ import pytest
 from ml_collections import config_dict
 
 from rftjax import config as config_lib
-from rftjax import fields
-from rftjax.fields import field_type, flatten, suggest
+from rftjax.config import fields, rules
+from rftjax.config.fields import field_type, flatten, suggest
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +72,7 @@ def test_a_missing_field_is_named(missing):
 
 
 def test_every_numeric_field_has_a_range():
-    ranged = {field for *_, fields in config_lib._RANGES for field in fields.split()}
+    ranged = {field for *_, fields in rules._RANGES for field in fields.split()}
     base = config_lib.base_config()
     numeric = {
         field
@@ -83,7 +83,7 @@ def test_every_numeric_field_has_a_range():
 
 
 def test_every_number_is_refused_when_it_is_far_too_small():
-    for *_, ranged in config_lib._RANGES:
+    for *_, ranged in rules._RANGES:
         for field in ranged.split():
             config = complete()
             config.update_from_flattened_dict({field: -7})
@@ -279,7 +279,7 @@ def test_the_embedded_model_is_missing_with_the_command_that_fetches_it(tmp_path
     monkeypatch.setenv("RFTJAX_CACHE", str(tmp_path))
     path = config_lib.embedded_model()
     assert Path(path).parent == tmp_path
-    assert "python -m rftjax.fetch_model" in complaint(complete(model__path=path))
+    assert "python -m rftjax.weights.fetch_model" in complaint(complete(model__path=path))
     Path(path).touch()
     config_lib.check(complete(model__path=path))
 
@@ -314,7 +314,8 @@ PROGRAM = """
 import sys
 from absl import app, flags
 from ml_collections import config_flags
-from rftjax import config, flags as rft_flags
+from rftjax import config
+from rftjax.config import flags as rft_flags
 config_flags.DEFINE_config_file("config")
 flags.DEFINE_string("workdir", "", "")
 def main(argv):

@@ -9,8 +9,8 @@ import pytest
 
 from rftjax import config as configs
 from rftjax import modes
-from rftjax.curriculum import task_stream
 from rftjax.tasks import TaskStream
+from rftjax.tasks.curriculum import task_stream
 from rftjax.types import Score, Task, Trajectory
 
 SOURCE = """

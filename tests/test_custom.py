@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rftjax import config as configs
-from rftjax import custom, grpo, learner, modes
+from rftjax import grpo, modes
+from rftjax.learning import custom, learner
 from rftjax.types import Score, Task, Trajectory
 
 FUNCTIONS = """

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rftjax.environ import worker_environment
-from rftjax.workers import WorkerError, Workers
+from rftjax.workers.environ import worker_environment
+from rftjax.workers.pool import WorkerError, Workers
 
 SECRETS = {
     "OPENAI_API_KEY": "sk-abc",

@@ -9,7 +9,7 @@ import pytest
 
 from rftjax.environments import Environments, ToolEpisode, as_turn, tools
 from rftjax.types import Task, Turn
-from rftjax.workers import WorkerError
+from rftjax.workers.pool import WorkerError
 
 USER_CODE = """
 import asyncio, os, time

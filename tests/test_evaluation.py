@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from rftjax import config as configs
-from rftjax import evaluation, job, modes, results, train
-from rftjax.checkpoint import Checkpoints
+from rftjax import modes, train
 from rftjax.errors import UserError
-from rftjax.evaluation import mean_and_stderr, measure, pass_at_k
+from rftjax.run import build as job
+from rftjax.run import heldout as evaluation
+from rftjax.run import results
+from rftjax.run.checkpoint import Checkpoints
+from rftjax.run.heldout import mean_and_stderr, measure, pass_at_k
 from rftjax.scoring import EvaluatorError
 from rftjax.types import Score, Task, Trajectory
 

@@ -5,11 +5,11 @@ import pytest
 
 from rftjax import config as config_lib
 from rftjax import grpo
+from rftjax.config.fields import flatten
+from rftjax.config.flags import load_spec
 from rftjax.evaluators import json_record
-from rftjax.fields import flatten
-from rftjax.flags import load_spec
-from rftjax.resolve import resolve
 from rftjax.types import Task, Trajectory
+from rftjax.workers.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "experiments" / "README.md"

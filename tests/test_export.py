@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from rftjax import config as configs
-from rftjax import exporting, hf, results, tokenizer
-from rftjax.checkpoint import Checkpoints
 from rftjax.compare import Run, mean_and_error
 from rftjax.errors import UserError
+from rftjax.run import results
+from rftjax.run.checkpoint import Checkpoints
+from rftjax.text import tokenizer
 from rftjax.types import TrainState
+from rftjax.weights import exporting, hf
 
 DATA = Path(__file__).parent / "data"
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export_hf.py"

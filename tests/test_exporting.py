@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import rftjax
-from rftjax import exporting, hf, lora
 from rftjax.errors import NotFinite, UserError
+from rftjax.weights import exporting, hf, lora
 
 TINY = Path(__file__).parent / "data" / "tiny"
 

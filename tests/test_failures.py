@@ -7,10 +7,10 @@ import sys
 import jax
 import pytest
 
-from rftjax import failures
+from rftjax.config.resume import may_change
 from rftjax.errors import UserError
-from rftjax.interruption import Interrupted
-from rftjax.resume import may_change
+from rftjax.run import failures
+from rftjax.run.interruption import Interrupted
 
 
 def caught(action):

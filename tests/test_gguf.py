@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from rftjax import gguf, hf, shards, tokenizer
 from rftjax.config import embedded_model
+from rftjax.text import tokenizer
+from rftjax.weights import gguf, hf, shards
 
 DATA = Path(__file__).parent / "data"
 WORDS = [

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import grpo, merging
+from rftjax import grpo
+from rftjax.learning import merging
 
 # Computed by TRL 1.16.0; the file names its own sources and conventions.
 TRL = json.loads((pathlib.Path(__file__).parent / "data/trl_1_16_loss_cases.json").read_text())

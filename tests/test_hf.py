@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rftjax import hf, tokenizer
 from rftjax.errors import UserError
+from rftjax.text import tokenizer
+from rftjax.weights import hf
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = DATA / "reference"

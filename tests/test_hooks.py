@@ -7,7 +7,7 @@ import pytest
 from rftjax import config as configs
 from rftjax import modes
 from rftjax.errors import UserError
-from rftjax.hooks import Hook
+from rftjax.run.hooks import Hook
 from rftjax.types import TrainState
 
 HOOKS = """

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from rftjax import inputs
-from rftjax.inputs import SELF, of_adapters, of_callable, of_model
+from rftjax.run import inputs
+from rftjax.run.inputs import SELF, of_adapters, of_callable, of_model
 
 
 @pytest.fixture

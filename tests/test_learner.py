@@ -10,9 +10,11 @@ from jax.sharding import Mesh
 
 import rftjax
 from rftjax import config as configs
-from rftjax import grpo, learner, modes, optim, sharding, update
-from rftjax.checkpoint import Checkpoints
-from rftjax.compilation import compiling
+from rftjax import grpo, modes
+from rftjax.devices import sharding
+from rftjax.devices.compilation import compiling
+from rftjax.learning import learner, optim, update
+from rftjax.run.checkpoint import Checkpoints
 from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
 
 ADVANTAGES = {"baseline": "mean", "scale": "none", "eps": 1e-4}

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from rftjax import lock
 from rftjax.errors import UserError
+from rftjax.run import lock
 
 HOLDER = """
 import pathlib, sys, time
-from rftjax import lock
+from rftjax.run import lock
 with lock.held(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from rftjax import loggers
 from rftjax.errors import UserError
-from rftjax.loggers import Loggers, open_loggers
+from rftjax.monitor import loggers
+from rftjax.monitor.loggers import Loggers, open_loggers
 
 FIELDS = {"seed": 0, "optim.lr": 1e-3, "eval.pass_k": (1, 4), "evaluator": "a:b", "export": True}
 

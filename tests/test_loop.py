@@ -8,8 +8,9 @@ import pytest
 
 import rftjax
 from rftjax import config as configs
-from rftjax import job, tasks, train
-from rftjax.resolve import resolve
+from rftjax import tasks, train
+from rftjax.run import build as job
+from rftjax.workers.resolve import resolve
 
 SOURCE = Path(__file__).parents[1] / "experiments" / "loop.py"
 EVALUATOR = """

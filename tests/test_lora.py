@@ -9,9 +9,13 @@ import pytest
 
 import rftjax
 from rftjax import config as configs
-from rftjax import hf, job, lora, modes, origin, policy, update
+from rftjax import modes, policy
+from rftjax.learning import update
 from rftjax.models import decoder
+from rftjax.run import build as job
+from rftjax.run import start as origin
 from rftjax.sampler import device
+from rftjax.weights import hf, lora
 
 ROOT = Path(__file__).parent.parent
 TOKENS_BT = np.random.default_rng(1).integers(3, 60, (3, 12)).astype(np.int32)

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from rftjax import config as configs
-from rftjax import job, memory
-from rftjax.job import Job
+from rftjax.run import build as job
+from rftjax.run import memory
+from rftjax.run.build import Job
 
 
 @pytest.fixture(scope="module", autouse=True)

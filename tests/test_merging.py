@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import merging
+from rftjax.learning import merging
 
 
 def test_each_metric_of_micro_batches_is_merged_by_its_rule_and_empty_ones_say_nothing():

@@ -15,9 +15,9 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util import tensor_util
 
-from rftjax.loggers import Loggers
-from rftjax.metrics import Recorder, check_workdir, format_duration, rollout_metrics
-from rftjax.reports import rollouts_markdown
+from rftjax.monitor.loggers import Loggers
+from rftjax.monitor.recorder import Recorder, check_workdir, format_duration, rollout_metrics
+from rftjax.monitor.rollouts import rollouts_markdown
 from rftjax.types import Score, Sequence, Task, Trajectory
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import hf
 from rftjax.config import embedded_model
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.rope import read_rope
+from rftjax.weights import hf
 
 DATA = Path(__file__).parent / "data"
 TINY = ("llama_llama3", "llama_linear", "llama_yarn", "qwen2_window")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import config, optim
-from rftjax.origin import Origin
+from rftjax import config
+from rftjax.learning import optim
+from rftjax.run.start import Origin
 
 PARAMS = {
     "layers": {

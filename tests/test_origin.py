@@ -9,11 +9,13 @@ import pytest
 
 import rftjax
 from rftjax import config as configs
-from rftjax import job, lora, modes
-from rftjax.checkpoint import Checkpoints
-from rftjax.job import Job
+from rftjax import modes
+from rftjax.run import build as job
+from rftjax.run.build import Job
+from rftjax.run.checkpoint import Checkpoints
 from rftjax.sampler import device
 from rftjax.tasks import TaskStream
+from rftjax.weights import lora
 
 EVALUATOR = """
 def evaluate(task, trajectory):

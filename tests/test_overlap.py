@@ -3,7 +3,7 @@ import threading
 import jax.numpy as jnp
 import pytest
 
-from rftjax.overlap import Sampling
+from rftjax.run.prefetch import Sampling
 from rftjax.tasks import TaskStream
 from rftjax.types import Task, TrainState
 

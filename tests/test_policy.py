@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import rftjax
-from rftjax import hf, sharding
+from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.policy import Policy
+from rftjax.weights import hf
 
 
 @pytest.fixture(scope="module", autouse=True)

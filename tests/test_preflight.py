@@ -5,7 +5,8 @@ import pytest
 from test_chat import CHATML, make
 
 from rftjax import config as configs
-from rftjax import modes, preflight
+from rftjax import modes
+from rftjax.run import preflight
 from rftjax.scoring import EvaluatorError
 from rftjax.types import Task, Trajectory
 

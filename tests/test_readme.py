@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from snippets import SLOW, WHY, blocks
 
-from rftjax import alarms, specs
 from rftjax import config as configs
-from rftjax.flags import diagnose
-from rftjax.job import resolve as resolve_config
-from rftjax.resolve import resolve
+from rftjax.config import specs
+from rftjax.config.flags import diagnose
+from rftjax.monitor import alarms
+from rftjax.run.build import resolve as resolve_config
 from rftjax.types import Task, Trajectory
+from rftjax.workers.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

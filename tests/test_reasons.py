@@ -1,4 +1,4 @@
-from rftjax import reasons
+from rftjax.monitor import reasons
 
 
 def test_reasons_that_differ_in_numbers_places_and_answers_are_one():

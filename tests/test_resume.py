@@ -2,9 +2,9 @@ import pytest
 from ml_collections import config_dict
 
 from rftjax import config as config_lib
+from rftjax.config.fields import flatten
+from rftjax.config.resume import may_change, merge_resume
 from rftjax.errors import UserError
-from rftjax.fields import flatten
-from rftjax.resume import may_change, merge_resume
 
 
 def complete(**fields):

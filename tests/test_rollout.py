@@ -6,14 +6,14 @@ import jax
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from rftjax import chat
-from rftjax import tokenizer as tokenizers_of_models
 from rftjax.environments import Environments
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
 from rftjax.rollout import Limits, Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
+from rftjax.text import chat
+from rftjax.text import tokenizer as tokenizers_of_models
 from rftjax.types import Task
 
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]

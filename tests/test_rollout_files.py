@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rftjax import rollout_files, transcripts
-from rftjax.rollout_files import RolloutFiles
+from rftjax.monitor import rollout_files, transcripts
+from rftjax.monitor.rollout_files import RolloutFiles
 from rftjax.types import Score, Sequence, Task, Trajectory
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rftjax import tasks
-from rftjax.rows import Checker, digest
+from rftjax.tasks.rows import Checker, digest
 from rftjax.types import Task
 
 USER = {"role": "user", "content": "hi"}

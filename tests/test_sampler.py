@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rftjax import policy, sharding
+from rftjax import policy
+from rftjax.devices import sharding
 from rftjax.errors import NotFinite
 from rftjax.models import decoder
 from rftjax.models.decoder import FULL, Config, Rope

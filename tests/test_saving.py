@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 
 from rftjax import config as configs
-from rftjax import hf, job, train
-from rftjax import interruption as interruptions
-from rftjax.checkpoint import Checkpoints
+from rftjax import train
 from rftjax.errors import NotFinite, UserError
-from rftjax.interruption import SIGNALS, Interruption
-from rftjax.metrics import Recorder
-from rftjax.saving import Saving, check_updates
+from rftjax.monitor.recorder import Recorder
+from rftjax.run import build as job
+from rftjax.run import interruption as interruptions
+from rftjax.run.checkpoint import Checkpoints
+from rftjax.run.interruption import SIGNALS, Interruption
+from rftjax.run.saving import Saving, check_updates
 from rftjax.scoring import EvaluatorError
 from rftjax.types import TrainState
+from rftjax.weights import hf
 
 
 def state(value: float) -> TrainState:

@@ -5,8 +5,8 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import rftjax
-from rftjax import sharding
-from rftjax.batching import make_batch
+from rftjax.devices import sharding
+from rftjax.learning.batching import make_batch
 
 
 def mesh_of(data, fsdp, tensor):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rftjax import hf
+from rftjax.weights import hf
 
 SOURCE = Path(__file__).parent / "data" / "reference" / "llama_linear"
 INDEX = "model.safetensors.index.json"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rftjax import specs
-from rftjax.flags import load_spec, parse_flags
+from rftjax.config import specs
+from rftjax.config.flags import load_spec, parse_flags
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,19 +16,19 @@ MAX_LINES = 500
 
 # Heavy libraries, each with the modules that may import it, so that it is replaced or updated in one place.
 OWNERS = {
-    "datasets": {"sources"},
-    "gguf": {"gguf"},
-    "huggingface_hub": {"directories"},
-    "orbax": {"checkpoint"},
-    "safetensors": {"shards"},
-    "tensorboard": {"events"},
-    "tokenizers": {"gguf_tokenizer"},
-    "transformers": {"tokenizer"},
+    "datasets": {"tasks.sources"},
+    "gguf": {"weights.gguf"},
+    "huggingface_hub": {"weights.directories"},
+    "orbax": {"run.checkpoint"},
+    "safetensors": {"weights.shards"},
+    "tensorboard": {"monitor.events"},
+    "tokenizers": {"text.gguf_tokenizer"},
+    "transformers": {"text.tokenizer"},
 }
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(ROOT / "rftjax").with_suffix("").parts[0]
+    return ".".join(path.relative_to(ROOT / "rftjax").with_suffix("").parts)
 
 
 def names_in(tree: ast.AST) -> Iterator[tuple[str, int]]:

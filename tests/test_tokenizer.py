@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import rftjax
-from rftjax import hf, tokenizer
 from rftjax.errors import UserError
+from rftjax.text import tokenizer
+from rftjax.weights import hf
 
 TINY = Path(__file__).parent / "data" / "tiny"
 TEMPLATE = (

@@ -12,7 +12,7 @@ import pydantic
 import pytest
 
 from rftjax.environments import tools
-from rftjax.toolbox import ToolEpisode, _documentation
+from rftjax.environments.toolbox import ToolEpisode, _documentation
 from rftjax.types import Task
 
 

@@ -17,13 +17,15 @@ from ml_collections import ConfigDict
 
 import rftjax
 from rftjax import config as configs
-from rftjax import hf, job, modes
-from rftjax.checkpoint import Checkpoints
+from rftjax import modes
 from rftjax.errors import UserError
-from rftjax.interruption import Interrupted
-from rftjax.job import Job
+from rftjax.run import build as job
+from rftjax.run.build import Job
+from rftjax.run.checkpoint import Checkpoints
+from rftjax.run.interruption import Interrupted
 from rftjax.sampler.engine import Counters
 from rftjax.scoring import EvaluatorError
+from rftjax.weights import hf
 
 STEPS = 4
 # Draws 8 to 11 are the third step's.

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from rftjax import transcripts
 from rftjax.errors import UserError
+from rftjax.monitor import transcripts
 
 RECORD = {
     "task_id": "t1",

@@ -8,8 +8,10 @@ import pytest
 from jax import export
 from jax.sharding import Mesh
 
-from rftjax import grpo, optim, policy, sharding, update
-from rftjax.batching import make_batch
+from rftjax import grpo, policy
+from rftjax.devices import sharding
+from rftjax.learning import optim, update
+from rftjax.learning.batching import make_batch
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
 from rftjax.sampler import device

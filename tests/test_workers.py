@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rftjax.resolve import resolve
-from rftjax.workers import WorkerError, Workers
+from rftjax.workers.pool import WorkerError, Workers
+from rftjax.workers.resolve import resolve
 
 USER_CODE = """
 import asyncio, ctypes, os, subprocess, sys, time
@@ -250,7 +250,7 @@ def test_processes_end_when_the_main_process_is_killed_even_hung_ones(
     pids_file = tmp_path / "pids"
     program = f"""
     import time
-    from rftjax.workers import Workers
+    from rftjax.workers.pool import Workers
     pool = Workers({f"{user_file}:act"!r}, 2, 1000.0)
     pool.submit("leave_children", {str(pids_file)!r})
     print(pool.submit("pid").result(), flush=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rftjax import sharding
+from rftjax.devices import sharding
 
 # A finite floor keeps rows of padding, which attend to nothing, free of NaN.
 FLOOR = -1e30

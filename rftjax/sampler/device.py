@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rftjax import sharding
+from rftjax.devices import sharding
 from rftjax.models import decoder
 from rftjax.models.cached import attend
 from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation

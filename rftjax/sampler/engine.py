@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rftjax import sharding
-from rftjax.compilation import Program
+from rftjax.devices import sharding
+from rftjax.devices.compilation import Program
 from rftjax.errors import NotFinite, UserError
 from rftjax.models.decoder import Config
 from rftjax.models.distribution import Settings

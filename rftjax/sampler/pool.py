@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rftjax import sharding
-from rftjax.compilation import Program
+from rftjax.devices import sharding
+from rftjax.devices.compilation import Program
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.types import Params

@@ -2,8 +2,8 @@
 
     python scripts/bench/memory.py --model=tests/data/tiny [--width=256 --layers=8] [--set model.dtype=bfloat16 ...]
 
-Compared are the two sums of `rftjax.memory.estimate` with the most that the process held above what it holds with no
-state at all, in the second step (the first one compiles; what the programs hold is told apart): on an accelerator by
+Compared are the two sums of `rftjax.run.memory.estimate` with the most that the process held above what it holds with
+no state at all, in the second step (the first one compiles; what the programs hold is told apart): on an accelerator by
 its own count, else by the system's (VmHWM of Linux, reset before each half of the step). With `--width` the weights are
 random ones of that width, with the model's tokenizer.
 """
@@ -23,9 +23,10 @@ import jax
 import workload
 
 from rftjax import config as configs
-from rftjax import job, memory
-from rftjax.fields import field_type
-from rftjax.job import Job
+from rftjax.config.fields import field_type
+from rftjax.run import build as job
+from rftjax.run import memory
+from rftjax.run.build import Job
 from rftjax.tasks import TaskStream
 
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import workload
 
-from rftjax import grpo, optim, update
-from rftjax.batching import make_batch, most_scored
+from rftjax import grpo
+from rftjax.learning import optim, update
+from rftjax.learning.batching import make_batch, most_scored
 from rftjax.models.decoder import Config
 from rftjax.sampler.engine import Engine
 from rftjax.types import Params, TrainState, Trajectory

@@ -19,7 +19,7 @@ import numpy as np
 import step as whole_step
 import workload
 
-from rftjax.batching import make_batch, most_scored
+from rftjax.learning.batching import make_batch, most_scored
 from rftjax.models.decoder import Config
 from rftjax.types import Batch, TrainState
 

@@ -21,13 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rftjax import hf, types
+from rftjax import types
 from rftjax.models import decoder
 from rftjax.models.attention import FORMS
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, Sampling
 from rftjax.types import Params, Score, Task, Trajectory
+from rftjax.weights import hf
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen2",

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftjax import hf, tokenizer
 from rftjax.models import decoder
+from rftjax.text import tokenizer
+from rftjax.weights import hf
 
 MESSAGES = [{"role": "user", "content": "What is 12 + 30? Answer with a number."}]
 

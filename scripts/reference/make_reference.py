@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from rftjax import chat, hf, tokenizer
+from rftjax.text import chat, tokenizer
+from rftjax.weights import hf
 
 DATA = Path(__file__).parents[2] / "tests" / "data"
 SHAPE: dict[str, Any] = {

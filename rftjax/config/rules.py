@@ -1,0 +1,445 @@
+"""Checks a config before anything is loaded, and keeps it as config.json over the restarts of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rftjax.config.fields import (
+    assign,
+    base_config,
+    embedded_model,
+    field_type,
+    flatten,
+    has_type,
+    suggest,
+)
+from rftjax.errors import UserError
+from rftjax.workers.resolve import resolve
+
+__all__ = [
+    "base_config",
+    "check",
+    "embedded_model",
+    "flatten",
+    "from_json",
+    "heldout_set",
+    "resolve",
+    "to_json",
+]
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "must be at least 1",
+        lambda value: value >= 1,
+        "steps batch.prompts batch.group_size batch.pack_tokens batch.pack_rows sampler.max_new_tokens sampler.slots "
+        "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
+        "scoring.workers environments.workers grpo.updates_per_batch grpo.minibatches "
+        "alarms.window eval.samples checkpoint.keep logging.every",
+    ),
+    (
+        "must be at least 2 (a prompt token and a sampled one)",
+        lambda value: value >= 2,
+        "rollout.max_length",
+    ),
+    (
+        "must be at least 0 (0 switches it off)",
+        lambda value: value >= 0,
+        "tasks.heldout_count tasks.limit tasks.max_prompt_tokens sampler.top_k sampler.pool eval.every eval.max_tasks "
+        "eval.top_k "
+        "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
+        "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
+        "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
+        "grpo.kl_refresh_steps grpo.dynamic_prompts "
+        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
+        "optim.max_nonfinite",
+    ),
+    (
+        "must be at least 0 (0: none), or -1 to keep all",
+        lambda value: value >= -1,
+        "logging.keep_rollouts",
+    ),
+    (
+        "must be at least 0, or -1 to choose by the device",
+        lambda value: value >= -1,
+        "sampler.bridge_steps",
+    ),
+    ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
+    ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),
+    (
+        "must be 0, or 1 to sample the next batch while this one trains",
+        lambda value: value in (0, 1),
+        "overlap.max_staleness",
+    ),
+    (
+        "must be above 0.0",
+        lambda value: value > 0,
+        "sampler.temperature scoring.timeout_s environments.timeout_s optim.lr optim.eps lora.alpha",
+    ),
+    ("must be at least 0.0 (0.0: greedy)", lambda value: value >= 0, "eval.temperature"),
+    (
+        "must be above 0.0 and at most 1.0 (1.0 switches it off)",
+        lambda value: 0 < value <= 1,
+        "sampler.top_p eval.top_p",
+    ),
+    (
+        "must be between 0.0 and 1.0",
+        lambda value: 0 <= value <= 1,
+        "scoring.max_error_share optim.final_lr_share",
+    ),
+    (
+        "must be at least 0.0 and below 1.0",
+        lambda value: 0 <= value < 1,
+        "optim.beta1 optim.beta2",
+    ),
+    (
+        "must be at least 1, or -1 for the devices that the other axes leave",
+        lambda value: value >= 1 or value == -1,
+        "mesh.data mesh.fsdp mesh.tensor",
+    ),
+)
+_CHOICES = {
+    "export_step": ("best", "last"),
+    "model.attention": ("blocked", "plain", "cudnn", "splash"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.init": ("pretrained", "random"),
+    "rollout.truncated_turns": ("environment", "end", "mask"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+}
+_REQUIRED = {
+    "model.path": "a directory in Hugging Face format, a .gguf file or a hub name",
+    "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
+    "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory), or an environment "
+    "whose turn rewards are added up",
+}
+_CALLABLES = (
+    "evaluator",
+    "environment",
+    "tasks.map",
+    "tasks.sampling",
+    "eval.evaluator",
+    "grpo.loss",
+    "hooks",
+)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_COMPRESSED)
+LOGGERS = ("wandb", "mlflow", "trackio")  # modules of rftjax.monitor.loggers
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, and eval/part/NAME
+_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
+def check(config: ConfigDict, *, devices: int = 0, processes: int = 1) -> None:
+    """Raises one ValueError that lists everything wrong with the fields' values; loads and imports nothing.
+
+    Call it after the preset is resolved. `devices` is the number of devices over all processes (0: the mesh and what
+    must divide over it are not checked).
+    """
+    values = flatten(config)
+    problems = dict(_structure_problems(config, values))
+    for field, problem in _value_problems(values):
+        problems.setdefault(field, problem)
+    sound = {field: value for field, value in values.items() if field not in problems}
+    related = [*_relation_problems(sound), *_mesh_problems(sound, devices, processes)]
+    lines = [_say(field, values.get(field, ""), text) for field, text in problems.items()]
+    lines += [_say(field, values[field], text) for field, text in related]
+    if lines:
+        count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError(f"the config has {count}:\n  " + "\n  ".join(lines))
+
+
+def _say(field: str, value: Any, text: str) -> str:
+    return f"{field}={value!r}: {text}"
+
+
+def _structure_problems(config: ConfigDict, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields missing, unknown and wrongly typed fields of the sections that every spec has."""
+    base = base_config()
+    known = flatten(base)
+    for field, default in known.items():
+        wanted = field_type(base, field)
+        if field not in values:
+            yield (
+                field,
+                f"is missing; a spec starts from rftjax.config.base_config() (default {default!r})",
+            )
+        elif not (values[field] is default is None or has_type(values[field], wanted)):
+            found = type(values[field]).__name__
+            yield field, f"must be {_TYPES.get(wanted, 'a tuple')}, is of type {found}"
+    for field in values:
+        section = field.partition(".")[0]
+        if field not in known and isinstance(base.get(section), ConfigDict):
+            yield (
+                field,
+                f"is no field of section {section!r}{suggest(field, known)}; "
+                "a spec's own fields go into a section of its own",
+            )
+
+
+def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with single fields; of wrongly typed ones nothing is known."""
+    for field, what in _REQUIRED.items():
+        if values.get(field) == "" and not (field == "evaluator" and values.get("environment")):
+            yield field, f"must be given: {what} (--config.{field}=... or in the spec)"
+    for field, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield field, "must be finite"
+    for rule, holds, fields in _RANGES:
+        for field in fields.split():
+            value: Any = values.get(field)
+            if has_type(value, float) and not holds(value):
+                yield field, rule
+    for field, choices in _CHOICES.items():
+        if isinstance(values.get(field), str) and values[field] not in choices:
+            yield field, f"must be one of {', '.join(choices)}"
+    for field in _CALLABLES:
+        if isinstance(values.get(field), str) and values[field]:
+            yield from _callable_problems(field, values[field])
+    if ":" in str(values.get("grpo.baseline")):
+        yield from _callable_problems("grpo.baseline", values["grpo.baseline"])
+    for field in ("model.path", "tasks.train", "tasks.heldout"):
+        if isinstance(values.get(field), str) and values[field]:
+            yield from _path_problems(field, values[field])
+    sets = values.get("eval.sets")
+    if faults := "; ".join(_set_problems(sets) if isinstance(sets, tuple) else ()):
+        yield "eval.sets", faults
+    for field in ("scoring.env", "environments.env"):
+        names = values.get(field)
+        if isinstance(names, tuple) and not all(isinstance(name, str) and name for name in names):
+            yield field, 'must hold names of environment variables, as ("OPENAI_API_KEY",)'
+    for service in values["logging.to"] if isinstance(values.get("logging.to"), tuple) else ():
+        if service not in LOGGERS:
+            yield "logging.to", f"must hold names of {', '.join(LOGGERS)}, as ('wandb',)"
+            break
+    for stop in values["sampler.stop"] if isinstance(values.get("sampler.stop"), tuple) else ():
+        if isinstance(stop, bool) or not isinstance(stop, (str, int)) or stop == "":
+            yield "sampler.stop", "must hold texts and token ids only"
+
+
+def _callable_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
+    module, colon, name = value.rpartition(":")
+    if not (colon and module and name):
+        yield (
+            field,
+            "must be 'module:name' or 'file.py:name': the file or module, a colon, the name in it",
+        )
+    elif module.endswith(".py") and not os.path.isfile(os.path.expanduser(module)):
+        yield (
+            field,
+            f"there is no file {os.path.abspath(os.path.expanduser(module))}; correct the path",
+        )
+
+
+def _path_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
+    path, _, name = value.partition(".py:")
+    path = os.path.expanduser(path + ".py" if name else value)
+    suffixes = (".gguf",) if field == "model.path" else (*_DATA_SUFFIXES, ".py")
+    local = path.startswith(("/", "./", "../")) or value.startswith("~") or path.endswith(suffixes)
+    if local and not os.path.exists(path):
+        way_out = "correct the path"
+        if value == embedded_model():
+            way_out = "python -m rftjax.weights.fetch_model fetches it"
+        yield field, f"there is no {os.path.abspath(path)}; {way_out}"
+
+
+def heldout_set(text: str) -> tuple[str, str, str]:
+    """Returns name, source and split ("" where none is given) of an entry of `eval.sets`, "name=source#split"."""
+    name, _, rest = text.partition("=")
+    source, _, split = rest.partition("#")
+    return name, source, split
+
+
+def _set_problems(texts: tuple[Any, ...]) -> Iterator[str]:
+    names: list[str] = []
+    for text in texts:
+        name, source, split = heldout_set(text) if isinstance(text, str) else ("", "", "")
+        if not (name and source) or (text.endswith("#") and not split):
+            yield f"{text!r} must be a text 'name=source' or 'name=source#split'"
+        elif not _SET_NAME.fullmatch(name):
+            yield f"{name!r} must be a name of letters, digits, '.', '_' and '-', the first a letter or digit"
+        elif name in _TAKEN_NAMES:
+            yield f"{name!r} has another meaning in metrics and rollouts; choose another name"
+        elif name in names:
+            yield f"{name!r} must name one set only; rename the other"
+        else:
+            yield from (f"{name}: {problem}" for _, problem in _path_problems("eval.sets", source))
+        names.append(name)
+
+
+def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong between fields that are each sound; rules with a field that is not are left out."""
+
+    def given(*fields: str) -> list[Any] | None:
+        found = [values.get(field) for field in fields]
+        return None if None in found else found
+
+    if values.get("model.attention") == "cudnn" and values.get("model.dtype") == "float32":
+        yield "model.attention", "must be 'blocked' or 'plain' with model.dtype='float32'"
+    if values.get("model.attention") == "cudnn" and (values.get("batch.pack_tokens") or 0) % 2:
+        yield "batch.pack_tokens", "must be even with model.attention='cudnn'"
+    if (found := given("sampler.max_new_tokens", "rollout.max_length")) and found[0] >= found[1]:
+        yield (
+            "sampler.max_new_tokens",
+            f"must be below rollout.max_length={found[1]}, which the prompt shares; raise rollout.max_length",
+        )
+    found = given("batch.group_size", "grpo.baseline")
+    if found and found[0] == 1 and found[1] in ("mean", "leave_one_out"):
+        yield (
+            "batch.group_size",
+            f"must be at least 2 with grpo.baseline={found[1]!r}, which would make every advantage 0; "
+            "raise it, or set grpo.baseline to batch_mean or none",
+        )
+    yield from _grpo_problems(values)
+    samples = values.get("eval.samples", 1)
+    for k in values.get("eval.pass_k", ()):
+        if not isinstance(k, int) or not 1 <= k <= samples:
+            yield "eval.pass_k", f"must hold whole numbers from 1 to eval.samples={samples}"
+            break
+    yield from _metric_problems(values)
+    if (found := given("sampler.pool", "sampler.slots")) and 0 < found[0] < found[1]:
+        yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
+    if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
+        yield "optim.warmup_steps", f"must be below steps={found[1]}"
+    if values.get("optim.final_lr_share") and values.get("optim.schedule") == "constant":
+        yield (
+            "optim.final_lr_share",
+            "must be 0.0 with optim.schedule='constant', which stays at optim.lr; choose 'linear' or 'cosine'",
+        )
+    if found := given("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count"):
+        heldout, heldout_split, count = found
+        if count and (heldout or heldout_split):
+            yield (
+                "tasks.heldout_count",
+                "must be 0 where held-out tasks are given by themselves; "
+                "it takes them out of tasks.train (eval.max_tasks limits how many are evaluated)",
+            )
+
+
+def _metric_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with `checkpoint.best_metric`; whether an evaluator gives a part is not known here."""
+    metric, sets, pass_k = (
+        values.get(field) for field in ("checkpoint.best_metric", "eval.sets", "eval.pass_k")
+    )
+    if metric is None or sets is None or pass_k is None:
+        return
+    sources = ("tasks.heldout", "tasks.heldout_split", "tasks.heldout_count")
+    main = not sets or any(values.get(field, True) for field in sources)
+    prefixes = ["eval/"] * main + [f"eval/{heldout_set(text)[0]}/" for text in sets]
+    names = ["reward", *(f"pass_at_{k}" for k in pass_k), "strict", "lenient"]
+    known = [prefix + name for prefix in prefixes for name in names]
+    parts = tuple(f"{prefix}{kind}/" for prefix in prefixes for kind in ("part", "metric"))
+    if metric not in known and not (metric.startswith(parts) and metric not in parts):
+        yield (
+            "checkpoint.best_metric",
+            f"must be a metric of a held-out set: {', '.join(known)}, {prefixes[0]}part/NAME or "
+            f"{prefixes[0]}metric/NAME",
+        )
+
+
+def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what does not fit together among the settings of a step's updates."""
+    size, prompts = values.get("batch.group_size", 2), values.get("batch.prompts", 0)
+    for field in ("grpo.drop_zero_variance", "grpo.dynamic_prompts"):
+        if size == 1 and values.get(field):
+            yield field, "must be off with batch.group_size=1, where no group has variance"
+    count = values.get("grpo.minibatches", 1)
+    whole = values.get("grpo.minibatch_groups", True)
+    if prompts and (prompts if whole else prompts * size) % count:
+        yield (
+            "grpo.minibatches",
+            f"must divide batch.prompts={prompts}"
+            if whole
+            else f"must divide the {prompts * size} samples of a step",
+        )
+    if values.get("grpo.kl_weight") == 0:
+        for field in ("grpo.kl_in_reward", "grpo.kl_refresh_steps"):
+            if values.get(field):
+                yield field, "must be off where grpo.kl_weight is 0.0; give that a value"
+    if values.get("overlap.max_staleness"):
+        if values.get("grpo.tis_cap") == 0:
+            yield (
+                "overlap.max_staleness",
+                "must be 0 where grpo.tis_cap is 0.0: nothing would weigh samples of older weights; try 2.0",
+            )
+        if any(values.get(f"mesh.{axis}") != 1 for axis in ("fsdp", "tensor")):
+            yield (
+                "overlap.max_staleness",
+                "must be 0 where mesh.fsdp or mesh.tensor is not 1: two threads give their collectives no common order",
+            )
+        if values.get("grpo.dynamic_prompts"):
+            yield (
+                "overlap.max_staleness",
+                "must be 0 with grpo.dynamic_prompts, which are known only once a batch is scored",
+            )
+    limit = values.get("sampler.max_new_tokens", 0) * values.get("rollout.max_turns", 1)
+    if limit and values.get("grpo.overlong_buffer", 0) >= limit:
+        yield "grpo.overlong_buffer", f"must be below the {limit} tokens that may be sampled"
+    if values.get("lora.path") and values.get("lora.rank") == 0:
+        yield "lora.path", "must be empty where lora.rank is 0; give the rank of those adapters"
+
+
+def _mesh_problems(
+    values: Mapping[str, Any], devices: int, processes: int
+) -> Iterator[tuple[str, str]]:
+    axes = {axis: values.get(f"mesh.{axis}", 0) for axis in ("data", "fsdp", "tensor")}
+    rest = [axis for axis, size in axes.items() if size == -1]
+    if len(rest) > 1:
+        yield f"mesh.{rest[1]}", f"only one axis may be -1, and mesh.{rest[0]} is already"
+        return
+    if not devices or 0 in axes.values():
+        return
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    if devices % fixed or (not rest and devices != fixed):
+        field = "mesh.tensor" if axes["tensor"] > 1 or rest == ["data"] else "mesh.data"
+        yield (
+            field,
+            f"the axes {axes} must multiply to the {devices} devices there are; "
+            "change the sizes, or set one to -1 for the rest",
+        )
+        return
+    prompts = values.get("batch.prompts", processes)
+    if prompts % processes:
+        yield (
+            "batch.prompts",
+            f"must divide by the {processes} processes, each of which samples its share; "
+            "start another number of processes, or give a new run other prompts",
+        )
+
+
+# ---- config.json
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the text of config.json; a value that JSON cannot hold raises ValueError."""
+    try:
+        return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the config cannot be stored as JSON ({error}); use plain values"
+        ) from error
+
+
+def from_json(text: str, name: str = "config.json") -> ConfigDict:
+    """Returns the config that `to_json` wrote, locked; fields that it lacks have their defaults."""
+    try:
+        stored = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name}: is not valid JSON ({error}); start in a new workdir") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{name}: must hold an object; start in a new workdir")
+    config = base_config()
+    with config.unlocked():
+        for field, value in flatten(stored).items():
+            try:
+                assign(config, field, value)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{name}: {field}={value!r}: {error}; start in a new workdir"
+                ) from error
+    return config

@@ -1,0 +1,171 @@
+"""What answers the model between its turns: nothing, a function, a stateful environment, or tools.
+
+User code runs in worker processes. A stateful episode has a process of its own from start to end, so that one that
+hangs or crashes takes no other with it. `hosting` is what runs there.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import logging
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from rftjax.environments.hosting import as_messages, as_turn, hosting
+from rftjax.environments.toolbox import ToolEpisode, Tools, tools
+from rftjax.types import Message, Task, Turn
+from rftjax.workers.pool import WorkerError, Workers
+
+__all__ = ["Environments", "ToolEpisode", "Tools", "as_messages", "as_turn", "hosting", "tools"]
+_log = logging.getLogger(__name__)
+
+
+class Environments:
+    """Episodes of `environment` ("module:name" or "file.py:name"), each under a key that the caller chooses.
+
+    An empty `environment` ends every episode after the first answer, without a process. `workers` is the number of
+    calls that run at once (64 times that for asynchronous code). Futures raise WorkerError where an episode fails: user
+    code raised, returned something else than messages, overran `timeout_s` seconds a call, or its process died. `env`
+    names variables of the environment that user code gets beside the harmless ones. `tools` holds the schemas that a
+    chat template wants, for an environment that has `schemas`. Construction raises ValueError where the environment
+    does not import; construct it before JAX is used.
+    """
+
+    def __init__(
+        self,
+        environment: str,
+        *,
+        workers: int = 2,
+        timeout_s: float = 60.0,
+        env: Iterable[str] = (),
+    ):
+        self.tools: list[dict[str, Any]] = []
+        self._timeout_s = timeout_s
+        self._workers: Workers | None = None
+        self._stateful = self._has_state = False
+        self._open: dict[Hashable, tuple[Task, str]] = {}
+        self._closing: set[concurrent.futures.Future[Any]] = set()
+        self._numbers = itertools.count()
+        if environment:
+            self._workers = Workers(
+                environment,
+                workers,
+                timeout_s,
+                wrapper="rftjax.environments.hosting:hosting",
+                field="environment",
+                limit_field="environments.timeout_s",
+                env=env,
+                env_field="environments.env",
+            )
+            about = json.loads(self._workers.about)
+            self._stateful, self.tools = about["stateful"], about["tools"]
+            self._has_state = about["state"]
+
+    @property
+    def active(self) -> bool:
+        """Whether anything answers the model."""
+        return self._workers is not None
+
+    def start(
+        self, key: Hashable, task: Task, seed: int
+    ) -> concurrent.futures.Future[list[Message]]:
+        """Begins an episode; the future gives the messages that it opens with, often none.
+
+        Returns at once: a process is forked when the call's turn comes. Whether it fails or not, `close_episode` or
+        `finish_episode` lets go of it.
+        """
+        assert key not in self._open, f"episode {key!r} is open already"
+        session = f"episode {next(self._numbers)}" if self._stateful else ""
+        self._open[key] = (task, session)
+        if self._workers is None or not self._stateful:
+            return _done([])
+        return self._workers.submit("start", session, task, seed, session=session)
+
+    def step(self, key: Hashable, messages: list[Message]) -> concurrent.futures.Future[Turn]:
+        """Hands over the conversation so far, whose last message is the model's; the future gives the answer."""
+        assert messages and messages[-1].get("role") == "assistant", "the model's message is last"
+        task, session = self._open[key]
+        if self._workers is None:
+            return _done(Turn(done=True))
+        if not self._stateful:
+            return self._workers.submit("reply", "", task, messages)
+        return self._workers.submit("step", session, messages[-1], session=session)
+
+    def finish_episode(self, key: Hashable) -> concurrent.futures.Future[Any]:
+        """Ends an episode that went well; the future gives what the environment's `state()` says at its end, else None.
+
+        The episode is closed after that, as by `close_episode`.
+        """
+        _, session = self._open[key]
+        if self._workers is None or not session or not self._has_state:
+            self.close_episode(key)
+            return _done(None)
+        del self._open[key]
+        future = self._workers.submit("state", session, session=session)
+        closed: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._closing.add(closed)
+
+        def close(_: object) -> None:
+            try:
+                self._close(session)
+            finally:
+                self._closing.discard(closed)
+                closed.set_result(None)
+
+        future.add_done_callback(close)
+        return future
+
+    def close_episode(self, key: Hashable) -> None:
+        """Ends an episode, without waiting for it; an unknown key is no fault."""
+        _, session = self._open.pop(key, (None, ""))
+        if session:
+            self._close(session)
+
+    def _close(self, session: str, *, urgent: bool = False) -> None:
+        assert self._workers is not None
+        future = self._workers.submit("close", session, session=session, last=True, urgent=urgent)
+        self._closing.add(future)
+        future.add_done_callback(self._closed)
+
+    def _closed(self, future: concurrent.futures.Future[Any]) -> None:
+        self._closing.discard(future)
+        error = future.exception()
+        if isinstance(error, WorkerError) and not error.bystander:
+            _log.warning("an environment's close() failed: %s", error)
+
+    @property
+    def bystanders(self) -> int:
+        """Calls that another's fault has stopped so far."""
+        return self._workers.bystanders if self._workers else 0
+
+    def close(self) -> None:
+        """Closes every episode that is open, waits for that within the time limit, and ends the processes."""
+        if self._workers is None:
+            return
+        try:
+            self._close_all()
+        finally:
+            self._workers.close()
+
+    def _close_all(self) -> None:
+        for key in list(self._open):
+            _, session = self._open.pop(key)
+            if session:
+                self._close(session, urgent=True)
+        # Twice: the last episodes may tell their end state first. An interrupted call needs a moment, too.
+        for _ in range(2):
+            concurrent.futures.wait(list(self._closing), timeout=self._timeout_s + 4.0)
+
+    def __enter__(self) -> Environments:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _done(value: Any) -> concurrent.futures.Future[Any]:
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result(value)
+    return future

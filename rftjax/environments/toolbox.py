@@ -1,0 +1,312 @@
+"""Tools: an environment in which the model calls the user's functions.
+
+Pydantic describes the functions for chat templates and turns JSON arguments into the annotated types. It is imported
+when tools are made, not before, so that workers without tools start fast.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import re
+import textwrap
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from rftjax.errors import UserError
+from rftjax.types import Message, Task, Turn
+from rftjax.workers.plain import plain
+
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_SECTION = re.compile(r"^(Args|Arguments|Parameters|Params):\s*$")
+_ENTRY = re.compile(r"^\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
+_FIELD = re.compile(r"^:param\s+(?:[^:]*\s)?(\w+):\s*(.*)$")
+
+
+def tools(*functions: Callable[..., Any]) -> Tools:
+    """Makes an environment out of functions: a user's file says `environment = tools(search, calculator)`.
+
+    The model calls one by `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, several if it likes, and gets a
+    message of role "tool" for each; what a function raises is told to the model. An answer without a call ends the
+    episode. Arguments are converted to the annotated types. A parameter named `task` is filled with the episode's
+    task. Functions may be coroutine functions.
+    """
+    return Tools(functions)
+
+
+class Tools:
+    """Makes environments in which the model calls functions; made by `tools`.
+
+    `schemas` describes the functions as chat templates want it.
+    """
+
+    has_state = False
+
+    def __init__(self, functions: tuple[Callable[..., Any], ...]):
+        self.tools: dict[str, Tool] = {}
+        for function in functions:
+            tool = Tool(function)
+            if tool.name in self.tools:
+                raise UserError(
+                    f"tools: two functions are named {tool.name!r}, and the model calls them by name; rename one"
+                )
+            self.tools[tool.name] = tool
+        self.schemas = [tool.schema for tool in self.tools.values()]
+        self.asynchronous = any(tool.asynchronous for tool in self.tools.values())
+
+    def __call__(self, task: Task, seed: int) -> Any:
+        """Returns the environment of one episode."""
+        return ToolEpisode(self, task)
+
+
+class Tool:
+    """One function with its schema and the converters of its parameters."""
+
+    def __init__(self, function: Callable[..., Any]):
+        name = getattr(function, "__name__", "")
+        if not callable(function) or not _NAME.fullmatch(name):
+            raise UserError(
+                f"tools: {function!r:.100} must be a function with a name that the model can call; "
+                "define it with `def name(...)`"
+            )
+        self.name, self.function = name, function
+        self.asynchronous = inspect.iscoroutinefunction(function)
+        self.parameters = {
+            name: parameter
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        }
+        summary, described = _documentation(inspect.getdoc(function) or "")
+        self._converters: dict[str, Any] = {}
+        properties, required = {}, []
+        hints = _hints(function)
+        for name, parameter in self.parameters.items():
+            if name == "task":
+                continue
+            converter = _converter(hints[name]) if name in hints else None
+            properties[name] = _json_schema(converter) if converter else {}
+            if converter:
+                self._converters[name] = converter
+            if described.get(name):
+                properties[name]["description"] = described[name]
+            if parameter.default is parameter.empty:
+                required.append(name)
+        self.schema = {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": summary,
+                "parameters": {"type": "object", "properties": properties, "required": required},
+            },
+        }
+
+    def bind(self, arguments: dict[str, Any], task: Task) -> inspect.BoundArguments:
+        """Returns the arguments of a call, of the annotated types; raises ValueError or TypeError for wrong ones."""
+        arguments = {name: self._convert(name, value) for name, value in arguments.items()}
+        if "task" in self.parameters:
+            arguments["task"] = task
+        positional = []
+        for name, parameter in self.parameters.items():
+            if parameter.kind is parameter.POSITIONAL_ONLY and name in arguments:
+                positional.append(arguments.pop(name))
+        return inspect.signature(self.function).bind(*positional, **arguments)
+
+    def _convert(self, name: str, value: Any) -> Any:
+        converter = self._converters.get(name)
+        if converter is None:
+            return value
+        try:
+            return converter.validate_python(value)
+        except ValueError as error:
+            problems = [_problem(name, problem) for problem in getattr(error, "errors", list)()]
+            raise ValueError("; ".join(problems[:3]) or f"{name}: {error}") from None
+
+
+class ToolEpisode:
+    """One episode with tools."""
+
+    def __init__(self, tools: Tools, task: Task):
+        self._tools, self._task = tools.tools, task
+        if tools.asynchronous:
+            self.step = self._step_async
+
+    def step(self, message: Message) -> Any:
+        """Runs the calls of one assistant message in their order."""
+        calls = tool_calls(message)
+        answers = [_tool_message(call, self._begin(call)) for call in calls]
+        return Turn(answers, done=not calls)
+
+    async def _step_async(self, message: Message) -> Turn:
+        """Runs the calls of one assistant message all at once."""
+        calls = tool_calls(message)
+        results = await asyncio.gather(*(self._run_async(call) for call in calls))
+        return Turn(
+            [_tool_message(call, result) for call, result in zip(calls, results, strict=True)],
+            done=not calls,
+        )
+
+    async def _run_async(self, call: dict[str, Any]) -> Any:
+        tool = self._tools.get(call.get("name", ""))
+        if tool is None or not tool.asynchronous:
+            return await asyncio.to_thread(self._begin, call)  # the others go on meanwhile
+        result = self._begin(call)
+        try:
+            return await result if inspect.isawaitable(result) else result
+        except Exception as error:
+            return _told(error)
+
+    def _begin(self, call: dict[str, Any]) -> Any:
+        try:
+            if "problem" in call:
+                raise UserError(call["problem"])
+            if call["name"] not in self._tools:
+                known = ", ".join(self._tools)
+                raise UserError(f"there is no tool {call['name']!r}; there is {known}")
+            tool = self._tools[call["name"]]
+            bound = tool.bind(call["arguments"], self._task)
+            return tool.function(*bound.args, **bound.kwargs)
+        except Exception as error:
+            return _told(error)
+
+
+def _told(error: Exception) -> str:
+    # UserError is this package's name for a ValueError; the model is told the word that it knows.
+    name = "ValueError" if isinstance(error, UserError) else type(error).__name__
+    return f"Error: {name}: {error}"[:1000]
+
+
+def _tool_message(call: dict[str, Any], result: Any) -> Message:
+    content = result if isinstance(result, str) else json.dumps(plain(result), ensure_ascii=False)
+    message = {"role": "tool", "content": content}
+    return message | {name: call[name] for name in ("name", "tool_call_id") if call.get(name)}
+
+
+def tool_calls(message: Message) -> list[dict[str, Any]]:
+    """Reads the calls of a message, out of its `tool_calls` or else its text; `problem` says what is wrong with one."""
+    calls = []
+    for given in message.get("tool_calls") or []:
+        given = given if isinstance(given, dict) else {}
+        call = _tool_call(given.get("function", given))
+        calls.append(call | ({"tool_call_id": given["id"]} if given.get("id") else {}))
+    if calls:
+        return calls
+    for text in _CALL.findall(message.get("content") or ""):
+        try:
+            calls.append(_tool_call(_loads(text)))
+        except ValueError as error:
+            calls.append({"problem": f"the tool call is not valid JSON: {error}"})
+    return calls
+
+
+def _tool_call(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return {"problem": 'a tool call must be {"name": ..., "arguments": {...}}'}
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):  # OpenAI's format has JSON inside JSON
+        try:
+            arguments = _loads(arguments or "{}")
+        except ValueError as error:
+            return {"name": value["name"], "problem": f"the arguments are not valid JSON: {error}"}
+    if arguments is None:  # a function without parameters
+        arguments = {}
+    if not isinstance(arguments, dict):
+        return {"name": value["name"], "problem": "the arguments must be a JSON object"}
+    return {"name": value["name"], "arguments": arguments}
+
+
+def _loads(text: str) -> Any:
+    """Reads JSON in which texts may hold raw newlines, as models write them; raises ValueError for what is none."""
+    try:
+        return json.loads(text, strict=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception:  # annotations that do not resolve only cost their types
+        return {}
+
+
+def _converter(kind: Any) -> Any:
+    """Returns Pydantic's adapter for a type, None for a type of which it knows nothing."""
+    import pydantic
+
+    config = pydantic.ConfigDict(coerce_numbers_to_str=True)
+    try:
+        try:
+            return pydantic.TypeAdapter(kind, config=config)
+        except pydantic.PydanticUserError:  # a model or dataclass has a configuration of its own
+            return pydantic.TypeAdapter(kind)
+    except Exception:
+        return None
+
+
+def _json_schema(converter: Any) -> dict[str, Any]:
+    try:
+        schema = converter.json_schema()
+    except Exception:  # a type that JSON cannot say
+        return {}
+    return _inlined(schema, schema.get("$defs", {}), ())
+
+
+def _inlined(schema: Any, definitions: dict[str, Any], outer: tuple[str, ...]) -> Any:
+    """Puts definitions where they are referred to, as chat templates want it, and leaves titles and defaults out."""
+    if isinstance(schema, list):
+        return [_inlined(part, definitions, outer) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    name = str(schema.get("$ref", "")).rpartition("/")[2]
+    if name:
+        if name in outer or name not in definitions:  # a type that holds itself
+            return {"type": "object"}
+        return _inlined(definitions[name], definitions, (*outer, name))
+    inlined: dict[str, Any] = {}
+    for key, part in schema.items():
+        if key == "properties":  # its keys are names, and "title" may be one
+            inlined[key] = {name: _inlined(kind, definitions, outer) for name, kind in part.items()}
+        elif key in ("enum", "const", "required", "examples"):
+            inlined[key] = part
+        elif key not in ("$defs", "title", "default"):
+            inlined[key] = _inlined(part, definitions, outer)
+    return inlined
+
+
+def _problem(name: str, problem: dict[str, Any]) -> str:
+    place = "".join(f"[{part!r}]" for part in problem["loc"])
+    return f"{name}{place}: {problem['msg']}, not {problem['input']!r:.100}"
+
+
+def _documentation(text: str) -> tuple[str, dict[str, str]]:
+    """Splits a docstring into what describes the function and what describes each parameter.
+
+    Reads Google's form ("Args:") and Sphinx's (":param name:").
+    """
+    kept: list[str] = []
+    described: dict[str, str] = {}
+    inside, current, margin = False, "", 0
+    for line in text.splitlines():
+        indent = len(line) - len(line.lstrip())
+        field, entry = _FIELD.match(line), _ENTRY.match(line.strip())
+        if field:
+            current, inside, margin = field[1], False, indent
+            described[current] = field[2]
+        elif _SECTION.match(line):
+            inside, current, margin = True, "", 0
+        elif inside and entry and indent and (not current or indent <= margin):
+            current, margin = entry[1], indent
+            described[current] = entry[2]
+        elif current and line.strip() and indent > margin:
+            described[current] += " " + line.strip()
+        elif inside and not line.strip():
+            continue
+        else:
+            inside, current = False, ""
+            if not re.match(r"^:(type|rtype|return|returns|raises)\b", line):
+                kept.append(line)
+    summary = re.sub(r"\n{3,}", "\n\n", textwrap.dedent("\n".join(kept))).strip()
+    return summary, {name: " ".join(said.split()) for name, said in described.items()}

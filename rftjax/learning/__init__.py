@@ -1,0 +1,1 @@
+"""From scored trajectories to new weights: minibatches, the update, the optimizer."""

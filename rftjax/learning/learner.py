@@ -1,0 +1,310 @@
+"""From scored trajectories to updates: which groups teach, their advantages, minibatches, and the reference policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rftjax import grpo
+from rftjax.devices import sharding
+from rftjax.devices.compilation import Program
+from rftjax.learning import batching, custom, merging, update
+from rftjax.learning.batching import make_batch
+from rftjax.models import decoder
+from rftjax.monitor.rollouts import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
+from rftjax.types import Batch, Params, TrainState, Trajectory
+
+# Nothing moves between host and devices in a step's device work unless the code says so: a transfer that slips in
+# waits for the devices.
+GUARD = "disallow"
+
+
+class Part(NamedTuple):
+    """One minibatch on the devices, with the log-probabilities that its updates are measured against (or None)."""
+
+    batch: Batch
+    old_logprobs_BT: Any
+    reference_logprobs_BT: Any
+
+
+@dataclasses.dataclass
+class Learner:
+    """What a step does once its samples are scored. `fields` is the section grpo, `shape` is `make_batch`'s.
+
+    `token_limit` is how many tokens a trajectory may sample, `prompts` how many groups a step trains on. `score` gives
+    log-probabilities without gradient; it runs only where something is measured against them.
+    """
+
+    fields: Mapping[str, Any]
+    shape: Mapping[str, Any]
+    mesh: Mesh
+    apply: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    score: Callable[..., jax.Array]
+    prompts: int
+    token_limit: int
+    seed: int = 0
+    lora_scale: float = 0.0
+    dtype: str = "float32"
+
+    def wanted(self, trajectories: Sequence[Trajectory]) -> int:
+        """Returns how many prompts are to be sampled now: a step's, then replacements of groups without variance."""
+        groups = by_draw(trajectories)
+        if not groups:
+            return self.prompts
+        missing = self.prompts - sum(has_variance(group) for group in groups)
+        left = self.prompts + self.fields["dynamic_prompts"] - len(groups)
+        return max(0, min(missing, left))
+
+    def batch(
+        self, state: TrainState, trajectories: Sequence[Trajectory], step: int
+    ) -> tuple[list[Part], dict[str, float]]:
+        """Sets the advantages of the groups that teach, and returns their minibatches and metrics of the choice."""
+        chosen = choose(trajectories, self.prompts, drop=self.fields["drop_zero_variance"])
+        parts = split(chosen, self.fields["minibatches"], self.fields["minibatch_groups"],
+                      seed=(self.seed, step))  # fmt: skip
+        penalties, metrics = self._overlong(chosen)
+        in_reward = self.fields["kl_weight"] > 0 and self.fields["kl_in_reward"]
+        if not in_reward:
+            set_advantages(chosen, self.fields, penalties)
+        many = self.fields["updates_per_batch"] * len(parts) > 1
+        measured = [self._measure(state, part, old=many or in_reward) for part in parts]
+        if in_reward:
+            kl = [one for part, (old, reference) in zip(parts, measured, strict=True)
+                  for one in self._kl_of(part, old, reference)]  # fmt: skip
+            for trajectory, value in kl:
+                key = trajectory.draw, trajectory.sample
+                penalties[key] = penalties.get(key, 0.0) - self.fields["kl_weight"] * value
+            metrics["kl/sequence_mean"] = float(np.mean([value for _, value in kl] or [0.0]))
+            set_advantages(chosen, self.fields, penalties)
+        moved = sum(trajectory.advantage != 0 for trajectory in chosen)
+        metrics["batch/effective_share"] = moved / max(len(trajectories), 1)
+        now = int(jax.device_get(state.step))
+        versions = set[int]().union(*(policy_versions(one) for one in chosen))
+        metrics["rollout/staleness"] = float(now - min(versions, default=now))
+        metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
+        finished = [
+            Part(
+                self._lay_out(part, lean=self._lean),
+                old if many else None,
+                None if in_reward else reference,
+            )
+            for part, (old, reference) in zip(parts, measured, strict=True)
+        ]
+        return finished, metrics
+
+    def update(
+        self, state: TrainState, parts: Sequence[Part], step: int
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Makes every update of one step, `step` counted from 1, and refreshes the reference where one is due.
+
+        A minibatch without any token to train on (every group dropped, every answer masked) is skipped: parameters,
+        moments and weight decay stay, and neither `state.step` nor the learning rate's schedule, which count updates
+        that were made, goes on. Advantages of 0 are no such case: their gradient is exactly 0, and as in every
+        Adam the update is made, in which what is left of earlier gradients, and weight decay, move the weights.
+        """
+        # Asked of the arrays on the devices, so that all processes get one answer.
+        found = jax.device_get([jnp.any(part.batch.sampled_BT) for part in parts])
+        taught = [bool(one) for one in found]
+        made = []
+        with jax.transfer_guard(GUARD):
+            for _ in range(self.fields["updates_per_batch"]):
+                for part in itertools.compress(parts, taught):
+                    state, metrics = self.apply(state, *part)
+                    made.append(metrics)
+        skipped = {"update/skipped_share": 1 - sum(taught) / len(parts)}
+        if not made:
+            made = [merging.blank(jax.eval_shape(self.apply, state, *parts[0])[1])]
+        every = self.fields["kl_refresh_steps"]
+        if jax.tree.leaves(state.reference) and every and step % every == 0:
+            state = state._replace(reference=copy(state.trainable, self._reference_dtype(state)))
+        return state, merging.merge_updates(jax.device_get(made)) | skipped
+
+    def programs(self, state: TrainState) -> list[Program]:
+        """Returns the calls of a step's updates, for each width of a packed row, to compile them before there are
+        samples. Of the state only shapes and places count.
+        """
+        widths = batching.widths(self.shape["pack_tokens"], self.shape["max_length"])
+        return [one for width in reversed(widths) for one in self._programs(state, width)]
+
+    def _programs(self, state: TrainState, width: int) -> list[Program]:
+        batch = self._lay_out([], longest=width)
+        compared = self.fields["kl_weight"] > 0
+        in_reward = compared and self.fields["kl_in_reward"]
+        many = self.fields["updates_per_batch"] * self.fields["minibatches"] > 1
+        rows_BT = batch.sampler_logprobs_BT
+        measured = rows_BT if many else None, rows_BT if compared and not in_reward else None
+        programs = [Program(self.apply, (state, batch, *measured))]
+        if many or in_reward:
+            programs.append(Program(self.score, (*update.weights(state), batch)))
+        if compared:
+            programs.append(Program(self.score, (*_reference(state), batch)))
+        return programs
+
+    def _reference_dtype(self, state: TrainState) -> str:
+        return "float32" if state.frozen else self.dtype
+
+    @property
+    def _lean(self) -> bool:
+        """Whether a sample of advantage 0 adds exactly nothing to the loss and its gradient."""
+        in_loss = self.fields["kl_weight"] > 0 and not self.fields["kl_in_reward"]
+        return not in_loss and self.fields["entropy_weight"] == 0 and not self.fields["loss"]
+
+    def _lay_out(
+        self, part: Sequence[Trajectory], *, lean: bool = False, longest: int = 0
+    ) -> Batch:
+        # Where all are such samples they stay, so that the step's metrics say something.
+        masked = self.shape.get("mask_truncated", False)
+        taught = [one for one in part if not (masked and one.finish_reason == "length")]
+        lean = lean and any(one.advantage != 0 for one in taught)
+        return sharding.put_batch(
+            self.mesh, make_batch(part, **self.shape, lean=lean, longest=longest)
+        )
+
+    def _measure(self, state: TrainState, part: Sequence[Trajectory], *, old: bool) -> tuple:
+        """Returns log-probabilities by the policy before its updates and by the reference, None where not needed."""
+        compared = self.fields["kl_weight"] > 0
+        if not (old or compared):
+            return None, None
+        # A KL in the reward is measured before advantages are known.
+        batch = self._lay_out(part, lean=self._lean and not compared)
+        with jax.transfer_guard(GUARD):
+            old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
+            if not compared:
+                return old_BT, None
+            return old_BT, self.score(*_reference(state, self.lora_scale), batch)
+
+    def _kl_of(
+        self, part: Sequence[Trajectory], old_BT: Any, reference_BT: Any
+    ) -> list[tuple[Trajectory, float]]:
+        """Returns each trajectory's KL estimate, summed over the tokens that it is trained on."""
+        sampled_BT = make_batch(part, **self.shape).sampled_BT
+        kl_BT = np.asarray(grpo.estimate_kl(self.fields["kl"], old_BT, reference_BT))
+        total_B = np.where(sampled_BT, kl_BT, 0.0).sum(axis=1)
+        owners = [trajectory for trajectory in part for _ in trajectory.sequences]
+        totals: dict[int, float] = {}
+        for owner, value in zip(owners, total_B[: len(owners)], strict=True):
+            totals[id(owner)] = totals.get(id(owner), 0.0) + float(value)
+        return [(trajectory, totals[id(trajectory)]) for trajectory in part]
+
+    def _overlong(
+        self, chosen: Sequence[Trajectory]
+    ) -> tuple[dict[tuple[int, int], float], dict[str, float]]:
+        """Returns the penalty of each answer that comes near the token limit, and their mean."""
+        buffer = self.fields["overlong_buffer"]
+        if not buffer:
+            return {}, {}
+        weight = self.fields["overlong_penalty"]
+        found = {
+            (one.draw, one.sample): weight * overlong(one, self.token_limit, buffer)
+            for one in chosen
+        }
+        return found, {"reward/overlong_mean": float(np.mean(list(found.values()) or [0.0]))}
+
+
+def initial_reference(
+    fields: Mapping[str, Any],
+    params: Params,
+    adapters: Params | None,
+    dtype: str,
+    *,
+    loaded: bool = False,
+) -> Params:
+    """Returns what of step 0 must be kept to measure a KL against, () where nothing must.
+
+    With fresh adapters the frozen base is the reference, so they are kept only if they will be refreshed; `loaded`
+    adapters are part of the policy that training starts from.
+    """
+    if fields["kl_weight"] == 0:
+        return ()
+    if adapters is None:
+        return copy(params, dtype)
+    return copy(adapters, "float32") if loaded or fields["kl_refresh_steps"] else ()
+
+
+def _reference(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Params | None]:
+    """Returns the parameters and scaled adapters that a KL is measured against."""
+    if not state.frozen:
+        return state.reference, None
+    adapters = state.reference or None
+    if adapters is not None:
+        adapters = update.scale_adapters(adapters, lora_scale)
+    return state.frozen, adapters
+
+
+def has_variance(group: Iterable[Trajectory]) -> bool:
+    """Says whether a group's valid rewards differ: where they do not, it teaches nothing."""
+    return len({reward_of(one) for one in group if is_valid(one)}) > 1
+
+
+def choose(trajectories: Sequence[Trajectory], prompts: int, *, drop: bool) -> list[Trajectory]:
+    """Returns the valid trajectories of at most `prompts` groups in the order of their draws.
+
+    Groups with variance come first; those without fill what is left, unless they are dropped.
+    """
+    groups = by_draw(trajectories)
+    live = [group for group in groups if has_variance(group)]
+    dead = [] if drop else [group for group in groups if not has_variance(group)]
+    taken = sorted([*live, *dead][:prompts], key=lambda group: group[0].draw)
+    return [one for group in taken for one in group if is_valid(one)]
+
+
+def split(
+    trajectories: Sequence[Trajectory], count: int, whole_groups: bool, *, seed: tuple[int, int]
+) -> list[list[Trajectory]]:
+    """Returns `count` random parts of equal size, give or take one group (or one trajectory where groups may part)."""
+    if count == 1:
+        return [list(trajectories)]
+    units = by_draw(trajectories) if whole_groups else [[one] for one in trajectories]
+    words = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(len(units))
+    order = np.argsort(np.asarray(words), kind="stable")
+    return [
+        [one for index in sorted(part) for one in units[index]]
+        for part in np.array_split(order, count)
+    ]
+
+
+def overlong(trajectory: Trajectory, limit: int, buffer: int) -> float:
+    """Returns DAPO's soft punishment (Yu et al. 2025, equation 13), from 0 down to -1 within the last `buffer` tokens.
+
+    An answer that a token limit cut gets -1 wherever it was cut.
+    """
+    if trajectory.finish_reason == "length":
+        return -1.0
+    return max(-1.0, min(0.0, (limit - buffer - sampled_tokens(trajectory)) / buffer))
+
+
+def set_advantages(
+    trajectories: Iterable[Trajectory],
+    fields: Mapping[str, Any],
+    penalties: Mapping[tuple[int, int], float] = {},
+) -> None:
+    """Sets the advantage of every valid trajectory from its reward plus what (draw, sample) has in `penalties`.
+
+    Groups are draws; invalid samples belong to none.
+    """
+    valid = [one for one in trajectories if is_valid(one)]
+    if not valid:
+        return
+    chosen: dict[str, Any] = {name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS}
+    chosen["baseline"] = custom.baseline(chosen["baseline"])
+    rewards = [reward_of(one) + penalties.get((one.draw, one.sample), 0.0) for one in valid]
+    values = grpo.advantages(rewards, [one.draw for one in valid], **chosen)
+    for trajectory, value in zip(valid, values, strict=True):
+        trajectory.advantage = float(value)
+
+
+def copy(params: Params, dtype: str) -> Params:
+    """Returns the parameters as the forward pass reads them, in buffers of their own, which outlive an update that
+    donates `params`."""
+
+    def one(path: tuple, leaf: Any) -> jax.Array:
+        return jnp.array(leaf, decoder.reading_dtype(path[-1].key, dtype), copy=True)
+
+    return jax.tree_util.tree_map_with_path(one, params)

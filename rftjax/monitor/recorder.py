@@ -1,0 +1,455 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, rollouts, one line a step in the terminal."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, SupportsFloat
+
+import numpy as np
+
+from rftjax.errors import UserError
+from rftjax.monitor.events import Events
+from rftjax.monitor.loggers import Loggers
+from rftjax.monitor.rollout_files import RolloutFiles, write_whole
+from rftjax.monitor.rollouts import (
+    by_draw,
+    commonest,
+    dropped,
+    encode,
+    is_valid,
+    mean_by_name,
+    mean_tokens,
+    reward_of,
+    rollouts_markdown,
+    sampled_tokens,
+    to_json,
+)
+from rftjax.types import Trajectory
+
+log = logging.getLogger(__name__)
+
+RIGHT = 1.0  # a completion is right from this reward on
+SHORT_TOKENS = 8  # an answer of fewer tokens is often given twice
+GROUPS = 4  # fewer draws say nothing about one answer to many tasks
+NO_METRICS: Mapping[str, float] = MappingProxyType({})
+NO_HISTOGRAMS: Mapping[str, np.ndarray] = MappingProxyType({})
+NO_TEXTS: Mapping[str, str] = MappingProxyType({})
+Alarms = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]]
+
+
+class Recorder:
+    """Writes a run's metrics and rollouts below `workdir`, and its progress to the terminal.
+
+    `steps` is the run's length. With `resume_step` N everything beyond step N is removed first: the
+    run that wrote it went on past its last checkpoint. `every` is the number of steps between
+    histograms and rollout texts in TensorBoard, `rollouts` the number of conversations in a text
+    (0: none); metrics.jsonl has every step whatever these say, and rollouts/ what `RolloutFiles` keeps
+    with `keep_rollouts` and `compress_rollouts`. `alarms` says of the
+    metrics' lines what is wrong at the last one, a sentence by name. `config` has the run's fields by
+    path, for TensorBoard; `loggers` get every line as well. A process that is not `primary`
+    keeps the timers and writes nothing.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        steps: int,
+        resume_step: int = 0,
+        every: int = 1,
+        rollouts: int = 8,
+        histograms: bool = True,
+        keep_rollouts: int = -1,
+        compress_rollouts: bool = False,
+        quiet: bool = False,
+        primary: bool = True,
+        alarms: Alarms = lambda lines: {},
+        config: Mapping[str, Any] = NO_TEXTS,
+        loggers: Loggers | None = None,
+    ) -> None:
+        if every < 1:
+            raise UserError(f"logging.every={every}: a number of steps, at least 1")
+        self.workdir = Path(workdir).absolute()
+        self._every, self._rollouts, self._histograms = every, rollouts, histograms
+        self._primary = primary
+        self._alarms = alarms
+        self._loggers = loggers or Loggers({})
+        self._metrics_path = self.workdir / "metrics.jsonl"
+        self._pending: dict[int, dict[str, SupportsFloat]] = {}
+        self._times_s: dict[str, float] = collections.defaultdict(float)
+        self._outside_s = 0.0
+        self._sampled_tokens = 0
+        self._lines: list[dict[str, Any]] = []
+        self._files = RolloutFiles(
+            self.workdir / "rollouts", keep=keep_rollouts, compress=compress_rollouts
+        )
+        if primary:
+            with self._writing():
+                self._files.folder.mkdir(parents=True, exist_ok=True)
+                self._lines = _cut_metrics(self._metrics_path, resume_step)
+                self._files.cut(resume_step)
+                self._events = Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
+                if config:
+                    self._events.config(resume_step, self.workdir.name, config)
+        self._progress = Progress(steps, self._lines, quiet=quiet or not primary)
+        self._step_began_s = time.monotonic()
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, SupportsFloat] = NO_METRICS,
+        histograms: Mapping[str, np.ndarray] = NO_HISTOGRAMS,
+        trajectories: Sequence[Trajectory] = (),
+        texts: Mapping[str, str] = NO_TEXTS,
+        stream: str = "train",
+    ) -> None:
+        """Adds to a step, whose line in metrics.jsonl `flush` writes.
+
+        `stream` says whose the trajectories are: "train", "heldout" or the name of a further
+        held-out set. `texts` are Markdown for TensorBoard's text tab.
+        """
+        self._pending.setdefault(step, {}).update(metrics)
+        if stream == "train":
+            self._sampled_tokens += sum(map(sampled_tokens, trajectories))
+        if not self._primary:
+            return
+        if text := dropped(trajectories):
+            self.say(f"step {step}{'' if stream == 'train' else f', {stream}'}: {text}")
+        shown = step % self._every == 0 or stream != "train"
+        with self._writing():
+            if trajectories:
+                self._files.write(step, trajectories, stream)
+            if trajectories and self._rollouts and shown:
+                markdown = rollouts_markdown(trajectories, self._rollouts)
+                self._events.text(step, f"rollouts/{stream}", markdown)
+            for tag, text in texts.items():
+                self._events.text(step, tag, text)
+            if self._histograms and shown:
+                for tag, values in histograms.items():
+                    self._events.histogram(step, tag, values)
+
+    @contextmanager
+    def time(self, name: str, *, in_step: bool = True) -> Iterator[None]:
+        """Adds the seconds spent inside to `time/<name>_s` of the step that is flushed next.
+
+        With `in_step=False` (held-out evaluation, saves) they do not count in `time/step_s`.
+        """
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            elapsed_s = time.monotonic() - began_s
+            self._times_s[f"time/{name}_s"] += elapsed_s
+            self._outside_s += 0.0 if in_step else elapsed_s
+
+    def flush(self, step: int) -> None:
+        """Ends a step: its line in metrics.jsonl, the same scalars in TensorBoard, progress.
+
+        Call it before the step's checkpoint is saved, so that a resume from there finds the line.
+        Flushing the last step again (an evaluation at the end) adds to its line.
+        """
+        old = self._lines[-1] if self._lines else {"step": -1}
+        if step < old["step"]:
+            raise UserError(f"metrics of step {step} came after those of step {old['step']}")
+        again = step == old["step"]
+        metrics = {name: float(value) for name, value in self._pending.pop(step, {}).items()}
+        metrics = {**self._end_timers(step, again), **metrics}
+        if not self._primary:
+            return
+        if again:
+            metrics = {name: x for name, x in metrics.items() if old.get(name) != x}
+        line = {**(old if again else {"step": step}), **_without_nan(step, metrics)}
+        alarms = self._alarms([*(self._lines[:-1] if again else self._lines), line])
+        fired = {f"alarm/{name}": 1.0 for name in alarms}
+        line, metrics = {**line, **fired}, {**metrics, **fired}
+        with self._writing():
+            if again:
+                self._lines[-1] = line
+                write_whole(self._metrics_path, _encoded(self._lines))
+            else:
+                self._lines.append(line)
+                with open(self._metrics_path, "ab") as file:
+                    file.write(encode(to_json(line)))
+            self._events.scalars(step, metrics)
+            self._loggers.log(step, metrics)
+            if alarms:
+                text = "\n".join(f"- **{name}**: {words}" for name, words in alarms.items())
+                self._events.text(step, "alarms", text)
+        for name, words in alarms.items():
+            if f"alarm/{name}" not in old:
+                log.warning("step %d: alarm %s: %s", step, name, words)
+        self._progress.show(line)
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own beside the progress."""
+        self._progress.say(text)
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """The metrics of every step that was flushed, those before a resume too."""
+        return self._lines
+
+    def wait(self) -> None:
+        """Returns when the rollouts that were given are on disk; call it before the step's checkpoint is saved."""
+        with self._writing():
+            self._files.wait()
+
+    def close(self) -> None:
+        """Flushes the steps that still wait and closes the files; harmless a second time."""
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(self._writing())
+            if self._primary:
+                closing.callback(self._events.close)
+            closing.callback(self._loggers.close)
+            closing.callback(self._progress.close)
+            closing.callback(self._files.close)
+            for step in sorted(self._pending):
+                self.flush(step)
+
+    def _end_timers(self, step: int, again: bool) -> dict[str, float]:
+        """The seconds and the throughput of the step that ends now; step 0 only evaluates."""
+        now_s = time.monotonic()
+        metrics: dict[str, float] = dict(self._times_s)
+        if step > 0 and not again:
+            metrics["time/step_s"] = max(now_s - self._step_began_s - self._outside_s, 0.0)
+        if self._sampled_tokens and metrics.get("time/sample_s", 0.0) > 0:
+            metrics["throughput/sampled_tokens_per_s"] = (
+                self._sampled_tokens / metrics["time/sample_s"]
+            )
+        self._times_s.clear()
+        self._step_began_s, self._outside_s, self._sampled_tokens = now_s, 0.0, 0
+        return metrics
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns an OSError into one that says where and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot record the run ({error.strerror}). Free some space or make the directory "
+                "writable; the same command goes on from the last checkpoint",
+                str(error.filename or self.workdir),
+            ) from error
+
+
+class Progress:
+    """The run's state on one line: redrawn in a terminal, printed once a step elsewhere.
+
+    `lines` are the metrics of the steps before a resume: what they show is shown until it is new.
+    """
+
+    def __init__(self, steps: int, lines: Iterable[dict[str, Any]] = (), *, quiet: bool) -> None:
+        self._steps, self._quiet = steps, quiet
+        self._shown: dict[str, float] = {}
+        self._alarms: list[str] = []
+        self._ends_s = collections.deque([time.monotonic()], maxlen=11)
+        self._drawn = False
+        for line in lines:
+            self._remember(line)
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows the metrics of the step that just ended."""
+        self._remember(line)
+        self._ends_s.append(time.monotonic())
+        if self._quiet:
+            return
+        text = self._text(line["step"])
+        if sys.stdout.isatty():
+            done = round(20 * min(line["step"] / max(self._steps, 1), 1.0))
+            text = f"[{'#' * done}{'.' * (20 - done)}]  {text}"
+            columns = shutil.get_terminal_size().columns
+            sys.stdout.write(f"\r\033[2K{text[: columns - 1]}")
+            self._drawn = True
+        else:
+            sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        self.close()
+        if not self._quiet:
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Leaves the line standing, so that what is printed next starts on a new one."""
+        if self._drawn:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._drawn = False
+
+    def _remember(self, line: Mapping[str, Any]) -> None:
+        self._alarms = [name.removeprefix("alarm/") for name in line if name.startswith("alarm/")]
+        for name in ("reward/mean", "eval/reward", "time/step_s"):
+            if line.get(name) is not None:
+                self._shown[name] = line[name]
+
+    def _text(self, step: int) -> str:
+        fields = [f"step {step:>{len(str(self._steps)) + 1}}/{self._steps}"]
+        if "reward/mean" in self._shown:
+            fields.append(f"reward {self._shown['reward/mean']:.2f}")
+        if "eval/reward" in self._shown:
+            fields.append(f"held-out {self._shown['eval/reward']:.2f}")
+        if "time/step_s" in self._shown:
+            fields.append(f"{self._shown['time/step_s']:.1f} s/step")
+        if 0 < step < self._steps:
+            mean_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
+            fields.append(f"left {format_duration(mean_s * (self._steps - step))}")
+        fields += [f"ALARM {name}" for name in self._alarms]
+        return "  ".join(fields)
+
+
+def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
+    """Makes the directory and proves that files can be written there; raises ValueError if not."""
+    workdir = Path(path).absolute()
+    probe = workdir / f".probe-{os.getpid()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(b"rftjax")
+            os.fsync(file.fileno())
+        probe.unlink()
+        free_bytes = shutil.disk_usage(workdir).free
+    except OSError as error:
+        raise UserError(
+            f"--workdir={path}: cannot be written to ({error.strerror}); "
+            "give a directory that you may write to, on a disk with free space"
+        ) from error
+    if free_bytes < needed_bytes:
+        raise UserError(
+            f"--workdir={path}: {free_bytes / 2**30:.1f} GiB are free there, the run needs about "
+            f"{needed_bytes / 2**30:.1f} GiB; free some, lower checkpoint.keep or give another disk"
+        )
+    return workdir
+
+
+def histograms(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
+    """Returns rewards and advantages of the valid samples, and sampled tokens of all, as histograms show them."""
+    valid = [one for one in trajectories if is_valid(one)]
+    return {
+        "histogram/reward": np.asarray([reward_of(one) for one in valid]),
+        "histogram/advantage": np.asarray([one.advantage for one in valid]),
+        "histogram/completion_tokens": np.asarray([sampled_tokens(one) for one in trajectories]),
+    }
+
+
+def rollout_metrics(
+    trajectories: Sequence[Trajectory], *, right_reward: float = RIGHT
+) -> dict[str, float]:
+    """The metrics that follow from scored trajectories; rewards count where the score is valid.
+
+    A completion is right from `right_reward` on. Groups are draws; one with fewer than two valid
+    samples counts among those without variance: it teaches nothing either.
+    """
+    if not trajectories:
+        return {}
+    total = len(trajectories)
+    groups = by_draw(trajectories)
+    valid = [one for one in trajectories if is_valid(one)]
+    rewards = [reward_of(one) for one in valid]
+    failed = [one for one in trajectories if one.finish_reason == "error"]
+    unanswered = sum(one.unanswered and not one.error for one in trajectories)
+    unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in trajectories)
+    truncated = sum(one.truncated for one in trajectories)
+    different = sum(len({_completion_key(one) for one in group}) for group in groups)
+    group_rewards = [{reward_of(one) for one in group if is_valid(one)} for group in groups]
+    metrics = {
+        "reward/mean": float(np.mean(rewards)) if rewards else math.nan,
+        "reward/std": float(np.std(rewards)) if rewards else math.nan,
+        "rollout/truncated_share": truncated / total,
+        "rollout/completion_tokens_mean": mean_tokens(trajectories),
+        "rollout/turns_mean": sum(one.turns for one in trajectories) / total,
+        "rollout/duplicate_share": (total - different) / total,
+        "rollout/duplicate_wrong_share": sum(map(_odd_copies, groups)) / total,
+        "rollout/unanswered_share": unanswered / total,
+        "evaluator/error_share": (unscored - unanswered) / total,
+        "environment/error_share": len(failed) / total,
+        "groups/zero_variance_share": float(np.mean([len(some) < 2 for some in group_rewards])),
+    }
+    if len(groups) >= GROUPS:
+        metrics |= {f"rollout/{name}": value for name, value in commonest(trajectories).items()}
+    scores = [one.score for one in valid if one.score]
+    metrics |= mean_by_name("reward/part/", [score.parts for score in scores])
+    metrics |= mean_by_name("metric/", [score.metrics for score in scores])
+    right = [one for one in valid if reward_of(one) >= right_reward]
+    wrong = [one for one in valid if reward_of(one) < right_reward]
+    if rewards:
+        metrics["reward/max"] = max(rewards)
+    if right:
+        metrics["rollout/tokens_right_mean"] = mean_tokens(right)
+    if wrong:
+        metrics["rollout/tokens_wrong_mean"] = mean_tokens(wrong)
+    return metrics
+
+
+def _odd_copies(group: Sequence[Trajectory]) -> int:
+    """Number of a group's samples that copy another one, without right answers and short ones: these must repeat."""
+    kept = [one for one in group if reward_of(one) < RIGHT and sampled_tokens(one) >= SHORT_TOKENS]
+    return len(kept) - len({_completion_key(one) for one in kept})
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as 45s, 6m30s or 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _completion_key(trajectory: Trajectory) -> Any:
+    """What makes two completions identical: sampled ids, or the text where there are no ids."""
+    ids = tuple(
+        token
+        for sequence in trajectory.sequences
+        for token, sampled in zip(sequence.tokens, sequence.sampled, strict=True)
+        if sampled
+    )
+    return ids or trajectory.completion
+
+
+def _without_nan(step: int, metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Puts None (null) for NaN and infinity, which JSON cannot say, with a warning."""
+    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if broken:
+        log.warning("step %d: not a finite number, written as null: %s", step, ", ".join(broken))
+    return {name: None if name in broken else value for name, value in metrics.items()}
+
+
+def _encoded(lines: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    return (encode(to_json(line)) for line in lines)
+
+
+def _cut_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drops lines beyond a step, and ones that a kill left half written; returns what stays."""
+    if not path.exists():
+        return []
+    kept, dropped = [], 0
+    for text in path.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text) if text.strip() else None
+        except ValueError:
+            line = {}
+        step = line.get("step") if isinstance(line, dict) else None
+        if isinstance(step, int) and step <= last_step:
+            kept.append(line)
+        else:
+            dropped += line is not None
+    if dropped:
+        write_whole(path, _encoded(kept))
+    return kept

@@ -1,0 +1,1 @@
+"""The parts of one run: workdir, build, checkpoints, evaluation, the check, and the way out."""

@@ -1,0 +1,125 @@
+"""Held-out evaluation with sampling settings of its own.
+
+Every number is a mean over tasks of each task's mean, and its standard error is that of a mean over tasks: the samples
+of one task are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+
+from rftjax.errors import UserError
+from rftjax.monitor.rollouts import commonest, mean_by_name
+from rftjax.rollout import Limits, Rollout
+from rftjax.scoring import Scorer, answered
+from rftjax.types import Score, Task, Trajectory
+
+MAIN = "heldout"  # the set of `tasks.heldout`, whose metrics carry no name
+
+
+def evaluate(
+    name: str,
+    tasks: Sequence[Task],
+    samples: int,
+    limits: Limits,
+    rollout: Rollout,
+    scorer: Scorer,
+    *,
+    pass_k: Sequence[int] = (),
+    pass_reward: float = 1.0,
+) -> tuple[dict[str, float], list[Trajectory]]:
+    """Samples and scores every task of set `name`; returns its metrics (eval/... or eval/NAME/...) and trajectories.
+
+    Raises EvaluatorError above the allowed share of failures.
+    """
+    draws = list(enumerate(tasks))
+    trajectories = rollout(draws, samples, limits, stream=stream(name), on_finish=scorer.submit)
+    scorer.gather(trajectories)
+    scorer.check(answered(trajectories))
+    prefix = "eval/" if name == MAIN else f"eval/{name}/"
+    measured = measure(trajectories, pass_k=pass_k, pass_reward=pass_reward)
+    return {prefix + metric: value for metric, value in measured.items()}, trajectories
+
+
+def stream(name: str) -> int:
+    """Returns a set's noise stream, 1 or more: the same at every evaluation, whatever other sets there are."""
+    return 1 if name == MAIN else 2 + zlib.crc32(name.encode()) % (2**31 - 2)
+
+
+def measure(
+    trajectories: Sequence[Trajectory], *, pass_k: Sequence[int] = (), pass_reward: float = 1.0
+) -> dict[str, float]:
+    """Returns the metrics of scored trajectories; those without a valid score count in `error_share` alone, or in
+    `unanswered_share` where the policy sampled nothing.
+
+    `reward` (avg@k with k samples a task) is the mean reward, `pass_at_K`, for each K of `pass_k`, the chance that one
+    of K samples has a reward of at least `pass_reward`, over the tasks with K valid samples. Where scores have parts,
+    `strict` is the share of samples whose every part is at least `pass_reward`, `lenient` the mean of the mean part; a
+    sample without parts then counts with its reward as the only one. Each comes with a NAME_stderr. `part/NAME` and
+    `metric/NAME` are means over samples.
+    """
+    by_task: dict[int, list[Score]] = {}
+    for trajectory in trajectories:
+        if trajectory.score is not None and trajectory.score.valid:
+            by_task.setdefault(trajectory.draw, []).append(trajectory.score)
+    groups = list(by_task.values())
+    scores = [score for group in groups for score in group]
+    total = max(len(trajectories), 1)
+    unanswered = sum(one.unanswered and not one.error for one in trajectories)
+    metrics = _over_tasks("reward", [[score.reward for score in group] for group in groups])
+    metrics |= {
+        "tasks": float(len(groups)),
+        "error_share": (len(trajectories) - len(scores) - unanswered) / total,
+        "unanswered_share": unanswered / total,
+        "truncated_share": sum(one.truncated for one in trajectories) / total,
+    }
+    metrics |= commonest(trajectories)
+    for k in pass_k:
+        chances = [
+            [pass_at_k(len(group), sum(score.reward >= pass_reward for score in group), k)]
+            for group in groups
+            if len(group) >= k
+        ]
+        metrics |= _over_tasks(f"pass_at_{k}", chances)
+    if any(score.parts for score in scores):
+        parts = [
+            [list(score.parts.values()) or [score.reward] for score in group] for group in groups
+        ]
+        strict = [[float(min(one) >= pass_reward) for one in group] for group in parts]
+        metrics |= _over_tasks("strict", strict)
+        metrics |= _over_tasks("lenient", [[_mean(one) for one in group] for group in parts])
+    return (
+        metrics
+        | mean_by_name("part/", [score.parts for score in scores])
+        | mean_by_name("metric/", [score.metrics for score in scores])
+    )
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Returns the unbiased estimate 1 - C(samples - right, k) / C(samples, k) (Chen et al. 2021)."""
+    if not 1 <= k <= samples:
+        raise UserError(f"eval.pass_k: {k} must be between 1 and the {samples} samples of a task")
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean and the standard error of it: NaN and NaN of none, 0 for the error of one."""
+    count = len(values)
+    if not count:
+        return math.nan, math.nan
+    mean = _mean(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(count - 1, 1)
+    return mean, math.sqrt(variance / count)
+
+
+def _over_tasks(name: str, values: Iterable[Sequence[float]]) -> dict[str, float]:
+    """Returns the mean over tasks of each task's mean, and its standard error."""
+    mean, stderr = mean_and_stderr([_mean(one) for one in values])
+    return {name: mean, f"{name}_stderr": stderr}
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)

@@ -1,0 +1,105 @@
+"""The last finished step of a run: saved when it is due, and on every way out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from rftjax.errors import NotFinite, UserError
+from rftjax.monitor.recorder import Recorder
+from rftjax.run.checkpoint import NO_METRICS, Checkpoints
+from rftjax.run.interruption import Interruption
+from rftjax.types import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Saving:
+    """Holds the last finished step, and saves it whatever ends the block of this context.
+
+    Before the save the recorder is closed, and after it the functions of `close` are called. What fails in them is
+    raised where nothing else is, and is logged beside the error that ended the block.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        interruption: Interruption,
+        recorder: Recorder,
+        *close: Callable[[], None],
+    ) -> None:
+        self._checkpoints, self._interruption = checkpoints, interruption
+        self._recorder, self._close = recorder, close
+        self._finished: tuple[int, TrainState, Mapping[str, Any]] | None = None
+        self._metrics = NO_METRICS
+
+    def finished(self, step: int, state: TrainState, host: Mapping[str, Any]) -> None:
+        """Takes a step's state once nothing of it is missing; `host` is what a resume needs beside it."""
+        self._finished, self._metrics = (step, state, host), NO_METRICS
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the held-out metrics of the finished step, or of the checkpoint that the run went on from."""
+        self._metrics = metrics
+        self._checkpoints.rank(step, metrics)
+
+    def save(self) -> None:
+        """Saves the finished step, once, and once its rollouts are on disk."""
+        if self._finished is None:
+            return
+        step, state, host = self._finished
+        with self._interruption.hold():
+            self._recorder.wait()
+            self._checkpoints.save(step, state, host, self._metrics)
+
+    def __enter__(self) -> Saving:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        failed: list[BaseException] = []
+        rescue = functools.partial(self._rescue, error)
+        with self._interruption.hold():
+            for call in (self._recorder.close, rescue, self._checkpoints.close, *self._close):
+                try:
+                    call()
+                except Exception as fault:
+                    failed.append(fault)
+        if error is None and failed:
+            raise failed.pop(0)
+        for fault in failed:
+            if str(fault) != str(error):
+                log.error("while the run ended: %s: %s", type(fault).__name__, fault)
+
+    def _rescue(self, error: BaseException | None) -> None:
+        """Saves the finished step where it can be used: an update that fails takes the state before it along."""
+        if self._finished is None:
+            return
+        step, state, _ = self._finished
+        lost = any(
+            leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)
+        )
+        if lost or isinstance(error, NotFinite):
+            latest = self._checkpoints.latest_step()
+            if latest != step:
+                reason = "went into the update that failed" if lost else "gives no finite numbers"
+                log.error(
+                    "the state of step %d %s and is not saved; the last checkpoint is of step %s",
+                    step, reason, latest or 0,
+                )  # fmt: skip
+            return
+        self.save()
+
+
+def check_updates(lines: Sequence[Mapping[str, Any]], start: int, limit: int) -> None:
+    """Raises UserError where no update of the last `limit` steps after `start` had a finite gradient (0: never)."""
+    shares = [line.get("update/nonfinite_share") for line in lines if line["step"] > start]
+    if limit and len(shares) >= limit and all(share == 1.0 for share in shares[-limit:]):
+        steps = [line["step"] for line in lines][-limit:]
+        raise UserError(
+            f"optim.max_nonfinite={limit}: no gradient of steps {steps[0]} to {steps[-1]} was finite. Their updates"
+            f" were left out, and the weights of step {steps[0] - 1} are saved. The same command goes on from there;"
+            " give it a lower --config.optim.lr, or --restart_from an earlier checkpoint"
+        )

@@ -1,0 +1,127 @@
+"""What training starts from: the state of step 0, its shapes and places before it is made, or a checkpoint's state."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rftjax import config as configs
+from rftjax.devices import sharding
+from rftjax.errors import UserError
+from rftjax.learning import optim, update
+from rftjax.learning.learner import initial_reference
+from rftjax.models import decoder
+from rftjax.policy import Policy
+from rftjax.run.checkpoint import Checkpoints
+from rftjax.types import Params, TrainState
+from rftjax.weights import lora
+
+
+class Origin:
+    """A base model, whose parameters are read once they are needed, and the adapters that are trained, None in full
+    fine-tuning."""
+
+    def __init__(self, config: ConfigDict, model: Policy, mesh: Mesh) -> None:
+        self.config, self.policy, self.mesh = config, model, mesh
+
+    @functools.cached_property
+    def adapters(self) -> Params | None:
+        """The adapters of step 0; raises ValueError where those of `lora.path` cannot be used."""
+        return first_adapters(self.config, self.policy, self.mesh)
+
+    @functools.cached_property
+    def optimizer(self) -> Any:
+        """The Optax chain of the config, its schedule stretched over all updates of the steps."""
+        section, settings = self.config.grpo, self.config.optim.to_dict()
+        updates = section.updates_per_batch * section.minibatches
+        settings["warmup_steps"] *= updates
+        del settings["max_nonfinite"]  # the loop's
+        return optim.make_optimizer(steps=self.config.steps * updates, **settings)
+
+    def state(self, checkpoints: Checkpoints, step: int) -> TrainState:
+        """Returns the state after a step: its checkpoint's, with what never changes from the base model.
+
+        Nothing else of step 0 is made for it.
+        """
+        if step == 0:
+            return self.initial()
+        fixed = [name for name in checkpoints.fixed if jax.tree.leaves(getattr(self.outline, name))]
+        example = self.outline
+        if fixed:
+            base = sharding.shard_tree(self.mesh, self.policy.take(masters=False))
+            example = example._replace(**dict.fromkeys(fixed, base))
+        return checkpoints.restore(step, example)[0]
+
+    def initial(self) -> TrainState:
+        """Returns step 0, every leaf where an update leaves it: else the second update would compile again."""
+        adapters = self.adapters
+        params = self.policy.take(masters=adapters is None)
+        return sharding.shard_tree(self.mesh, self._make(params, adapters))
+
+    def start(self) -> TrainState:
+        """Returns the policy of step 0 alone, without what only training needs."""
+        step = jnp.zeros((), jnp.int32)
+        if self.adapters is None:
+            return TrainState(step, self.policy.params, {}, ())
+        return TrainState(step, self.adapters, self.policy.params, ())
+
+    @functools.cached_property
+    def outline(self) -> TrainState:
+        """Shapes and places of the state, which is not made for it."""
+        adapters = jax.eval_shape(lambda: new_adapters(self.config, self.policy))
+        shapes = jax.eval_shape(self._make, self.policy.outline, adapters)
+        return sharding.outline(self.mesh, shapes)
+
+    def _make(self, params: Params, adapters: Params | None) -> TrainState:
+        trainable, frozen, dtype = params, {}, self.config.model.dtype
+        if adapters is not None:
+            trainable, frozen = adapters, decoder.cast(params, dtype)
+        loaded = bool(self.config.lora.path)
+        reference = initial_reference(self.config.grpo, params, adapters, dtype, loaded=loaded)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, trainable, frozen, self.optimizer.init(trainable), reference)
+
+
+def new_adapters(config: ConfigDict, model: Policy) -> Params | None:
+    """Returns fresh adapters, None in full fine-tuning."""
+    section = config.lora
+    if not section.rank:
+        return None
+    return lora.init(model.config, rank=section.rank, targets=section.targets, seed=config.seed)
+
+
+def first_adapters(config: ConfigDict, model: Policy, mesh: Mesh) -> Params | None:
+    """Returns fresh adapters or those of `lora.path`, None in full fine-tuning."""
+    section, adapters = config.lora, new_adapters(config, model)
+    if adapters is None:
+        return None
+    if section.path:
+        found = load_adapters(section.path, model.config, section.alpha)
+        lora.check_like(section.path, found, adapters)
+        adapters = found
+    return sharding.shard_tree(mesh, adapters)
+
+
+def load_adapters(path: str, model: Any, alpha: float) -> Params:
+    """Returns the adapters of a PEFT directory, or of the last checkpoint of a run's workdir, scaled for `alpha`."""
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").exists():
+        return lora.load_peft(folder, model, alpha=alpha)
+    if not (folder / "config.json").exists() or not (folder / "checkpoints").is_dir():
+        raise UserError(f"lora.path={path}: {lora.instead_of_adapter(folder)}")
+    run: Any = configs.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+    try:
+        step = checkpoints.latest_step()
+        if not run.lora.rank or step is None:
+            raise UserError(f"lora.path={path}: that run has no adapters in a checkpoint")
+        adapters, _ = checkpoints.restore_params(step)
+    finally:
+        checkpoints.close()
+    return update.scale_adapters(adapters, run.lora.alpha / alpha)

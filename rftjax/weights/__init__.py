@@ -1,0 +1,1 @@
+"""Model weights in and out: Hugging Face directories, GGUF files, adapters."""

@@ -1,0 +1,310 @@
+"""Hugging Face checkpoints in and out; one name table a family serves both directions."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rftjax.errors import NotFinite, UserError
+from rftjax.models import FAMILIES, decoder
+from rftjax.models.decoder import Config
+from rftjax.models.names import Name
+from rftjax.types import Params
+from rftjax.weights import gguf, shards
+from rftjax.weights.directories import locate, read_json, write_json
+from rftjax.weights.exporting import NO_FACTS, replacing
+from rftjax.weights.model_config import exported_fields, read_config, read_fields
+from rftjax.weights.shards import Readers, read_safetensors, write_safetensors
+
+__all__ = [
+    "Model",
+    "generation_fields",
+    "load",
+    "locate",
+    "open_model",
+    "outline",
+    "read_config",
+    "read_fields",
+    "read_generation",
+    "read_json",
+    "read_safetensors",
+    "save",
+    "write_json",
+    "write_safetensors",
+]
+
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
+Leaves = Iterator[tuple[tuple[str, ...], np.ndarray]]
+
+
+class Model(NamedTuple):
+    """A model whose files are open: its shape, its Hugging Face config, and what reads its float32 parameters.
+
+    `read(place)` reads leaf after leaf, the next one while `place(path, array)` puts the last on devices.
+    """
+
+    config: Config
+    fields: dict[str, Any]
+    read: Callable[[Place | None], Params]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    init: str = "pretrained",
+    seed: int = 0,
+    place: Place | None = None,
+) -> tuple[Config, Params, dict[str, Any]]:
+    """Returns config, float32 parameters and Hugging Face fields of what `open_model` opens."""
+    model = open_model(path, dtype=dtype, init=init, seed=seed)
+    return model.config, model.read(place), model.fields
+
+
+def open_model(
+    path: str | os.PathLike[str], *, dtype: str = "float32", init: str = "pretrained", seed: int = 0
+) -> Model:
+    """Opens a directory, hub name or GGUF; raises ValueError where its tensors are not those of its config.
+
+    `dtype` is what the model computes in. `init="random"` needs a config.json alone.
+    """
+    fields = read_fields(path)
+    config = read_config(fields, dtype)
+
+    def random_leaves() -> Leaves:
+        fresh = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(seed))
+        return ((name.path, np.asarray(_leaf(fresh, name.path))) for name in _table(config))
+
+    def stored_leaves() -> Leaves:
+        leaves = ((name.path, _read_leaf(found, config, name, readers)) for name in _table(config))
+        return _prefetched(leaves)
+
+    if init == "random":
+        return Model(config, fields, functools.partial(_placed, random_leaves))
+    if init != "pretrained":
+        raise UserError(f"model.init={init!r}: must be 'pretrained' or 'random'")
+    found = locate(path)
+    if found.suffix == ".gguf" and found.is_file():
+        readers = gguf.tensors(gguf.read(found), fields)
+    else:
+        readers = shards.open_directory(found if found.is_dir() else found.parent)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tied and head in readers and embedding not in readers:
+        readers[embedding] = readers.pop(head)  # one tensor under its other name
+    if config.tied and head in readers:
+        _check_tied(found, readers)
+    expected = {hf for name in _table(config) for hf in _hf_names(config, name)}
+    missing, extra = sorted(expected - set(readers)), sorted(set(readers) - expected)
+    extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
+    if missing == ["lm_head.weight"]:
+        raise UserError(
+            f"model.path={found}: lm_head.weight is missing, and config.json says tie_word_embeddings="
+            f"{fields.get('tie_word_embeddings', 'nothing, which is false')}; if this model's head is its embedding,"
+            ' write "tie_word_embeddings": true there, else download the weights again'
+        )
+    if missing or extra:
+        raise UserError(
+            f"model.path={found}: the config asks for {len(expected)} tensors;"
+            f" missing: {_few(missing)}; unknown: {_few(extra)}"
+        )
+    return Model(config, fields, functools.partial(_placed, stored_leaves))
+
+
+def outline(config: Config) -> Params:
+    """Returns the shapes of the parameters that a model of this config has."""
+    shapes = ((name.path, _shape(config, name)) for name in _table(config))
+    return _tree((path, jax.ShapeDtypeStruct(shape, np.float32)) for path, shape in shapes)
+
+
+def _placed(leaves: Callable[[], Leaves], place: Place | None) -> Params:
+    put = place or (lambda _, leaf: jnp.asarray(leaf))
+    return _tree((path, put(path, leaf)) for path, leaf in leaves())
+
+
+def _prefetched(leaves: Leaves) -> Leaves:
+    """Yields the same; one more is read while the caller works on the last."""
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(next, leaves, None)
+        while (leaf := pending.result()) is not None:
+            pending = reader.submit(next, leaves, None)
+            yield leaf
+
+
+def _table(config: Config) -> list[Name]:
+    return FAMILIES[config.family].names(config)
+
+
+def _hf_names(config: Config, name: Name) -> list[str]:
+    if "{layer}" not in name.hf:
+        return [name.hf]
+    return [name.hf.format(layer=layer) for layer in range(config.layers)]
+
+
+def _shape(config: Config, name: Name) -> tuple[int, ...]:
+    """Returns the shape of our leaf, which holds all layers."""
+    return (config.layers, *name.shape) if "{layer}" in name.hf else name.shape
+
+
+def _hf_shape(name: Name) -> tuple[int, ...]:
+    """Returns the shape in Hugging Face's layout: (outputs, inputs) for a kernel."""
+    if not name.inputs:
+        return name.shape if name.path[-1] == "embedding" else (int(np.prod(name.shape)),)
+    inputs, outputs = name.shape[: name.inputs], name.shape[name.inputs :]
+    return int(np.prod(outputs)), int(np.prod(inputs))
+
+
+def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.ndarray:
+    parts = _hf_names(config, name)
+    leaf = np.empty(_shape(config, name), np.float32)
+    for index, hf in enumerate(parts):
+        tensor = readers[hf]()
+        if tensor.shape != _hf_shape(name):
+            raise UserError(
+                f"model.path={found}: tensor {hf} has shape {tensor.shape},"
+                f" the config asks for {_hf_shape(name)}"
+            )
+        ours = (tensor.T if name.inputs else tensor).reshape(name.shape)
+        leaf[index if "{layer}" in name.hf else ...] = ours
+    return leaf
+
+
+def _check_tied(found: Path, readers: Readers) -> None:
+    if not np.array_equal(readers["lm_head.weight"](), readers["model.embed_tokens.weight"]()):
+        raise UserError(
+            f"model.path={found}: config.json says tie_word_embeddings=True, but lm_head.weight"
+            " differs from model.embed_tokens.weight; set tie_word_embeddings to false"
+        )
+    del readers["lm_head.weight"]
+
+
+def save(
+    out: str | os.PathLike[str],
+    config: Config,
+    params: Params,
+    fields: dict[str, Any],
+    *,
+    tokenizer: Any = None,
+    generation: dict[str, Any] | None = None,
+    max_shard_bytes: float = 5e9,
+    dtype: str = "float32",
+    facts: Mapping[str, Any] = NO_FACTS,
+) -> Path:
+    """Writes a Hugging Face directory, whole or not at all, in place of an earlier export.
+
+    Raises UserError where the folder holds anything else, and NotFinite where a parameter is no finite number. `facts`
+    are stored beside the weights, in a file that other programs ignore.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
+    with replacing(out, facts) as (work, target):
+        _write_weights(work, config, params, np.dtype(dtype), max_shard_bytes)
+        write_json(work / "config.json", exported_fields(fields, config, dtype))
+        write_json(work / "generation_config.json", generation or generation_fields(fields))
+        if tokenizer is not None:
+            _write_tokenizer(work, tokenizer)
+    return target
+
+
+def _write_tokenizer(work: Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(str(work))
+    settings = read_json(work / "tokenizer_config.json")
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        # The name that transformers 4 and 5 both know for the same class.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        # Version 4 takes a list by its older name alone, and version 5 reads that too.
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for how_it_was_read in ("is_local", "local_files_only"):
+        settings.pop(how_it_was_read, None)
+    write_json(work / "tokenizer_config.json", settings)
+
+
+def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns a model's generation config, or one made of its config's token ids."""
+    found = locate(path)
+    if found.is_dir() and (found / "generation_config.json").exists():
+        return read_json(found / "generation_config.json")
+    return generation_fields(read_fields(found))
+
+
+def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a generation config with the token ids of a model config."""
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: fields[name] for name in ids if fields.get(name) is not None}
+
+
+def _hf_tensors(
+    config: Config, params: Params, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name in _table(config):
+        leaf = np.asarray(_leaf(params, name.path))
+        for index, hf in enumerate(_hf_names(config, name)):
+            tensor = leaf[index] if "{layer}" in name.hf else leaf
+            shape = _hf_shape(name)
+            flat = tensor.reshape(shape[::-1]).T if name.inputs else tensor.reshape(shape)
+            written = np.ascontiguousarray(flat, dtype)
+            if not np.isfinite(written).all():
+                raise NotFinite(
+                    f"tensor {hf} holds numbers that are not finite in {dtype}, so nothing was exported;"
+                    " export an earlier step, or with dtype='float32'"
+                )
+            yield hf, written
+
+
+def _write_weights(
+    work: Path, config: Config, params: Params, dtype: np.dtype, max_shard_bytes: float
+) -> None:
+    shards: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    total_bytes = shard_bytes = 0
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        write_safetensors(work / f"part-{len(shards)}", shard)
+        shards.append(list(shard))
+        shard, shard_bytes = {}, 0
+
+    for hf, tensor in _hf_tensors(config, params, dtype):
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+        shard[hf] = tensor
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (work / "part-0").rename(work / "model.safetensors")
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (work / f"part-{index}").rename(work / file)
+        weight_map |= dict.fromkeys(names, file)
+    index_fields = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_json(work / "model.safetensors.index.json", index_fields)
+
+
+def _leaf(params: Params, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda tree, key: tree[key], path, params)
+
+
+def _tree(leaves: Any) -> Params:
+    params: dict[str, Any] = {}
+    for path, leaf in leaves:
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return params
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more or "none"

@@ -1,0 +1,215 @@
+"""A Hugging Face config.json in terms of our decoder; every field is read, known to be harmless, or refused by name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rftjax.errors import UserError
+from rftjax.models import FAMILIES
+from rftjax.models.decoder import Config
+from rftjax.weights import gguf
+from rftjax.weights.directories import config_file, locate, read_json
+
+# Fields that never change what a decoder computes, whatever their value.
+HARMLESS = {
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "dual_chunk_attention_config",  # of other engines, beyond the length that the model was trained on
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_sequence_length",
+    "model_max_length",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "tokenizer_model_max_length",
+    "tokenizer_padding_side",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "use_bfloat16",
+    "use_cache",
+    "use_flash_attention",
+    "use_flash_attn",
+    "use_return_dict",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_flash_attn_2_enabled",
+    "_from_model_config",
+    "_name_or_path",
+}
+# How transformers' generate() samples: older versions wrote this into every config.json. rftjax samples by its own
+# config alone.
+GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+# What tools leave behind; each begins the names of fields that say nothing about the model.
+MARKS = ("unsloth_", "transformers.js")
+# Fields of every family, each with the values under which the port is exact.
+EXACT = {
+    "add_cross_attention": (False, None),
+    "attn_pdrop": (0, None),
+    "auto_map": (None,),
+    "bias": (False, None),
+    "chunk_size_feed_forward": (0, None),
+    "compression_config": (None,),
+    "cross_attention_hidden_size": (None,),
+    "embd_pdrop": (0, None),
+    "is_decoder": (False, True, None),
+    "is_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization": (None,),
+    "quantization_config": (None,),
+    "resid_pdrop": (0, None),
+    "rope_interleaved": (False, None),
+    "tie_encoder_decoder": (False, None),
+}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+NUMBERS = (
+    *("head_dim", "initializer_range", "max_position_embeddings", "num_key_value_heads"),
+    *("rms_norm_eps", "rope_theta", "sliding_window", "max_window_layers"),
+)
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
+UNQUANTISED = "use the unquantised checkpoint of this model"
+WAY_OUT = {
+    "compression_config": UNQUANTISED,
+    "quantization": UNQUANTISED,
+    "quantization_config": UNQUANTISED,
+    "auto_map": "code that comes with a checkpoint is never run",
+}
+
+
+def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the Hugging Face config of a directory, a config.json or a GGUF file as a dict."""
+    found = locate(path)
+    if found.suffix == ".gguf" and found.is_file():
+        return gguf.hf_fields(gguf.read(found))
+    file = config_file(found)
+    fields = read_json(file)
+    if "model_type" not in fields and file.name != "config.json":
+        raise UserError(
+            f"model.path={file}: is no config.json (no model_type); give the directory of the model, {file.parent}"
+        )
+    return fields
+
+
+def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
+    """Returns the shape of the model; refuses every field whose effect is not implemented."""
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type={kind!r} is not implemented;"
+            f" rftjax knows {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    exact = EXACT | family.EXACT
+    for name, value in fields.items():
+        if name in exact and value not in exact[name]:
+            way_out = WAY_OUT.get(name, f"only {' or '.join(map(repr, exact[name]))} is")
+            raise UserError(f"config.json: {name}={value!r} is not implemented; {way_out}")
+    known = set(exact) | HARMLESS | GENERATION | family.READ
+    unknown = sorted(name for name in set(fields) - known if not name.startswith(MARKS))
+    if unknown:
+        named = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
+        raise UserError(
+            f"config.json: rftjax does not know what {named} does to a {kind} model, so it refuses"
+            " to guess; remove the field if it has no effect on what the model computes"
+        )
+    _check_types(fields, kind)
+    config = family.config(fields, dtype)
+    if config.heads % config.kv_heads:
+        raise UserError(
+            f"config.json: num_attention_heads={config.heads} is no multiple of"
+            f" num_key_value_heads={config.kv_heads}"
+        )
+    return config
+
+
+def _check_types(fields: dict[str, Any], kind: str) -> None:
+    """Raises UserError for a size that is missing and for a field that holds another kind of value than it should."""
+    for name in REQUIRED:
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"config.json: {name}={value!r}; a {kind} model needs a positive integer"
+            )
+    for name in NUMBERS:
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise UserError(f"config.json: {name}={value!r}: must be a number; correct it there")
+    for name in SWITCHES:
+        if not isinstance(fields.get(name), bool | None):
+            raise UserError(f"config.json: {name}={fields[name]!r}: must be true or false")
+
+
+def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:
+    """Returns the config of an export, which transformers 4 and 5 read alike.
+
+    Version 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`, version 5 `dtype` and `rope_parameters`.
+    """
+    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = config.rope.kind
+    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}
+    scaling = {"rope_type": kind} | {k: v for k, v in scaling.items() if k != "rope_type"}
+    return fields | {
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if kind == "default" else scaling,
+        "rope_parameters": scaling | {"rope_theta": config.rope.theta},
+    }

@@ -1,0 +1,144 @@
+"""The safetensors files of a directory: which ones hold the weights, and what reads their tensors."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rftjax.errors import UserError
+from rftjax.weights.directories import check_content, read_json
+
+log = logging.getLogger(__name__)
+
+Readers = dict[str, Callable[[], np.ndarray]]
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+READ = ("F32", "F16", "BF16")
+OTHERS = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.ckpt")  # weights in other formats
+
+
+def open_directory(directory: Path) -> Readers:
+    """Returns readers of every tensor by name.
+
+    As in transformers one whole file goes before an index, and an index before files that none names; of a tensor
+    that two files of an index hold the last file's is taken.
+    """
+    index = directory / INDEX
+    if (directory / WHOLE).exists():
+        if index.exists():
+            log.warning("%s: %s is read, %s beside it is not", directory, WHOLE, INDEX)
+        return open_file(directory / WHOLE)
+    if index.exists():
+        return _indexed(directory, index)
+    files = _numbered(directory)
+    readers: Readers = {}
+    for file in files:
+        found = open_file(file)
+        twice = sorted(set(found) & set(readers))
+        if twice:
+            raise UserError(
+                f"model.path={directory}: {twice[0]} is in two of the {len(files)} files, and there is no {INDEX} that"
+                " says which one counts; download the model again"
+            )
+        readers |= found
+    return readers
+
+
+def _indexed(directory: Path, index: Path) -> Readers:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"model.path={index}: has no weight_map from tensors to files")
+    files = sorted(set(map(str, places.values())))
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing:
+        raise UserError(
+            f"model.path={directory}: {INDEX} names {len(files)} files, {len(missing)} of them are missing"
+            f" ({missing[0]}); download them too, or remove the index if it belongs to other weights"
+        )
+    readers: Readers = {}
+    for file in files:
+        readers |= open_file(directory / file)
+    lost = sorted(set(places) - set(readers))
+    if lost:
+        raise UserError(
+            f"model.path={directory}: {INDEX} puts {lost[0]} into {places[lost[0]]}, which does not hold it; download"
+            " the model again"
+        )
+    return readers
+
+
+def _numbered(directory: Path) -> list[Path]:
+    """Returns the files model-00001-of-0000N.safetensors, all N of them."""
+    found = {path: SHARD.match(path.name) for path in sorted(directory.glob("*.safetensors"))}
+    shards = {path: match for path, match in found.items() if match and match["stem"] == "model"}
+    counts = {int(match["count"]) for match in shards.values()}
+    if not shards:
+        raise UserError(f"model.path={directory}: {WHOLE} is missing; {_instead(directory)}")
+    numbers = [int(match["number"]) for match in shards.values()]
+    if len(counts) > 1 or sorted(numbers) != list(range(1, max(counts) + 1)):
+        raise UserError(
+            f"model.path={directory}: there is neither {WHOLE} nor {INDEX}, and the numbered files are not one whole"
+            f" set ({', '.join(path.name for path in shards)}); download the others and the index"
+        )
+    return list(shards)
+
+
+def _instead(directory: Path) -> str:
+    others = sorted(file.name for pattern in OTHERS for file in directory.glob(pattern))
+    if others:
+        return (
+            f"rftjax reads safetensors and not {others[0]}: load the model with transformers and write it again"
+            " with save_pretrained"
+        )
+    files = sorted(file.name for file in directory.glob("*.gguf"))
+    if files:
+        return f"there is {files[0]}: give its own path, model.path={directory / files[0]}"
+    files = sorted(file.name for file in directory.glob("*.safetensors"))
+    if files:
+        return (
+            f"there is {files[0]}, a name that no {INDEX} explains: if it holds the whole model in Hugging Face's"
+            f" names, rename it to {WHOLE}"
+        )
+    return 'download the weights, or say model.init="random" to start from none'
+
+
+def open_file(path: Path, field: str = "model.path") -> Readers:
+    """Returns readers of one file's tensors; raises UserError for a damaged file and a dtype that is not read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{field}={path.parent}: {path.name} is missing; download it too")
+    check_content(path, field)
+    try:
+        file = safe_open(path, "numpy")
+        names = file.keys()
+        kinds = {name: file.get_slice(name).get_dtype() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{field}={path}: not a whole safetensors file ({error}); download it again"
+        ) from error
+    for name, kind in kinds.items():
+        if kind not in READ:
+            raise UserError(
+                f"{field}={path}: tensor {name} is stored as {kind}; rftjax reads {', '.join(READ)}: use the"
+                " checkpoint before quantisation, or load it with transformers and save it in bfloat16"
+            )
+    return {name: functools.partial(file.get_tensor, name) for name in kinds}
+
+
+def read_safetensors(path: Path, field: str = "model.path") -> dict[str, np.ndarray]:
+    """Returns every tensor of one file; raises UserError where it is missing or damaged."""
+    return {name: read() for name, read in open_file(path, field).items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes one file of contiguous tensors."""
+    from safetensors.numpy import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
