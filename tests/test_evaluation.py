@@ -269,7 +269,7 @@ def test_every_held_out_set_has_metrics_and_rollouts_of_its_own(finished):
 
 def documented():
     """Patterns of the metric names in the reference, where NAME and K stand for what a run has."""
-    text = (Path(__file__).parent.parent / "experiments" / "README.md").read_text()
+    text = (Path(__file__).parent.parent / "experiments" / "reference.md").read_text()
     rows = re.findall(r"^\| `(.+?)` \| (.*) \|$", text.partition("\n## Metrics\n")[2], re.M)
     names = [name for name, _ in rows]
     names += [f"{name}_stderr" for name, meaning in rows if "(`_stderr`)" in meaning]

@@ -12,7 +12,7 @@ from rftjax.types import Task, Trajectory
 from rftjax.workers.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
-REFERENCE = ROOT / "experiments" / "README.md"
+REFERENCE = ROOT / "experiments" / "reference.md"
 SPECS = sorted(
     path.name
     for path in (ROOT / "experiments").glob("*.py")
@@ -114,4 +114,4 @@ def test_the_reference_has_every_preset_with_its_settings():
 def test_the_reference_has_every_spec():
     text = REFERENCE.read_text()
     assert [name for name in SPECS if f"| `{name}` |" not in text] == []
-    assert "(experiments/README.md)" in (ROOT / "README.md").read_text()
+    assert "(experiments/reference.md)" in (ROOT / "README.md").read_text()

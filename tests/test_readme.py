@@ -101,12 +101,12 @@ def test_the_blocks_run_as_they_stand(shell, tmp_path):
 
 
 def test_the_guide_names_fields_and_alarms_that_there_are():
-    text = (ROOT / "docs" / "guide.md").read_text()
+    text = (ROOT / "experiments" / "README.md").read_text()
     known = configs.flatten(configs.base_config())
     sections = {field.partition(".")[0] for field in known if "." in field}
     named = set(re.findall(r"`(?:--config\.)?([a-z]+\.[a-z_]+)(?:=[^`]*)?`", text))
     assert {one for one in named if one.partition(".")[0] in sections} <= set(known)
     table = re.findall(r"^\| `(\w+)` \|", text, re.M)
     assert sorted(table) == sorted(alarms.NAMES)
-    for block in blocks(ROOT / "docs" / "guide.md", "python"):
+    for block in blocks(ROOT / "experiments" / "README.md", "python"):
         ast.parse(block)
