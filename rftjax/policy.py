@@ -98,10 +98,10 @@ class Policy:
         self._closed.set()
 
     @property
-    def outline(self) -> Params:
-        """Shapes and places of masters, which are not read for it."""
-        shapes = hf.outline(self.config)
-        return shapes if self.mesh is None else sharding.outline(self.mesh, shapes)
+    def abstract_params(self) -> Params:
+        """The abstract masters: shapes, dtypes and shardings without data."""
+        shapes = hf.abstract_params(self.config)
+        return shapes if self.mesh is None else sharding.abstract_tree(self.mesh, shapes)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -62,7 +62,7 @@ def train(
         with Saving(checkpoints, interruption, recorder, sampling.close) as saving:
             ahead = job.compiling(learner, stream, recorder)
             with ahead if goes_on() else contextlib.nullcontext():
-                state = job.origin.state(checkpoints, start)
+                state = job.state_builder.state(checkpoints, start)
             if job.heldout_due(step) and heldout_missing():
                 heldout()
                 recorder.flush(step)

@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from rftjax import config as configs
 from rftjax.run import memory
-from rftjax.run.build import Job, resolve
+from rftjax.run.build import Job, complete_config
 
 ROOT = Path(__file__).parents[1]
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6}
@@ -47,7 +47,7 @@ def gibibytes(folder: Path, form: dict[str, int]) -> float:
     for field, value in form.items():
         section, name = field.split(".")
         config[section][name] = value
-    with Job.build(resolve(config), folder) as parts:
+    with Job.build(complete_config(config), folder) as parts:
         found = memory.estimate(parts)
         return max(found[memory.SAMPLING], found[memory.UPDATE]) / 2**30
 

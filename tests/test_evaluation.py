@@ -404,7 +404,7 @@ def test_a_prompt_of_a_set_that_leaves_no_room_is_named(config, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "w1 " * 20, "id": "big"}) + "\n")
     long = changed(config, eval__sets=(f"long={tmp_path / 'long.jsonl'}",))
     with pytest.raises(ValueError, match=r"eval.sets\[long\]: task 'big' has a prompt of 20 tok"):
-        job.Job.build(job.resolve(long), tmp_path)
+        job.Job.build(job.complete_config(long), tmp_path)
 
 
 def test_check_mode_tries_the_held_out_sets_and_their_evaluator(many_sets, tmp_path, capsys):

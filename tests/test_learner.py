@@ -278,7 +278,7 @@ def test_answers_of_mixed_lengths_compile_nothing_that_was_not_compiled_ahead(mo
     one.shape = SHAPE | {"max_length": 100, "pack_tokens": 40, "pack_scored": 36}
     # Placed as an update leaves it.
     state = sharding.shard_tree(MESH, fresh_state(model, optimizer))
-    programs = one.programs(sharding.outline(MESH, state))
+    programs = one.programs(sharding.abstract_tree(MESH, state))
     assert len(programs) == 2 * 3  # updates and old log-probabilities, of 40, 80 and 128 tokens
     with compiling(programs):
         pass

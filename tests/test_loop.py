@@ -50,7 +50,7 @@ def test_the_loop_makes_the_updates_of_train(loop, tiny_dir, tmp_path):
     config.sampler.max_new_tokens, config.sampler.slots, config.rollout.max_length = 6, 12, 24
     config.scoring.workers, config.scoring.timeout_s = 1, 120.0
     config.optim.lr, config.seed = 1e-3, 5
-    state, _ = train.train(job.resolve(config), tmp_path / "run")
+    state, _ = train.train(job.complete_config(config), tmp_path / "run")
 
     policy = rftjax.load(str(tiny_dir))
     found = loop.train(

@@ -13,7 +13,7 @@ from rftjax import modes, policy
 from rftjax.learning import update
 from rftjax.models import decoder
 from rftjax.run import build as job
-from rftjax.run import start as origin
+from rftjax.run import start
 from rftjax.sampler import device
 from rftjax.weights import hf, lora
 
@@ -216,7 +216,7 @@ def test_messages_about_an_adapters_files_name_lora_path(model, adapters, tiny_d
         (tmp_path, "neither adapter_config.json nor"),
     ):
         with pytest.raises(ValueError, match=f"^lora.path=.*{words}.*give a directory that peft"):
-            origin.load_adapters(str(path), model.config, 8.0)
+            start.load_adapters(str(path), model.config, 8.0)
 
 
 def test_adapters_scaled_by_the_root_of_the_rank_keep_their_product(model, adapters, tmp_path):
@@ -364,9 +364,9 @@ def test_two_halves_of_a_run_with_adapters_are_the_whole(spec, whole, tmp_path):
 def test_a_run_starts_from_an_earlier_run_or_its_peft_directory(spec, whole, model, source):
     config = spec.copy_and_resolve_references()
     config.lora.path, config.lora.alpha = str(whole / source), 5.0
-    with job.Job.build(job.resolve(config), whole) as parts:
-        started = parts.origin.adapters
-        state = parts.origin.initial()
+    with job.Job.build(job.complete_config(config), whole) as parts:
+        started = parts.state_builder.adapters
+        state = parts.state_builder.initial_state()
         assert state.reference == ()  # the base is one, and nothing is measured against it here
         moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
         adapted = [leaf.shape for leaf in jax.tree.leaves(started)]

@@ -32,9 +32,9 @@ def test_the_table_counts_what_a_device_holds(tiny_dir, tmp_path):
     config.sampler.max_new_tokens, config.rollout.max_length = 32, 64
     config.lora.rank, config.grpo.kl_weight, config.grpo.kl_refresh_steps = 4, 0.1, 5
     config.mesh.fsdp, config.mesh.data, config.eval.every = 4, 2, 0
-    with Job.build(job.resolve(config), tmp_path / "run") as parts:
+    with Job.build(job.complete_config(config), tmp_path / "run") as parts:
         table = memory.estimate(parts)
-        state = parts.origin.initial()
+        state = parts.state_builder.initial_state()
         assert table["trained parameters"] == size(state.trainable)
         assert table["optimizer"] == size(state.opt_state)
         assert table["frozen base"] == size(state.frozen)

@@ -10,7 +10,7 @@ import pytest
 
 from rftjax import config
 from rftjax.learning import optim
-from rftjax.run.start import Origin
+from rftjax.run.start import StateBuilder
 
 PARAMS = {
     "layers": {
@@ -139,8 +139,8 @@ def test_the_fields_reach_the_update(tiny_dir):
     spec.optim.lr, spec.optim.schedule, spec.optim.clip = 0.5, "linear", 0.0
     spec.optim.beta1, spec.optim.beta2, spec.optim.eps = 0.0, 0.0, 1.0
     spec.optim.final_lr_share = 0.5
-    model = Namespace(config=None, outline=None)
-    optimizer = Origin(spec, model, None).optimizer
+    model = Namespace(config=None, abstract_params=None)
+    optimizer = StateBuilder(spec, model, None).optimizer
     params = {"kernel": jnp.zeros((2, 2))}
     state = optimizer.init(params)
     for rate in (0.5, 0.4375):  # without memory a step is rate g / (|g| + 1)
@@ -156,7 +156,7 @@ def test_the_schedule_is_stretched_over_all_updates_of_a_step(tiny_dir, updates)
     spec.optim.beta1, spec.optim.beta2, spec.optim.eps = 0.0, 0.0, 1.0
     spec.optim.warmup_steps = 1
     spec.grpo.updates_per_batch = spec.grpo.minibatches = int(updates**0.5)
-    optimizer = Origin(spec, Namespace(config=None), None).optimizer
+    optimizer = StateBuilder(spec, Namespace(config=None), None).optimizer
     params, rates = {"kernel": jnp.zeros((1, 1))}, []
     state = optimizer.init(params)
     for _ in range(4 * updates + 1):

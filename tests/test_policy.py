@@ -58,7 +58,7 @@ def test_a_lazy_model_reads_its_parameters_once_they_are_asked_for(tiny_dir, mon
     read_leaf = hf._read_leaf
     monkeypatch.setattr(hf, "_read_leaf", lambda *a: read.append(a[2].path) or read_leaf(*a))
     opened = rftjax.load(str(tiny_dir), mesh=sharding.make_mesh(fsdp=2, data=4), lazy=True)
-    shapes = opened.outline
+    shapes = opened.abstract_params
     assert not read
     opened.read_ahead()
     params = opened.params

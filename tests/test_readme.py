@@ -16,7 +16,7 @@ from rftjax import config as configs
 from rftjax.config import specs
 from rftjax.config.flags import diagnose
 from rftjax.monitor import alarms
-from rftjax.run.build import resolve as resolve_config
+from rftjax.run.build import complete_config
 from rftjax.types import Task, Trajectory
 from rftjax.workers.resolve import resolve
 
@@ -81,7 +81,7 @@ def test_the_files_that_are_pasted_make_a_sound_job(tmp_path, monkeypatch):
             section, _, name = field.rpartition(".")
             (config[section] if section else config)[name] = wanted(value)
     config.model.path = "owner/model"  # in place of what the shell would fill in
-    resolve_config(config)
+    complete_config(config)
 
 
 @pytest.mark.skipif(not SLOW, reason=WHY)

@@ -269,7 +269,7 @@ def test_an_evaluation_that_failed_is_made_up_by_the_run_that_goes_on(config, tm
     one = config.copy_and_resolve_references()
     file = one.evaluator.rpartition(":")[0]
     one.eval.evaluator = f"{file}:heldout"
-    one = job.resolve(one)
+    one = job.complete_config(one)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert train.train(one, whole)[1]
     train.train(one, parted, stop_after=1)
@@ -291,7 +291,7 @@ def test_an_evaluation_that_failed_is_made_up_by_the_run_that_goes_on(config, tm
 
 
 def test_a_run_whose_steps_were_lowered_is_complete_and_evaluated(config, tmp_path):
-    one = job.resolve(config)
+    one = job.complete_config(config)
     assert not train.train(one, tmp_path, stop_after=1)[1]
     with one.unlocked():
         one.steps = 1
@@ -304,7 +304,7 @@ def test_gradients_that_are_not_finite_leave_the_last_good_weights(config, tmp_p
     one.evaluator = one.evaluator.replace(":evaluate", ":huge")
     one.grpo.scale, one.eval.every, one.optim.max_nonfinite = "none", 0, 2
     with pytest.raises(UserError, match="optim.max_nonfinite=2: no gradient of steps 1 to 2"):
-        train.train(job.resolve(one), tmp_path)
+        train.train(job.complete_config(one), tmp_path)
     assert [line["update/nonfinite_share"] for line in lines_of(tmp_path)] == [1.0, 1.0]
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     params, _ = checkpoints.restore_params(2)

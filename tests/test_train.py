@@ -411,15 +411,15 @@ def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tm
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_the_outline_of_a_state_is_that_of_the_state(config, tmp_path, rank, kl):
+def test_the_abstract_state_is_that_of_the_state(config, tmp_path, rank, kl):
     one = config.copy_and_resolve_references()
     one.lora.rank, one.grpo.kl_weight, one.mesh.fsdp = rank, kl, 2
-    with Job.build(job.resolve(one), tmp_path) as parts:
-        outline, state = parts.origin.outline, parts.origin.initial()
-    for shape, leaf in zip(jax.tree.leaves(outline), jax.tree.leaves(state), strict=True):
+    with Job.build(job.complete_config(one), tmp_path) as parts:
+        abstract, state = parts.state_builder.abstract_state, parts.state_builder.initial_state()
+    for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (shape.shape, shape.dtype, shape.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
         assert not leaf.weak_type
-    assert jax.tree.structure(outline) == jax.tree.structure(state)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
 
 
 def test_a_resume_does_not_read_the_base_model_that_it_does_not_need(

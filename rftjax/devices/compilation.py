@@ -31,8 +31,8 @@ class Program(NamedTuple):
         """Traces what `run` would do, for `compile`; takes nothing away."""
         return self.function.lower(*self.arguments, **self.settings)
 
-    def outline(self) -> Any:
-        """Compiles it; returns the shapes and places of what `run` would return."""
+    def abstract_output(self) -> Any:
+        """Compiles the call; returns the abstract form of its result: shapes, dtypes and shardings."""
         lowered = self.lower()
         return jax.tree.map(
             lambda one, place: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=place),

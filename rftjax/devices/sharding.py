@@ -128,8 +128,8 @@ def shard_tree(mesh: Mesh, tree: Params) -> Params:
     return jax.device_put(tree, shardings(mesh, tree))
 
 
-def outline(mesh: Mesh, tree: Params) -> Params:
-    """Returns the shapes and places of what `shard_tree` returns for a tree of arrays or shapes."""
+def abstract_tree(mesh: Mesh, tree: Params) -> Params:
+    """Returns the abstract form of what `shard_tree` returns: shapes, dtypes and shardings without data."""
     return jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
         tree,

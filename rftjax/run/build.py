@@ -34,9 +34,9 @@ from rftjax.run.checkpoint import Checkpoints
 from rftjax.run.heldout import MAIN, evaluate
 from rftjax.run.hooks import Hook
 from rftjax.run.inputs import fingerprints
-from rftjax.run.prefetch import Sampling
+from rftjax.run.prefetch import Prefetch
 from rftjax.run.sampling import make_rollout
-from rftjax.run.start import Origin
+from rftjax.run.start import StateBuilder
 from rftjax.sampler import device
 from rftjax.scoring import Scorer
 from rftjax.text import chat
@@ -46,7 +46,7 @@ from rftjax.weights import lora
 log = logging.getLogger(__name__)
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def complete_config(config: ConfigDict) -> ConfigDict:
     """Returns the config with its preset's fields filled in; raises ValueError listing everything wrong with it."""
     config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
@@ -66,9 +66,9 @@ def open_config(workdir: Path, given: ConfigDict, flags: dict[str, Any]) -> Conf
     given = expand_home(given)
     stored = stored_config(workdir)
     if stored is None:
-        return resolve(given)
+        return complete_config(given)
     flags = {field: expand_value(field, value) for field, value in flatten(flags).items()}
-    return resolve(merge_resume(stored, given, flags))
+    return complete_config(merge_resume(stored, given, flags))
 
 
 def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:
@@ -121,7 +121,7 @@ class Job:
     train_tasks: list[Task]
     heldout: dict[str, list[Task]]
     policy: policy.Policy
-    origin: Origin
+    state_builder: StateBuilder
     mesh: jax.sharding.Mesh
     rollout: Rollout
     replicated: list[str]
@@ -165,7 +165,7 @@ class Job:
             if not resumes:
                 model.read_ahead()
             config = checks.fit_context(config, model)
-            replicated = sharding.replicated_axes(mesh, model.outline)
+            replicated = sharding.replicated_axes(mesh, model.abstract_params)
             for name in replicated:
                 log.warning("%s", name)
             named = {set_field(name): found for name, found in heldout.items()}
@@ -175,9 +175,11 @@ class Job:
             )
             train_tasks = fitting["tasks.train"]
             heldout = {name: fitting[set_field(name)] for name in heldout}
-            origin = Origin(config, model, mesh)
+            state_builder = StateBuilder(config, model, mesh)
             if not resumes:
-                _ = origin.adapters  # those of lora.path are checked before anything is sampled
+                _ = (
+                    state_builder.adapters
+                )  # those of lora.path are checked before anything is sampled
             rollout = make_rollout(config, model, environments)
             workers.pop_all()  # from here on they are the job's
         return cls(
@@ -190,7 +192,7 @@ class Job:
             train_tasks,
             heldout,
             model,
-            origin,
+            state_builder,
             mesh,
             rollout,
             replicated,
@@ -267,7 +269,7 @@ class Job:
             loss = dataclasses.replace(loss, kl_weight=0.0)
         return update.make_update(
             self.policy.config,
-            self.origin.optimizer,
+            self.state_builder.optimizer,
             loss,
             term=custom.loss_term(self.config.grpo.loss),
             remat=self.config.model.remat,
@@ -275,7 +277,7 @@ class Job:
             lora_scale=self.lora_scale,
             mesh=self.mesh,
             **self._distribution,
-            shardings=jax.tree.map(lambda leaf: leaf.sharding, self.origin.outline),
+            shardings=jax.tree.map(lambda leaf: leaf.sharding, self.state_builder.abstract_state),
         )
 
     @functools.cached_property
@@ -337,8 +339,8 @@ class Job:
         )
 
     def _programs(self, learner: Learner, stream: tasks.TaskStream) -> Iterator[Program]:
-        yield from learner.programs(self.origin.outline)
-        weights = self.sampler_weights(self.origin.outline).outline()
+        yield from learner.programs(self.state_builder.abstract_state)
+        weights = self.sampler_weights(self.state_builder.abstract_state).abstract_output()
         ahead = stream.upcoming(self.config.batch.prompts)
         tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
         prompts = chat.prompts(tokenizer, ahead, tools=tools)
@@ -348,7 +350,7 @@ class Job:
             weights, max(map(len, prompts)), limits.max_new_tokens, filtered=filtered
         )
 
-    def sampling(self, stream: tasks.TaskStream) -> Sampling:
+    def sampling(self, stream: tasks.TaskStream) -> Prefetch:
         """Returns what samples the training batches of the stream."""
 
         def sample(draws: list[tuple[int, Task]]) -> list[Trajectory]:
@@ -359,7 +361,7 @@ class Job:
             self.rollout.engine.set_params(None)
 
         prompts = self.config.batch.prompts
-        return Sampling(stream, prompts, self.set_weights, sample, release, **self.config.overlap)
+        return Prefetch(stream, prompts, self.set_weights, sample, release, **self.config.overlap)
 
     def counts(self) -> dict[str, float]:
         """Returns metrics of what happened since the last call: programs compiled, and waiting conversations that gave

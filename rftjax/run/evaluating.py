@@ -42,7 +42,7 @@ def evaluate(config: ConfigDict, workdir: Path, wanted: str = "last") -> list[st
         checkpoints = parts.checkpoints(read_only=True)
         try:
             step = choose_step(checkpoints, wanted)
-            state = parts.origin.state(checkpoints, step)
+            state = parts.state_builder.state(checkpoints, step)
         finally:
             checkpoints.close()
         parts.set_weights(state)

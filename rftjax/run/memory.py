@@ -19,7 +19,7 @@ UPDATE = "at most in an update"
 def estimate(parts: Job) -> dict[str, float]:
     """Returns bytes on one device by what they are for, and the sums of the two halves of a step under SAMPLING and
     UPDATE. Compiles the update, which the job then finds in its cache."""
-    state = parts.origin.outline
+    state = parts.state_builder.abstract_state
     held: dict[str, float] = {
         "trained parameters": _bytes(state.trainable),
         "optimizer": _bytes(state.opt_state),
@@ -55,7 +55,7 @@ def _bytes(tree: Any) -> float:
 
 
 def _weights(parts: Job) -> float:
-    shapes = jax.eval_shape(parts.sampler_weights(parts.origin.outline).run)
+    shapes = jax.eval_shape(parts.sampler_weights(parts.state_builder.abstract_state).run)
     if parts.policy.mesh is None:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
     places = sharding.decode_shardings(parts.policy.mesh, shapes)

@@ -12,7 +12,7 @@ from rftjax.types import Task, TrainState, Trajectory
 Sample = Callable[[list[tuple[int, Task]]], list[Trajectory]]
 
 
-class Sampling:
+class Prefetch:
     """Takes draws from the stream and has them sampled; with `max_staleness` 1 one batch ahead of the update.
 
     `use` hands a state's weights to the sampler (`keep`: as copies that outlive the state), `sample` samples with them,

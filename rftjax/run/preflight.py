@@ -16,7 +16,7 @@ from rftjax.monitor import reasons, rollout_files, transcripts
 from rftjax.monitor.recorder import rollout_metrics
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.run import memory
-from rftjax.run.build import Job, resolve
+from rftjax.run.build import Job, complete_config
 from rftjax.run.heldout import MAIN
 from rftjax.scoring import answered
 from rftjax.tasks.curriculum import task_stream
@@ -74,7 +74,7 @@ def check(given: Any, workdir: Path) -> None:
 
     Leaves what it found in the folder `check` of the workdir, and nothing else.
     """
-    with Job.build(resolve(given), workdir) as parts, Report(workdir / "check") as report:
+    with Job.build(complete_config(given), workdir) as parts, Report(workdir / "check") as report:
         _say_parts(parts, report)
         _say_prompt(parts, report)
         _say_tools(parts, report)
@@ -163,7 +163,7 @@ def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
 def _sample(parts: Job) -> list[Trajectory]:
     """Returns scored samples of the base model, of a few prompts or more until a group's rewards differ."""
     config, scorer = parts.config, parts.scorer
-    parts.set_weights(parts.origin.start())
+    parts.set_weights(parts.state_builder.initial_policy())
     stream = task_stream(parts.train_tasks, config.seed, config.tasks.sampling)
     trajectories: list[Trajectory] = []
     left = min(config.batch.prompts, len(parts.train_tasks))

@@ -23,7 +23,7 @@ from rftjax.types import Params, TrainState
 from rftjax.weights import lora
 
 
-class Origin:
+class StateBuilder:
     """A base model, whose parameters are read once they are needed, and the adapters that are trained, None in full
     fine-tuning."""
 
@@ -50,21 +50,25 @@ class Origin:
         Nothing else of step 0 is made for it.
         """
         if step == 0:
-            return self.initial()
-        fixed = [name for name in checkpoints.fixed if jax.tree.leaves(getattr(self.outline, name))]
-        example = self.outline
+            return self.initial_state()
+        fixed = [
+            name
+            for name in checkpoints.fixed
+            if jax.tree.leaves(getattr(self.abstract_state, name))
+        ]
+        example = self.abstract_state
         if fixed:
             base = sharding.shard_tree(self.mesh, self.policy.take(masters=False))
             example = example._replace(**dict.fromkeys(fixed, base))
         return checkpoints.restore(step, example)[0]
 
-    def initial(self) -> TrainState:
+    def initial_state(self) -> TrainState:
         """Returns step 0, every leaf where an update leaves it: else the second update would compile again."""
         adapters = self.adapters
         params = self.policy.take(masters=adapters is None)
         return sharding.shard_tree(self.mesh, self._make(params, adapters))
 
-    def start(self) -> TrainState:
+    def initial_policy(self) -> TrainState:
         """Returns the policy of step 0 alone, without what only training needs."""
         step = jnp.zeros((), jnp.int32)
         if self.adapters is None:
@@ -72,11 +76,11 @@ class Origin:
         return TrainState(step, self.adapters, self.policy.params, ())
 
     @functools.cached_property
-    def outline(self) -> TrainState:
+    def abstract_state(self) -> TrainState:
         """Shapes and places of the state, which is not made for it."""
         adapters = jax.eval_shape(lambda: new_adapters(self.config, self.policy))
-        shapes = jax.eval_shape(self._make, self.policy.outline, adapters)
-        return sharding.outline(self.mesh, shapes)
+        shapes = jax.eval_shape(self._make, self.policy.abstract_params, adapters)
+        return sharding.abstract_tree(self.mesh, shapes)
 
     def _make(self, params: Params, adapters: Params | None) -> TrainState:
         trainable, frozen, dtype = params, {}, self.config.model.dtype

@@ -207,7 +207,7 @@ class Engine:
         """Returns the calls that sampling begins with, to compile them before: for prompts of up to `prompt` tokens
         and turns of up to `budget`. Of the weights only shapes and places count, and no cache is made."""
         tokens = min(prompt + min(budget, self._ahead), self.max_length)
-        cache = self._pool.outline(tokens)
+        cache = self._pool.abstract_cache(tokens)
         return [
             self._decode(params, cache, [], self.steps, 0, filtered),
             *self._pool.programs(params, cache),

@@ -176,8 +176,8 @@ class Pool:
                 mesh=self.mesh,
             )
 
-    def outline(self, tokens: int) -> Any:
-        """Returns the shapes and places of what `reserve` makes for so many tokens."""
+    def abstract_cache(self, tokens: int) -> Any:
+        """Returns the abstract cache that `reserve` makes for so many tokens."""
         c = self.config
         place = sharding.cache_sharding(self.mesh, c.kv_heads) if self.mesh is not None else None
         shape = (self.slots, c.kv_heads, cache_length(tokens), c.channels)

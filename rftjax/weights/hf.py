@@ -26,11 +26,11 @@ from rftjax.weights.shards import Readers, read_safetensors, write_safetensors
 
 __all__ = [
     "Model",
+    "abstract_params",
     "generation_fields",
     "load",
     "locate",
     "open_model",
-    "outline",
     "read_config",
     "read_fields",
     "read_generation",
@@ -118,8 +118,8 @@ def open_model(
     return Model(config, fields, functools.partial(_placed, stored_leaves))
 
 
-def outline(config: Config) -> Params:
-    """Returns the shapes of the parameters that a model of this config has."""
+def abstract_params(config: Config) -> Params:
+    """Returns the abstract parameters of a model of this config, without shardings."""
     shapes = ((name.path, _shape(config, name)) for name in _table(config))
     return _tree((path, jax.ShapeDtypeStruct(shape, np.float32)) for path, shape in shapes)
 

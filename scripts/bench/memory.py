@@ -85,7 +85,7 @@ def spec(flags: argparse.Namespace, folder: Path) -> Any:
             config.update_from_flattened_dict(
                 {name: text == "True" if kind is bool else kind(text)}
             )
-    return job.resolve(config)
+    return job.complete_config(config)
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
 
 def measure(parts: Job) -> dict[str, float]:
     """Returns the most held in the two halves of the second step, above what is held without any state."""
-    state = parts.origin.initial()
+    state = parts.state_builder.initial_state()
     learner = parts.learner()
     sampling = parts.sampling(TaskStream(parts.train_tasks, seed=0))
     peaks: dict[str, float] = {}

@@ -3,7 +3,7 @@ import threading
 import jax.numpy as jnp
 import pytest
 
-from rftjax.run.prefetch import Sampling
+from rftjax.run.prefetch import Prefetch
 from rftjax.tasks import TaskStream
 from rftjax.types import Task, TrainState
 
@@ -36,8 +36,8 @@ class Recorded:
         self.released += 1
 
 
-def sampling(recorded: Recorded, source: TaskStream, max_staleness: int) -> Sampling:
-    return Sampling(source, 2, recorded.use, recorded.sample, recorded.release, max_staleness)
+def sampling(recorded: Recorded, source: TaskStream, max_staleness: int) -> Prefetch:
+    return Prefetch(source, 2, recorded.use, recorded.sample, recorded.release, max_staleness)
 
 
 def test_without_overlap_every_batch_comes_from_the_newest_weights():
@@ -95,7 +95,7 @@ def test_an_error_of_the_thread_is_the_runs():
     def fails(draws):
         raise FloatingPointError("the model's logits are not finite")
 
-    one = Sampling(stream(), 2, recorded.use, fails, recorded.release, 1)
+    one = Prefetch(stream(), 2, recorded.use, fails, recorded.release, 1)
     one.begin(state(0), last=False)
     with pytest.raises(FloatingPointError, match="not finite"):
         one.take(state(1), 2)

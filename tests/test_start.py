@@ -86,8 +86,8 @@ SMALL = 20_000  # bytes: stop ids, seeds, steps; the tiny model has 0.4 MB
 )
 def test_a_start_holds_its_state_and_nothing_beside_it(spec, tmp_path, fields):
     live = Live()
-    with Job.build(job.resolve(variant(spec, **fields)), tmp_path) as parts:
-        state = parts.origin.initial()
+    with Job.build(job.complete_config(variant(spec, **fields)), tmp_path) as parts:
+        state = parts.state_builder.initial_state()
         assert size(state) <= live.bytes() <= size(state) + SMALL
         if "lora__rank" in fields:
             assert state.frozen["embed"]["embedding"].dtype == jnp.bfloat16
@@ -110,9 +110,9 @@ def test_a_resume_makes_nothing_of_step_0_but_what_never_changes(spec, tmp_path,
             found.append(live.bytes())
             return super().restore(step, example)
 
-    config = job.resolve(variant(spec, **fields))
+    config = job.complete_config(variant(spec, **fields))
     with Job.build(config, tmp_path) as parts:
-        state = parts.origin.initial()
+        state = parts.state_builder.initial_state()
         checkpoints = parts.checkpoints()
         checkpoints.save(1, state)
         checkpoints.close()
@@ -122,7 +122,7 @@ def test_a_resume_makes_nothing_of_step_0_but_what_never_changes(spec, tmp_path,
     live = Live()
     with Job.build(config, tmp_path) as parts:
         checkpoints = Watched(tmp_path / "checkpoints", fixed=parts.checkpoints().fixed)
-        state = parts.origin.state(checkpoints, 1)
+        state = parts.state_builder.state(checkpoints, 1)
         checkpoints.close()
         assert fixed <= found[0] <= fixed + SMALL
         assert live.bytes() <= size(state) + SMALL
@@ -132,8 +132,8 @@ def test_a_resume_makes_nothing_of_step_0_but_what_never_changes(spec, tmp_path,
 def test_the_samplers_weights_go_before_the_update_and_before_new_ones_are_made(
     spec, tmp_path, monkeypatch
 ):
-    with Job.build(job.resolve(variant(spec, model__dtype="bfloat16")), tmp_path) as parts:
-        state = parts.origin.initial()
+    with Job.build(job.complete_config(variant(spec, model__dtype="bfloat16")), tmp_path) as parts:
+        state = parts.state_builder.initial_state()
         engine = parts.rollout.engine
         sampling = parts.sampling(TaskStream(parts.train_tasks, seed=0))
 
