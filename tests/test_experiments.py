@@ -9,7 +9,7 @@ from rftjax.config.fields import flatten
 from rftjax.config.flags import load_spec
 from rftjax.evaluators import json_record
 from rftjax.types import Task, Trajectory
-from rftjax.workers.resolve import resolve
+from rftjax.workers.user_code import load_function
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "experiments" / "reference.md"
@@ -67,8 +67,8 @@ def test_the_control_is_the_quickstart_with_random_rewards_and_true_evaluations(
     different = {field for field in control if control[field] != quickstart[field]}
     assert different == {"evaluator", "eval.evaluator", "export"}
     assert control["eval.evaluator"] == quickstart["evaluator"]
-    assert resolve(control["eval.evaluator"]) is json_record.evaluate
-    coin = resolve(control["evaluator"])
+    assert load_function(control["eval.evaluator"]) is json_record.evaluate
+    coin = load_function(control["evaluator"])
     task = Task("t", [], {"record": {"a": 1}})
     tosses = [
         coin(task, Trajectory(task, draw, sample, [{"role": "assistant", "content": text}]))

@@ -10,7 +10,7 @@ import rftjax
 from rftjax import config as configs
 from rftjax import tasks, train
 from rftjax.run import build as job
-from rftjax.workers.resolve import resolve
+from rftjax.workers.user_code import load_function
 
 SOURCE = Path(__file__).parents[1] / "experiments" / "loop.py"
 EVALUATOR = """
@@ -56,7 +56,7 @@ def test_the_loop_makes_the_updates_of_train(loop, tiny_dir, tmp_path):
     found = loop.train(
         policy,
         tasks.load(config.tasks.train),
-        resolve(config.evaluator),
+        load_function(config.evaluator),
         steps=2,
         prompts=3,
         samples=4,

@@ -18,7 +18,7 @@ from rftjax.config.flags import diagnose
 from rftjax.monitor import alarms
 from rftjax.run.build import complete_config
 from rftjax.types import Task, Trajectory
-from rftjax.workers.resolve import resolve
+from rftjax.workers.user_code import load_function
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -66,7 +66,7 @@ def test_the_files_that_are_pasted_make_a_sound_job(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subprocess.run(["bash"], input=pasted()[0], text=True, check=True)
     assert len((tmp_path / "tasks.jsonl").read_text().splitlines()) > 4
-    evaluate = resolve(f"{tmp_path}/reward.py:evaluate")
+    evaluate = load_function(f"{tmp_path}/reward.py:evaluate")
     task = Task("t", [], {"answer": "42"})
     for said, reward in (("It is 42.", 1.0), ("1420", 0.0), ("42, or 43", 0.0), ("", 0.0)):
         found = evaluate(task, Trajectory(task, 0, 0, [{"role": "assistant", "content": said}]))

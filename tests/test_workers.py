@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rftjax.workers.pool import WorkerError, Workers
-from rftjax.workers.resolve import resolve
+from rftjax.workers.user_code import load_function
 
 USER_CODE = """
 import asyncio, ctypes, os, subprocess, sys, time
@@ -509,7 +509,7 @@ def test_a_file_finds_its_neighbours_and_does_not_replace_a_module(tmp_path: Pat
     import json
 
     try:
-        assert resolve(f"{tmp_path / 'json.py'}:act")() == 5
+        assert load_function(f"{tmp_path / 'json.py'}:act")() == 5
         assert sys.modules["json"] is json
     finally:
         sys.path.remove(str(tmp_path))
@@ -542,5 +542,5 @@ def test_functions_and_classes_of_a_file_reach_the_processes_that_it_starts(
 
 
 def test_a_dotted_name_is_resolved():
-    assert resolve("json:loads")("[1]") == [1]
-    assert resolve("json:JSONDecoder.decode") is not None
+    assert load_function("json:loads")("[1]") == [1]
+    assert load_function("json:JSONDecoder.decode") is not None

@@ -21,7 +21,6 @@ from rftjax.config.fields import (
     suggest,
 )
 from rftjax.errors import UserError
-from rftjax.workers.resolve import resolve
 
 __all__ = [
     "base_config",
@@ -30,7 +29,6 @@ __all__ = [
     "flatten",
     "from_json",
     "heldout_set",
-    "resolve",
     "to_json",
 ]
 

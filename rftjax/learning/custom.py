@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rftjax.errors import UserError
 from rftjax.grpo import LossInputs
-from rftjax.workers.resolve import resolve, traceback_text
+from rftjax.workers.user_code import load_function, traceback_text
 
 
 def baseline(spec: str) -> str | Callable[..., Any]:
@@ -48,7 +48,7 @@ def check(fields: Mapping[str, Any]) -> None:
 
 def _guarded(spec: str, field: str) -> Callable[..., Any]:
     """Returns the function, what it raises said to be the user's."""
-    function = resolve(spec, field=field)
+    function = load_function(spec, field=field)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rftjax.errors import UserError
 from rftjax.types import TrainState, Trajectory
-from rftjax.workers.resolve import resolve, traceback_text
+from rftjax.workers.user_code import load_function, traceback_text
 
 
 class Hook:
@@ -22,7 +22,7 @@ class Hook:
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
-        self._function = resolve(spec, field="hooks") if spec else None
+        self._function = load_function(spec, field="hooks") if spec else None
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 from rftjax.errors import UserError
 from rftjax.tasks import TaskStream
 from rftjax.types import Task, Trajectory
-from rftjax.workers.resolve import resolve, traceback_text
+from rftjax.workers.user_code import load_function, traceback_text
 
 Weigh = Callable[[Sequence[Task], int, list[list[float]]], Sequence[float]]
 
@@ -40,7 +40,7 @@ class ChosenStream(TaskStream):
         super().__init__(tasks, seed=seed)
         self._name = f"tasks.sampling={sampling!r}"
         self._chosen: dict[int, int] = {}  # draw -> place of its task, until its rewards are there
-        found = resolve(sampling, field="tasks.sampling")
+        found = load_function(sampling, field="tasks.sampling")
         if inspect.isclass(found):
             self._chooser = self._call(found, self.tasks, seed)
         else:

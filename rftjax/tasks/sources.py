@@ -21,7 +21,7 @@ from typing import Any
 
 from rftjax.errors import UserError
 from rftjax.tasks import compressed
-from rftjax.workers.resolve import resolve
+from rftjax.workers.user_code import load_function
 
 # A row as read: where it stands, its value, and what was wrong with reading it ("" for nothing).
 Read = tuple[str, Any, str]
@@ -119,12 +119,14 @@ def _is_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-    except Exception:  # a package on the way to it fails to import, which `resolve` then tells
+    except (
+        Exception
+    ):  # a package on the way to it fails to import, which `load_function` then tells
         return True
 
 
 def _read_function(source: str, split: str, field: str) -> Iterator[Read]:
-    function = resolve(source, field=field)
+    function = load_function(source, field=field)
     try:
         takes_split = "split" in inspect.signature(function).parameters
         rows = function(split=split) if takes_split else function()

@@ -16,7 +16,7 @@ from rftjax.errors import UserError
 from rftjax.tasks import rows, sources
 from rftjax.tasks.rows import digest
 from rftjax.types import Task, Trajectory
-from rftjax.workers.resolve import resolve
+from rftjax.workers.user_code import load_function
 
 SHOWN_BAD_ROWS = 20
 
@@ -61,7 +61,7 @@ def read(
     where = f"{field}={source!r}"
     if limit < 0:
         raise UserError(f"tasks.limit={limit}: must be 0 (every row) or larger")
-    mapping = resolve(map, field="tasks.map") if map else None
+    mapping = load_function(map, field="tasks.map") if map else None
     checker = rows.Checker(weight=weight, temperature=temperature)
     tasks: list[Task] = []
     bad: list[str] = []

@@ -4,7 +4,7 @@ Every call has a time limit that counts from when it begins to run. A call that 
 (`os._exit`, a crash, no memory) and a result that cannot be sent end that call with a WorkerError; the process is
 killed with everything it started. The processes end when this one ends, in whatever way.
 
-User code is imported once, by a template; workers are forked from it (see `worker_main` for code that cannot be
+User code is imported once, by a template; workers are forked from it (see `template` for code that cannot be
 forked). Calls without a session share `count` workers, one call at a time in each. A session has a worker of its own,
 so that nothing that it does takes another session down. A coroutine function runs many calls at once in each shared
 worker: where that worker ends, the calls that may be at fault run once more, each in a worker of its own.

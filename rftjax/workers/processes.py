@@ -1,4 +1,4 @@
-"""Templates and workers as the main process sees them; `worker_main` is what runs inside."""
+"""Templates and workers as the main process sees them; `template` is what runs inside."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rftjax.errors import UserError
 from rftjax.workers import wire
-from rftjax.workers.resolve import resolve, traceback_text
+from rftjax.workers.user_code import load_function, traceback_text
 
 
 class Overrun(BaseException):
@@ -81,7 +81,7 @@ class Channel:
 def load(channel: Channel, settings: dict[str, Any]) -> Any:
     """Imports the user's code; where that fails, tells why and ends the process."""
     try:
-        target = resolve(settings["target"], field=settings["field"])
+        target = load_function(settings["target"], field=settings["field"])
         if settings["wrapper"]:
             module, name = settings["wrapper"].split(":")
             return getattr(importlib.import_module(module), name)(target)

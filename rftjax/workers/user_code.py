@@ -19,7 +19,7 @@ from rftjax.errors import UserError
 from rftjax.workers import user_files
 
 
-def resolve(spec: str, *, field: str = "") -> Callable[..., Any]:
+def load_function(spec: str, *, field: str = "") -> Callable[..., Any]:
     """Imports the callable that `spec` names; a file is found from the current directory.
 
     A file's folder goes to the front of sys.path, as when Python runs the file. `field` is the config field to name in
