@@ -84,7 +84,7 @@ def train(
         yield {"reward/mean": float(np.mean(rewards))} | {k: float(v) for k, v in metrics.items()}
 
 
-LOSS = {name: grpo.resolve_preset("grpo")[name] for name in grpo.LOSS_DEFAULTS}
+LOSS = {name: grpo.preset_fields("grpo")[name] for name in grpo.LOSS_DEFAULTS}
 
 
 def answered(policy: Policy, task: Task, sampled: Trajectory) -> Trajectory:

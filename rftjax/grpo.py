@@ -43,7 +43,7 @@ from rftjax.presets import (
     PRESETS,
     LossSettings,
     check_fields,
-    resolve_preset,
+    preset_fields,
 )
 
 __all__ = [
@@ -60,7 +60,7 @@ __all__ = [
     "kl_term",
     "objective",
     "policy_loss",
-    "resolve_preset",
+    "preset_fields",
 ]
 
 # Log-ratios are capped here so that float32 sums stay finite; e^60 is far outside of any clip

@@ -24,9 +24,9 @@ from rftjax.learning import update
 from rftjax.models import decoder
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
-from rftjax.sampler.engine import Engine, Sampling
+from rftjax.sampler.engine import Engine, noise_key
 from rftjax.text import chat, tokenizer
-from rftjax.types import Message, Pack, Params, Task, Trajectory
+from rftjax.types import Message, Pack, Params, SamplingParams, Task, Trajectory
 from rftjax.weights import hf
 
 _PROMPT_RULE = (
@@ -233,10 +233,11 @@ class Policy:
             mesh=self.mesh,
         )
         engine.set_params(device.sampler_params(self.config, self.params, mesh=self.mesh))
+        params = SamplingParams(max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
         for index, ids in enumerate(tokens):
             for sample in range(samples):
-                sampling = Sampling((0, first_draw + index, sample), temperature, top_p, top_k)
-                engine.open((index, sample), ids, max_new_tokens, sampling)
+                noise = noise_key(0, first_draw + index, sample)
+                engine.open((index, sample), ids, max_new_tokens, noise, params)
         results: dict[tuple[int, int], Trajectory] = {}
         while engine.busy:
             for turn in engine.step():

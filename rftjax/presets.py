@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve_preset(preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def preset_fields(preset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns every advantage and loss field of a preset with the overrides that are not None put
     in.
 

@@ -18,29 +18,13 @@ from typing import Any
 
 from rftjax import types
 from rftjax.environments import Environments
-from rftjax.sampler.engine import Engine, SampledTurn, Sampling
+from rftjax.sampler.engine import Engine, SampledTurn, noise_key
 from rftjax.text import chat
-from rftjax.types import Message, Task, Trajectory, Turn
+from rftjax.types import Message, SamplingParams, Task, Trajectory, Turn
 
 TRAIN = 0  # the noise stream of training; held-out sets have the numbers from 1 on
 
 Finish = Callable[[Trajectory], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How turns are sampled: tokens a turn, turns, and the policy's temperature (0: greedy), top_p and top_k.
-
-    `truncated_turns` is what becomes of a turn that a token limit cut: "environment" hands it over like any other,
-    marked as `truncated`; else the episode ends.
-    """
-
-    max_new_tokens: int
-    max_turns: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    truncated_turns: str = "environment"
 
 
 @dataclasses.dataclass
@@ -85,7 +69,7 @@ class Rollout:
         self,
         draws: Iterable[tuple[int, Task]],
         group_size: int,
-        limits: Limits,
+        params: SamplingParams,
         *,
         stream: int = TRAIN,
         on_finish: Finish = lambda trajectory: None,
@@ -112,11 +96,11 @@ class Rollout:
         while self._begin(episodes, waiting, most - len(sampling), stream) or waiting or sampling:
             for episode in [episode for episode in waiting.values() if episode.future.done()]:
                 del waiting[episode.key]
-                settle(episode, self._answered(episode, limits, stream))
+                settle(episode, self._answered(episode, params, stream))
             dispatches = self.engine.counters.dispatches
             for turn in self.engine.step() if sampling else []:
                 episode = sampling.pop(turn.key)
-                settle(episode, self._sampled(episode, turn, limits))
+                settle(episode, self._sampled(episode, turn, params))
             if waiting and self.engine.counters.dispatches == dispatches:
                 # Nothing to sample, or every row is held by a conversation that waits.
                 self._begin(episodes, waiting, most - len(sampling), stream)
@@ -168,7 +152,7 @@ class Rollout:
         episode.future = self.environments.finish_episode(episode.name)
         return "environment"
 
-    def _answered(self, episode: _Episode, limits: Limits, stream: int) -> str:
+    def _answered(self, episode: _Episode, params: SamplingParams, stream: int) -> str:
         """Takes what the environment said; returns "sample" or why the episode ends."""
         trajectory = episode.trajectory
         error = episode.future.exception()
@@ -180,10 +164,10 @@ class Rollout:
             return episode.reason
         try:
             if episode.started:
-                return self._go_on(episode, episode.future.result(), limits, stream)
+                return self._go_on(episode, episode.future.result(), params, stream)
             episode.started = True
             self._said(trajectory, episode.future.result())
-            return self._open(episode, limits, stream)
+            return self._open(episode, params, stream)
         except chat.TooLong:
             if not trajectory.sequences:
                 trajectory.sequences.append(types.Sequence())
@@ -192,21 +176,21 @@ class Rollout:
             trajectory.error = f"the model cannot be shown the conversation: {fault}"
             return "error"
 
-    def _go_on(self, episode: _Episode, turn: Turn, limits: Limits, stream: int) -> str:
+    def _go_on(self, episode: _Episode, turn: Turn, params: SamplingParams, stream: int) -> str:
         """Takes the answer to a turn; returns "sample" or why the episode ends."""
         trajectory = episode.trajectory
         trajectory.turn_rewards[-1] += turn.reward
         trajectory.infos.append(turn.info)
         history = list(trajectory.messages)
         self._said(trajectory, turn.messages)
-        if turn.done or trajectory.turns >= limits.max_turns:
+        if turn.done or trajectory.turns >= params.max_turns:
             if history[-1].get("truncated"):
                 return "length"
             return "stop" if turn.done else "turns"
         if not turn.messages:
             trajectory.error = "the environment neither answered nor ended the episode"
             return "error"
-        return self._continue(episode, history, limits, stream)
+        return self._continue(episode, history, params, stream)
 
     def _prompt(self, episode: _Episode) -> list[int]:
         """Returns the ids that a sequence begins with; those of a group are rendered once."""
@@ -222,7 +206,7 @@ class Rollout:
                 self._openings[draw] = list(messages), episode.text, ids
         return ids
 
-    def _open(self, episode: _Episode, limits: Limits, stream: int) -> str:
+    def _open(self, episode: _Episode, params: SamplingParams, stream: int) -> str:
         """Starts a token sequence with all that was said so far."""
         trajectory, prompt = episode.trajectory, self._prompt(episode)
         room = self.engine.max_length - len(prompt)
@@ -233,19 +217,16 @@ class Rollout:
         if room < 1:
             return "length"
         own = trajectory.task.temperature if stream == TRAIN else 0.0
-        settings = Sampling(
-            (stream, trajectory.draw, trajectory.sample),
-            own or limits.temperature,
-            limits.top_p,
-            limits.top_k,
-            sequence=len(trajectory.sequences) - 1,
+        noise = noise_key(
+            stream, trajectory.draw, trajectory.sample, sequence=len(trajectory.sequences) - 1
         )
-        self.engine.open(episode.key, prompt, min(limits.max_new_tokens, room), settings)
+        params = dataclasses.replace(params, temperature=own or params.temperature)
+        self.engine.open(episode.key, prompt, min(params.max_new_tokens, room), noise, params)
         episode.open = True
         return "sample"
 
     def _continue(
-        self, episode: _Episode, history: list[Message], limits: Limits, stream: int
+        self, episode: _Episode, history: list[Message], params: SamplingParams, stream: int
     ) -> str:
         """Appends what follows `history` to the sequence, or starts another where the template rewrites it."""
         trajectory = episode.trajectory
@@ -267,15 +248,15 @@ class Rollout:
             except chat.Rewriting:
                 self.engine.close(episode.key)
                 episode.open = False
-                return self._open(episode, limits, stream)
+                return self._open(episode, params, stream)
         room = self.engine.max_length - len(sequence.tokens) - len(tokens)
         if room < 1 or not tokens:
             return "length"
         sequence.extend(tokens)
-        self.engine.extend(episode.key, tokens, min(limits.max_new_tokens, room))
+        self.engine.extend(episode.key, tokens, min(params.max_new_tokens, room))
         return "sample"
 
-    def _sampled(self, episode: _Episode, turn: SampledTurn, limits: Limits) -> str:
+    def _sampled(self, episode: _Episode, turn: SampledTurn, params: SamplingParams) -> str:
         """Takes a turn; returns "environment", or "length" where a token limit cut it and it goes to none."""
         trajectory = episode.trajectory
         trajectory.sequences[-1].extend(turn.tokens, turn.logprobs, self.policy_version)
@@ -289,7 +270,7 @@ class Rollout:
         trajectory.sampled_messages.append(len(trajectory.messages))
         trajectory.messages.append(message if turn.stopped else message | {"truncated": True})
         trajectory.turn_rewards.append(0.0)
-        handed_over = self.environments.active and limits.truncated_turns == "environment"
+        handed_over = self.environments.active and params.truncated_turns == "environment"
         if not turn.stopped and not handed_over:
             return "length"
         episode.last_token = turn.stop_token

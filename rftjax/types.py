@@ -35,6 +35,27 @@ class Task:
     temperature: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How turns are sampled: `temperature` (0.0: greedy), `top_p` (1.0: off), `top_k` (0: off), and limits.
+
+    `max_new_tokens` bounds a turn, `max_turns` a trajectory. `truncated_turns` says what becomes of a turn that a token
+    limit cut: "environment" hands it over like any other, marked as `truncated`; else the episode ends.
+    """
+
+    max_new_tokens: int = 256
+    max_turns: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    truncated_turns: str = "environment"
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-p or top-k can exclude a token."""
+        return self.top_p < 1 or self.top_k > 0
+
+
 @dataclasses.dataclass
 class Sequence:
     """Token ids as the model saw and sampled them; every list has one entry a token.

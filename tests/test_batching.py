@@ -116,7 +116,7 @@ def test_what_teaches_nothing_is_not_packed_and_still_counts_in_the_denominators
     made = [trajectory(0, i, [5, 6], [7, 8], advantage=float(i % 2)) for i in range(4)]
     made[3].finish_reason = "length"
     full = make_batch(made, rows=4, max_length=8, mask_truncated=True)
-    lean = make_batch(made, rows=4, max_length=8, mask_truncated=True, lean=True)
+    lean = make_batch(made, rows=4, max_length=8, mask_truncated=True, skip_zero=True)
     assert (full.pack.segments_RX.max(), lean.pack.segments_RX.max()) == (3, 1)
     assert set(scored_tokens(full)) == {0, 1, 2} and set(scored_tokens(lean)) == {1}
     assert (lean.sampled_BT == full.sampled_BT).all()

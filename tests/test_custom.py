@@ -111,7 +111,7 @@ def test_a_term_that_gives_no_number_a_token_is_refused(functions, name, words):
 
 
 def test_a_term_keeps_samples_of_advantage_zero_in_the_update():
-    section = configs.base_config().grpo.to_dict() | grpo.resolve_preset("grpo")
+    section = configs.base_config().grpo.to_dict() | grpo.preset_fields("grpo")
     for name, wanted in (("", True), ("file.py:term", False)):
         one = learner.Learner(section | {"loss": name}, {}, None, None, None, 1, 8)
         assert one._lean == wanted

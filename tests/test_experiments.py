@@ -103,7 +103,7 @@ def test_the_reference_has_every_preset_with_its_settings():
     assert set(rows) == set(grpo.PRESETS)
     assert set().union(*grpo.PRESETS.values()) <= set(columns)
     for preset, cells in rows.items():
-        fields = grpo.resolve_preset(preset)
+        fields = grpo.preset_fields(preset)
         unread = UNREAD.get(fields["objective"], set()) | (
             {"kl"} if not fields["kl_weight"] else set()
         )

@@ -593,7 +593,7 @@ def test_lists_are_taken_like_arrays(settings):
 
 @pytest.mark.parametrize("preset", sorted(grpo.PRESETS))
 def test_equal_rewards_give_exactly_zero_gradient(preset):
-    fields = dict(grpo.resolve_preset(preset), max_tokens=7, kl_weight=0.0)
+    fields = dict(grpo.preset_fields(preset), max_tokens=7, kl_weight=0.0)
     how = {name: fields.pop(name) for name in grpo.ADVANTAGE_DEFAULTS}
     data = dict(batch(seed=17), advantages=grpo.advantages([0.1] * 8, [0] * 4 + [1] * 4, **how))
     loss, gradient_BT = loss_and_gradient(data, **fields)
@@ -687,7 +687,7 @@ def test_metrics_carry_no_gradient():
 
 @pytest.mark.parametrize("preset", sorted(grpo.PRESETS))
 def test_every_preset_runs_under_jit_with_a_gradient(preset):
-    fields = dict(grpo.resolve_preset(preset), max_tokens=7)
+    fields = dict(grpo.preset_fields(preset), max_tokens=7)
     how = {name: fields.pop(name) for name in grpo.ADVANTAGE_DEFAULTS}
     rewards = np.random.default_rng(19).normal(size=8)
     data = dict(batch(seed=19), advantages=grpo.advantages(rewards, [0, 1] * 4, **how))
@@ -702,7 +702,7 @@ def test_every_preset_runs_under_jit_with_a_gradient(preset):
 def test_presets_hold_the_documented_values():
     table = {
         name: tuple(
-            grpo.resolve_preset(name)[field]
+            grpo.preset_fields(name)[field]
             for field in (
                 *("baseline", "scale", "objective", "ratio"),
                 *("clip_low", "clip_high", "aggregate", "kl_weight"),
@@ -726,9 +726,9 @@ def test_presets_hold_the_documented_values():
 
 
 def test_a_given_field_wins_over_the_preset_and_none_does_not():
-    fields = grpo.resolve_preset("dapo", {"clip_high": 0.5, "clip_low": None, "kl": "k2"})
+    fields = grpo.preset_fields("dapo", {"clip_high": 0.5, "clip_low": None, "kl": "k2"})
     assert (fields["clip_high"], fields["clip_low"], fields["kl"]) == (0.5, 0.2, "k2")
-    assert grpo.resolve_preset("dapo")["clip_high"] == 0.28
+    assert grpo.preset_fields("dapo")["clip_high"] == 0.28
 
 
 @pytest.mark.parametrize(
@@ -741,7 +741,7 @@ def test_a_given_field_wins_over_the_preset_and_none_does_not():
 )
 def test_unknown_presets_fields_and_values_are_refused(preset, overrides, words):
     with pytest.raises(ValueError, match=words):
-        grpo.resolve_preset(preset, overrides)
+        grpo.preset_fields(preset, overrides)
 
 
 @pytest.mark.parametrize(
@@ -755,7 +755,7 @@ def test_presets_that_part_only_where_the_ratio_is_not_one_have_one_gradient_at_
     rewards, groups = [1.0, 0.0, 0.0, 2.0, 1.0, 1.0], [0, 0, 0, 1, 1, 1]
     gradients = []
     for name in names:
-        fields = grpo.resolve_preset(name)
+        fields = grpo.preset_fields(name)
         scaled = grpo.advantages(rewards, groups, **{k: fields[k] for k in grpo.ADVANTAGE_DEFAULTS})
         loss = {k: fields[k] for k in grpo.LOSS_DEFAULTS}
         gradients.append(

@@ -129,7 +129,7 @@ def model(tiny_dir):
 def trainer(model):
     """The optimizer, its update and the scorer of a small model."""
     optimizer = optim.make_optimizer(lr=1e-2, steps=10, schedule="linear", weight_decay=0.1)
-    fields = grpo.resolve_preset("grpo")
+    fields = grpo.preset_fields("grpo")
     apply = update.make_update(model.config, optimizer, grpo.LossSettings.of(fields))
     return optimizer, apply, update.make_scorer(model.config)
 
@@ -140,7 +140,7 @@ def fresh_state(model, optimizer):
 
 
 def real_learner(apply=None, score=None, prompts=2, **fields):
-    section = configs.base_config().grpo.to_dict() | grpo.resolve_preset("grpo") | fields
+    section = configs.base_config().grpo.to_dict() | grpo.preset_fields("grpo") | fields
     return learner.Learner(section, SHAPE, MESH, apply, score, prompts, token_limit=8)
 
 
@@ -319,7 +319,7 @@ def test_a_refreshed_reference_is_kept_as_the_first_one_was(frozen):
     first = learner.initial_reference(one.fields, trained, trained if frozen else None, one.dtype)
     assert first["a"].dtype == wanted and bool(jnp.all(first["a"] == 3.0))
     batch = update.Batch(None, 1, np.ones((1, 1), bool), None, None, None)
-    parts = [learner.Part(batch, None, None)]
+    parts = [learner.Minibatch(batch, None, None)]
     state = TrainState(0, {"a": jnp.full(2, 5.0)}, frozen, (), first)
     same, _ = one.update(state, parts, 1)
     assert same.reference is first

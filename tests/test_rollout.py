@@ -9,12 +9,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from rftjax.environments import Environments
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
-from rftjax.rollout import Limits, Rollout
+from rftjax.rollout import Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
 from rftjax.text import chat
 from rftjax.text import tokenizer as tokenizers_of_models
-from rftjax.types import Task
+from rftjax.types import SamplingParams, Task
 
 SPECIAL = ["<pad>", "<end>", "<user>", "<assistant>"]
 LETTERS = ["a", "b", "c", "ab", "bc", "abc"]
@@ -128,13 +128,13 @@ def reply(task, messages):
         return None
     return [{"role": "user", "content": "ab" * answers}]
 """
-LIMITS = Limits(max_new_tokens=24, max_turns=8)
+PARAMS = SamplingParams(max_new_tokens=24, max_turns=8)
 
 
 def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rollout, tokenizer):
     run = rollout(CHATTY)
     run.policy_version = 7
-    trajectories = run(tasks(3), 3, LIMITS)
+    trajectories = run(tasks(3), 3, PARAMS)
     assert [(t.draw, t.sample) for t in trajectories] == [
         (d, s) for d in range(3) for s in range(3)
     ]
@@ -181,7 +181,7 @@ def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rol
 
 
 def test_messages_hold_the_text_without_the_stop_token(rollout):
-    trajectories = rollout(CHATTY)(tasks(2), 3, LIMITS)
+    trajectories = rollout(CHATTY)(tasks(2), 3, PARAMS)
     for trajectory in trajectories:
         roles = [message["role"] for message in trajectory.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -189,13 +189,13 @@ def test_messages_hold_the_text_without_the_stop_token(rollout):
 
 
 def test_without_an_environment_a_conversation_has_one_turn(rollout):
-    trajectories = rollout()(tasks(2), 3, LIMITS)
+    trajectories = rollout()(tasks(2), 3, PARAMS)
     assert {t.turns for t in trajectories} == {1}
     assert {t.finish_reason for t in trajectories} <= {"stop", "length"}
 
 
 def test_the_turn_limit_ends_a_conversation(rollout):
-    trajectories = rollout(CHATTY)(tasks(3), 3, Limits(24, max_turns=2))
+    trajectories = rollout(CHATTY)(tasks(3), 3, SamplingParams(24, max_turns=2))
     assert max(t.turns for t in trajectories) == 2
     for trajectory in trajectories:
         if trajectory.finish_reason == "turns":
@@ -205,7 +205,7 @@ def test_the_turn_limit_ends_a_conversation(rollout):
 
 
 def test_the_length_limit_ends_a_conversation(rollout):
-    trajectories = rollout(CHATTY, max_length=20)(tasks(3), 3, LIMITS)
+    trajectories = rollout(CHATTY, max_length=20)(tasks(3), 3, PARAMS)
     assert all(len(t.sequences[0].tokens) <= 20 for t in trajectories)
     assert any(t.finish_reason == "length" for t in trajectories)
 
@@ -213,7 +213,7 @@ def test_the_length_limit_ends_a_conversation(rollout):
 def test_a_prompt_without_room_ends_at_once(rollout):
     long = Task("long", [{"role": "user", "content": "c" * 40}])
     short = tasks(1)[0][1]
-    trajectories = rollout(max_length=30)([(0, long), (1, short)], 2, LIMITS)
+    trajectories = rollout(max_length=30)([(0, long), (1, short)], 2, PARAMS)
     assert [t.finish_reason for t in trajectories[:2]] == ["length", "length"]
     assert not any(any(t.sequences[0].sampled) for t in trajectories[:2])
     assert all(any(t.sequences[0].sampled) for t in trajectories[2:])
@@ -247,7 +247,7 @@ def test_a_slow_environment_does_not_hold_up_the_others(rollout, tmp_path, slots
             flag.touch()
 
     # The slow one answers only once all the others have finished.
-    trajectories = run(drawn, 1, Limits(60, max_turns=8), on_finish=on_finish)
+    trajectories = run(drawn, 1, SamplingParams(60, max_turns=8), on_finish=on_finish)
     assert order[-1] == 0
     assert trajectories[0].finish_reason == "stop", trajectories[0].error
 
@@ -261,7 +261,7 @@ def test_an_environments_fault_ends_its_own_conversation_only(rollout):
             return None
         """
     )
-    trajectories = run(tasks(3), 2, Limits(60))
+    trajectories = run(tasks(3), 2, SamplingParams(60))
     failed = [t for t in trajectories if t.finish_reason == "error"]
     assert failed and {t.draw for t in failed} == {1}
     assert all("KeyError" in t.error and "lost" in t.error for t in failed)
@@ -290,7 +290,7 @@ class Environment:
 
 def test_a_stateful_environment_opens_answers_and_rewards(rollout, tokenizer):
     run = rollout(EPISODES, "Environment")
-    trajectories = run(tasks(3), 2, LIMITS)
+    trajectories = run(tasks(3), 2, PARAMS)
     assert any(t.finish_reason == "stop" for t in trajectories)
     for trajectory in trajectories:
         assert trajectory.messages[1] == {"role": "user", "content": "bc"}
@@ -307,7 +307,7 @@ def test_a_stateful_environment_opens_answers_and_rewards(rollout, tokenizer):
 def test_a_template_that_rewrites_history_gives_a_sequence_a_turn(rollout, tmp_path):
     forgetful = ambiguous_tokenizer(tmp_path / "forgetful", FORGETFUL)
     run = rollout(CHATTY, tokenizer=forgetful)
-    trajectories = run(tasks(3), 3, LIMITS)
+    trajectories = run(tasks(3), 3, PARAMS)
     assert max(t.turns for t in trajectories) > 1
     for trajectory in trajectories:
         turns = run.engine.turns_of(trajectory)
@@ -325,7 +325,7 @@ def test_a_template_that_rewrites_history_gives_a_sequence_a_turn(rollout, tmp_p
 def test_plain_prompts_go_on_as_plain_text(rollout, tokenizer):
     run = rollout(CHATTY.replace('"ab" * answers', '"c"'))
     task = Task("plain", [{"role": "user", "content": "abc"}], prompt="abc")
-    trajectories = run([(0, task)], 4, LIMITS)
+    trajectories = run([(0, task)], 4, PARAMS)
     for trajectory in trajectories:
         assert trajectory.sequences[0].tokens[0] == tokenizer.encode("abc")[0]
     assert max(t.turns for t in trajectories) > 1
@@ -337,17 +337,17 @@ def test_samples_depend_on_the_draw_and_not_on_the_order(rollout):
 
     run = rollout(CHATTY, slots=3)
     drawn = tasks(5)
-    wanted = ids(run(drawn, 2, LIMITS))
-    assert ids(run(list(reversed(drawn)), 2, LIMITS)) == wanted
-    assert ids(run([drawn[3]], 2, LIMITS)).items() <= wanted.items()
+    wanted = ids(run(drawn, 2, PARAMS))
+    assert ids(run(list(reversed(drawn)), 2, PARAMS)) == wanted
+    assert ids(run([drawn[3]], 2, PARAMS)).items() <= wanted.items()
     again = [(draw + 5, task) for draw, task in drawn]
-    assert not {map(tuple, ids(run(again, 2, LIMITS)).values())} & {map(tuple, wanted.values())}
-    assert ids(run(drawn, 2, LIMITS, stream=1)) != wanted
+    assert not {map(tuple, ids(run(again, 2, PARAMS)).values())} & {map(tuple, wanted.values())}
+    assert ids(run(drawn, 2, PARAMS, stream=1)) != wanted
 
 
 def test_every_trajectory_is_handed_over_as_it_finishes(rollout):
     handed = []
-    trajectories = rollout(CHATTY)(tasks(4), 2, LIMITS, on_finish=handed.append)
+    trajectories = rollout(CHATTY)(tasks(4), 2, PARAMS, on_finish=handed.append)
     assert sorted(map(id, handed)) == sorted(map(id, trajectories))
     assert all(t.finish_reason for t in handed)
 
@@ -358,7 +358,7 @@ def test_a_task_s_own_temperature_is_that_of_its_training_samples(rollout):
     run = rollout()
 
     def texts(stream):
-        found = run([(0, cold), (1, warm)], 4, Limits(8), stream=stream)
+        found = run([(0, cold), (1, warm)], 4, SamplingParams(8), stream=stream)
         return [{t.completion for t in found if t.draw == draw} for draw in (0, 1)]
 
     (cold_texts, warm_texts), (heldout_texts, _) = texts(0), texts(1)
@@ -389,7 +389,7 @@ def test_environments_open_as_rows_become_free(rollout, tmp_path):
     drawn = tasks(9)
     for _, task in drawn:
         task.data["log"] = str(log)
-    trajectories = run(drawn, 2, Limits(4))
+    trajectories = run(drawn, 2, SamplingParams(4))
     assert len(trajectories) == 18
     most = opened = 0
     for line in log.read_text().split():
@@ -408,7 +408,7 @@ class Environment:
     def step(self, message):
         return STEP if self.odd else None
 """
-ENDS = Limits(60, max_turns=3)
+ENDS = SamplingParams(60, max_turns=3)
 
 
 def test_an_opening_or_answer_that_does_not_fit_ends_its_sample_with_length(rollout):
@@ -429,7 +429,7 @@ def test_an_opening_or_answer_that_does_not_fit_ends_its_sample_with_length(roll
 def test_a_history_that_outgrows_the_room_once_rewritten_keeps_what_was_sampled(rollout, tmp_path):
     forgetful = ambiguous_tokenizer(tmp_path / "forgetful", FORGETFUL)
     run = rollout("def reply(task, messages):\n    return 'c' * 40", tokenizer=forgetful)
-    trajectories = run(tasks(3), 2, Limits(8, max_turns=9))
+    trajectories = run(tasks(3), 2, SamplingParams(8, max_turns=9))
     assert {t.finish_reason for t in trajectories} == {"length"}
     for trajectory in trajectories:
         assert len(trajectory.sequences) == trajectory.turns > 1
@@ -470,7 +470,7 @@ def test_a_completion_is_sampled_and_never_an_assistants_message_of_the_row(roll
     ]
     long = [*shot[:2], {"role": "user", "content": "c" * 200}]
     drawn = [(0, Task("short", shot)), (1, Task("long", long))]
-    answered, unanswered = rollout()(drawn, 1, Limits(4))
+    answered, unanswered = rollout()(drawn, 1, SamplingParams(4))
     assert answered.messages[:3] == shot and not answered.unanswered
     assert answered.completion == answered.messages[3]["content"] != "b"
     assert unanswered.unanswered and unanswered.completion == ""
@@ -489,7 +489,7 @@ class Environment:
 
 def test_a_cut_turn_goes_to_the_environment_unless_a_field_ends_it(rollout):
     run = rollout(CUTS, "Environment")
-    trajectories = run(tasks(3), 3, Limits(3, max_turns=3))
+    trajectories = run(tasks(3), 3, SamplingParams(3, max_turns=3))
     rewards = [reward for t in trajectories for reward in t.turn_rewards]
     assert -1.0 in rewards
     for trajectory in trajectories:
@@ -501,7 +501,7 @@ def test_a_cut_turn_goes_to_the_environment_unless_a_field_ends_it(rollout):
         text = run.tokenizer.decode(sequence.tokens[: sequence.sampled.index(True)])
         assert run.tokenizer.decode(sequence.tokens).startswith(text)
     for choice in ("end", "mask"):
-        ended = run(tasks(3), 3, Limits(3, max_turns=3, truncated_turns=choice))
+        ended = run(tasks(3), 3, SamplingParams(3, max_turns=3, truncated_turns=choice))
         assert any(t.finish_reason == "length" and t.turns == 1 for t in ended)
         assert all(reward >= 0 for t in ended for reward in t.turn_rewards)
 
@@ -510,7 +510,7 @@ def test_a_conversation_that_starts_over_draws_fresh_noise(rollout, tmp_path):
     # Every turn is sampled from the same prompt: the template shows nothing but the first message.
     blind = "<{{ messages[0].role }}>{{ messages[0].content }}<end>{% if add_generation_prompt %}<assistant>{% endif %}"
     run = rollout(CUTS, "Environment", tokenizer=ambiguous_tokenizer(tmp_path / "blind", blind))
-    trajectories = run(tasks(2), 2, Limits(20, max_turns=4))
+    trajectories = run(tasks(2), 2, SamplingParams(20, max_turns=4))
     for trajectory in trajectories:
         sampled = [tuple(turn.tokens) for turn in run.engine.turns_of(trajectory)]
         assert len(trajectory.sequences) == len(sampled) == 4
@@ -522,14 +522,14 @@ def test_a_groups_prompt_is_rendered_and_encoded_once(rollout, tmp_path):
     calls = []
     encode = counting.encode
     counting.encode = lambda *args, **kwargs: calls.append(args) or encode(*args, **kwargs)
-    rollout(tokenizer=counting)(tasks(3), 6, Limits(4))
+    rollout(tokenizer=counting)(tasks(3), 6, SamplingParams(4))
     assert len(calls) == 3
 
 
 def test_plain_prompts_show_what_the_environment_opens_with(rollout, tokenizer):
     run = rollout(EPISODES, "Environment")
     task = Task("plain", [{"role": "user", "content": "abc"}], prompt="abc")
-    (trajectory,) = run([(0, task)], 1, LIMITS)
+    (trajectory,) = run([(0, task)], 1, PARAMS)
     (sequence,) = trajectory.sequences
     given = sequence.tokens[: sequence.sampled.index(True)]
     assert given == tokenizer.encode("abc\nbc\n")
@@ -550,10 +550,10 @@ def test_stop_strings_end_turns_whatever_a_dispatch_takes(weights, tokenizer, st
     )
     engine.set_params(weights)
     run = Rollout(engine, tokenizer, Environments(""), seed=5, stop_strings=found.texts)
-    stopped = run(tasks(4), 3, Limits(30))
+    stopped = run(tasks(4), 3, SamplingParams(30))
     engine.find_stop = None
     run.stop_strings = ()
-    whole = run(tasks(4), 3, Limits(30))
+    whole = run(tasks(4), 3, SamplingParams(30))
     ended = 0
     for one, full in zip(stopped, whole, strict=True):
         text = full.completion
@@ -579,7 +579,7 @@ def test_a_turn_that_a_stop_string_ended_gets_the_end_that_it_lacks(rollout, tok
     run = rollout(CHATTY, slots=2)
     run.engine.find_stop = chat.StopStrings(tokenizer, ("c",))
     run.stop_strings = ("c",)
-    trajectories = run(tasks(3), 2, LIMITS)
+    trajectories = run(tasks(3), 2, PARAMS)
     assert max(t.turns for t in trajectories) == 3
     for trajectory in trajectories:
         turns = run.engine.turns_of(trajectory)

@@ -15,8 +15,9 @@ from rftjax.models import decoder
 from rftjax.models.decoder import FULL, Config, Rope
 from rftjax.models.distribution import draw, uniforms
 from rftjax.sampler import device
-from rftjax.sampler.engine import Engine, Sampling
+from rftjax.sampler.engine import Engine, noise_key
 from rftjax.sampler.pool import Pool, cache_length
+from rftjax.types import SamplingParams
 
 CONFIG = Config(
     family="llama",
@@ -76,7 +77,7 @@ def open_all(engine, prompts, budget=10, *, order=None, **sampling):
     """Opens conversation i of draw i // 2 with prompt i, in the given order."""
     for index in order if order is not None else range(len(prompts)):
         key = divmod(index, 2)
-        engine.open(key, prompts[index], budget, Sampling((0, *key), **sampling))
+        engine.open(key, prompts[index], budget, noise_key(0, *key), SamplingParams(**sampling))
 
 
 def random_prompts(count, *, low=2, high=30, seed=0):
@@ -97,7 +98,9 @@ def converse(engine, prompts, turns, *, budget=12, delay=1):
     """Several turns a conversation; the other side answers what follows from the conversation, some steps late."""
     sequences, taken, late = {}, {}, []
     for index, prompt in enumerate(prompts):
-        engine.open((index, 0), prompt, budget, Sampling((0, index, 0), 0.9))
+        engine.open(
+            (index, 0), prompt, budget, noise_key(0, index, 0), SamplingParams(temperature=0.9)
+        )
         sequences[index] = ([*prompt], [False] * len(prompt), [0.0] * len(prompt))
         taken[index] = 0
 
@@ -169,7 +172,7 @@ def test_a_sequence_that_starts_over_draws_noise_of_its_own(weights):
     prompt, sampled = random_prompts(1)[0], []
     for sequence in (0, 1, 0, 2):
         engine = new_engine(weights)
-        engine.open((0, 0), prompt, 12, Sampling((0, 0, 3), sequence=sequence))
+        engine.open((0, 0), prompt, 12, noise_key(0, 0, 3, sequence=sequence))
         sampled.append(finish(engine)[0, 0].tokens)
     assert sampled[0] == sampled[2]
     assert len({tuple(tokens) for tokens in sampled}) == 3
@@ -212,12 +215,12 @@ def calls_of(run):
 
 
 def test_a_long_prompt_is_hashed_once_and_opening_and_closing_are_not_quadratic():
-    prompt = list(range(8000))
+    prompt = [index % CONFIG.vocab for index in range(8000)]
 
     def run(count):
         engine = Engine(CONFIG, slots=4, max_length=9000)
         for sample in range(count):
-            engine.open((0, sample), prompt, 8, Sampling((0, 0, sample)))
+            engine.open((0, sample), prompt, 8, noise_key(0, 0, sample))
         for sample in range(count):
             engine.close((0, sample))
 
@@ -243,7 +246,7 @@ def test_a_groups_prompt_is_computed_once(params, weights):
     for slots in (8, 3):
         engine = new_engine(weights, slots=slots)
         for sample in range(8):
-            engine.open((0, sample), prompt, 6, Sampling((0, 0, sample)))
+            engine.open((0, sample), prompt, 6, noise_key(0, 0, sample))
         turns = finish(engine)
         assert engine.counters.prefilled_tokens == len(prompt) - 1
         for turn in turns.values():
@@ -267,7 +270,7 @@ def test_the_order_of_opening_and_the_slot_change_no_bit(weights):
     found = {}
     for index in (7, 2, 9, 0, 4, 1, 3, 8, 6, 5):  # one after the other, in an engine long in use
         key = divmod(index, 2)
-        engine.open(key, prompts[index], 10, Sampling((0, *key)))
+        engine.open(key, prompts[index], 10, noise_key(0, *key))
         found |= finish(engine)
     assert found == wanted
 
@@ -285,7 +288,7 @@ def test_parking_changes_no_bit(weights):
     alone = {}
     engine = new_engine(weights, slots=3, stops=[STOP])
     for index, prompt in enumerate(prompts):
-        engine.open((index, 0), prompt, 12, Sampling((0, index, 0), 0.9))
+        engine.open((index, 0), prompt, 12, noise_key(0, index, 0), SamplingParams(temperature=0.9))
         alone[index] = finish(engine)[(index, 0)].tokens
     for index, (tokens, _, _) in wanted.items():
         start = len(prompts[index])
@@ -372,7 +375,7 @@ def test_no_device_computes_or_fetches_the_rows_of_others(params):
 def test_noise_differs_by_seed_stream_draw_and_sample(weights):
     def sampled(noise, seed=0):
         engine = new_engine(weights, seed=seed)
-        engine.open((0, 0), [5, 6, 7], 12, Sampling(noise))
+        engine.open((0, 0), [5, 6, 7], 12, noise)
         return tuple(finish(engine)[(0, 0)].tokens)
 
     noises = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
@@ -403,7 +406,7 @@ def test_every_weight_reaches_the_sampler_and_none_is_remembered(params):
 
 def test_weights_do_not_change_under_an_open_conversation(weights):
     engine = new_engine(weights)
-    engine.open((0, 0), [5, 6], 4, Sampling((0, 0, 0)))
+    engine.open((0, 0), [5, 6], 4, noise_key(0, 0, 0))
     with pytest.raises(ValueError, match="weights cannot change while conversations are open"):
         engine.set_params(weights)
 
@@ -466,7 +469,7 @@ def test_a_dispatch_ends_early_only_while_others_wait(weights):
         engine = new_engine(weights, slots=8, dispatch_steps=16)
         for index in range(conversations):
             budget = 2 if index in (0, 8) else 20  # the longest start first
-            engine.open((index, 0), [5, 6, 7], budget, Sampling((0, index, 0)))
+            engine.open((index, 0), [5, 6, 7], budget, noise_key(0, index, 0))
         turns = engine.step()
         assert [turn.key for turn in turns] == [(0, 0)]
         return engine.counters.decode_steps
@@ -512,17 +515,17 @@ def test_a_conversation_closed_while_it_samples_leaves_nothing_behind(weights, s
     open_all(alone, prompts, budget=30)
     expected = finish(alone)
     engine = new_engine(weights, slots=2, dispatch_steps=steps, bridge_steps=bridge)
-    sampling = [Sampling((0, *divmod(index, 2))) for index in range(4)]
+    noise = [noise_key(0, *divmod(index, 2)) for index in range(4)]
     for index in (0, 1):
-        engine.open(divmod(index, 2), prompts[index], 60, sampling[index])
+        engine.open(divmod(index, 2), prompts[index], 60, noise[index])
     engine.step()
     engine.close((0, 0))
     engine.step()  # its row stays idle
-    engine.open((1, 0), prompts[2], 30, sampling[2])  # takes it over
+    engine.open((1, 0), prompts[2], 30, noise[2])  # takes it over
     engine.step()
     engine.close((0, 1))
     for index in (0, 1, 3):  # two under keys of closed ones
-        engine.open(divmod(index, 2), prompts[index], 30, sampling[index])
+        engine.open(divmod(index, 2), prompts[index], 30, noise[index])
     found = finish(engine)
     assert {key: turn.tokens for key, turn in found.items()} == {
         key: turn.tokens for key, turn in expected.items()
@@ -532,7 +535,7 @@ def test_a_conversation_closed_while_it_samples_leaves_nothing_behind(weights, s
 def test_a_conversation_outgrows_its_first_cache(params, weights):
     engine = new_engine(weights, max_length=200)
     prompt = random_prompts(1, low=100, high=101)[0]
-    engine.open((0, 0), prompt, 20, Sampling((0, 0, 0)))
+    engine.open((0, 0), prompt, 20, noise_key(0, 0, 0))
     tokens, logprobs = list(prompt), [0.0] * 100
     for answer in (30, 5):
         (turn,) = _until(engine)
@@ -557,7 +560,7 @@ def test_a_turn_that_does_not_fit_is_refused(weights):
     with pytest.raises(
         ValueError, match="rollout.max_length=120: a turn of up to 100 tokens after 21"
     ):
-        engine.open((0, 0), [5] * 21, 100, Sampling((0, 0, 0)))
+        engine.open((0, 0), [5] * 21, 100, noise_key(0, 0, 0))
     with pytest.raises(ValueError, match="sampler.stop: 17 stop tokens, at most 16"):
         new_engine(weights, stops=range(17))
 
@@ -566,8 +569,8 @@ def test_a_turn_that_does_not_fit_is_refused(weights):
 def test_a_token_without_a_row_in_the_embedding_is_refused(weights, index):
     engine = new_engine(weights)
     with pytest.raises(ValueError, match=f"token id {index}, .*vocab_size={CONFIG.vocab}"):
-        engine.open((0, 0), [5, index, 6], 4, Sampling((0, 0, 0)))
-    engine.open((0, 0), [5, 6], 1, Sampling((0, 0, 0)))
+        engine.open((0, 0), [5, index, 6], 4, noise_key(0, 0, 0))
+    engine.open((0, 0), [5, 6], 1, noise_key(0, 0, 0))
     _until(engine)
     with pytest.raises(ValueError, match=f"token id {index}, .*vocab_size={CONFIG.vocab}"):
         engine.extend((0, 0), [index], 1)

@@ -15,8 +15,8 @@ from rftjax.learning.batching import make_batch
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
 from rftjax.sampler import device
-from rftjax.sampler.engine import Engine, Sampling
-from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
+from rftjax.sampler.engine import Engine, noise_key
+from rftjax.types import SamplingParams, Score, Sequence, Task, TrainState, Trajectory
 
 LENGTH = 128  # tokens of a packed row at least
 CONFIG = Config(
@@ -35,7 +35,7 @@ CONFIG = Config(
     windows=(24,),
     init_std=0.3,
 )
-LOSS = grpo.LossSettings.of(grpo.resolve_preset("dapo"))
+LOSS = grpo.LossSettings.of(grpo.preset_fields("dapo"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,7 +222,7 @@ def test_leaving_out_samples_of_advantage_zero_does_not_change_the_gradient(para
         if one.draw in (1, 2) or one.sample == 1:
             one.advantage = 0.0
     settings = {"share_prefix": True, "pack_rows": 1}
-    full, lean = batch_of(made, **settings), batch_of(made, lean=True, **settings)
+    full, lean = batch_of(made, **settings), batch_of(made, skip_zero=True, **settings)
     assert lean.micro_batches < full.micro_batches
     loss = dataclasses.replace(LOSS, aggregate=aggregate, max_tokens=40, tis_cap=2.0)
     one, one_metrics = gradient(params, full, loss=loss)
@@ -265,7 +265,7 @@ def test_the_trainer_scores_tokens_as_the_sampler_drew_them(params, settings):
     engine.set_params(device.sampler_params(CONFIG, params))
     prompts = {sample: [3, 9, 4, 1 + sample % 2] for sample in range(8)}
     for sample, prompt in prompts.items():
-        engine.open((0, sample), prompt, 40, Sampling((0, 0, sample), **chosen))
+        engine.open((0, sample), prompt, 40, noise_key(0, 0, sample), SamplingParams(**chosen))
     made = []
     while engine.busy:
         for turn in engine.step():

@@ -58,7 +58,7 @@ def make_batch(
     pack_rows: int = 1,
     share_prefix: bool = True,
     mask_truncated: bool = False,
-    lean: bool = False,
+    skip_zero: bool = False,
     temperature: float = 0.0,
     longest: int = 0,
 ) -> Batch:
@@ -68,8 +68,8 @@ def make_batch(
     of `pack_tokens` may be trained on (0: all; see `most_scored`); a micro-batch has `pack_rows` of them. Shapes depend
     on the settings and the width alone, while there are no more sequences than `rows`. `longest` is a length that the
     width holds whatever the sequences are. `mask_truncated` trains on nothing of a trajectory that a token limit cut.
-    `lean` leaves sequences of advantage 0 out of the packed rows, as those without a token to train on always are: they
-    still count in the loss's denominators, which are taken from `sampled_BT`.
+    `skip_zero` leaves sequences of advantage 0 out of the packed rows, as those without a token to train on always are:
+    they still count in the loss's denominators, which are taken from `sampled_BT`.
     `temperature` is that of tasks without one of their own; 0.0 where no task has any, and the batch then names none.
     """
     used: list[tuple[int, types.Sequence]] = []
@@ -107,7 +107,7 @@ def make_batch(
     packed = [
         (draw, _Row(index, sequence, scored[index]))
         for index, (draw, sequence) in enumerate(used)
-        if scored[index] and not (lean and advantages[index] == 0)
+        if scored[index] and not (skip_zero and advantages[index] == 0)
     ]
     bundles = list(_bundles(packed, room, share_prefix))
     pack, count = _lay_out(bundles, room, pack_rows, sampled_BT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from rftjax.types import Batch, Params, TrainState, Trajectory
 GUARD = "disallow"
 
 
-class Part(NamedTuple):
+class Minibatch(NamedTuple):
     """One minibatch on the devices, with the log-probabilities that its updates are measured against (or None)."""
 
     batch: Batch
@@ -64,7 +63,7 @@ class Learner:
 
     def batch(
         self, state: TrainState, trajectories: Sequence[Trajectory], step: int
-    ) -> tuple[list[Part], dict[str, float]]:
+    ) -> tuple[list[Minibatch], dict[str, float]]:
         """Sets the advantages of the groups that teach, and returns their minibatches and metrics of the choice."""
         chosen = choose(trajectories, self.prompts, drop=self.fields["drop_zero_variance"])
         parts = split(chosen, self.fields["minibatches"], self.fields["minibatch_groups"],
@@ -90,8 +89,8 @@ class Learner:
         metrics["rollout/staleness"] = float(now - min(versions, default=now))
         metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
         finished = [
-            Part(
-                self._lay_out(part, lean=self._lean),
+            Minibatch(
+                self._lay_out(part, skip_zero=self._skip_zero),
                 old if many else None,
                 None if in_reward else reference,
             )
@@ -100,7 +99,7 @@ class Learner:
         return finished, metrics
 
     def update(
-        self, state: TrainState, parts: Sequence[Part], step: int
+        self, state: TrainState, minibatches: Sequence[Minibatch], step: int
     ) -> tuple[TrainState, dict[str, float]]:
         """Makes every update of one step, `step` counted from 1, and refreshes the reference where one is due.
 
@@ -110,21 +109,21 @@ class Learner:
         Adam the update is made, in which what is left of earlier gradients, and weight decay, move the weights.
         """
         # Asked of the arrays on the devices, so that all processes get one answer.
-        found = jax.device_get([jnp.any(part.batch.sampled_BT) for part in parts])
-        taught = [bool(one) for one in found]
-        made = []
+        some = jax.device_get([jnp.any(one.batch.sampled_BT) for one in minibatches])
+        nonempty = [one for one, any_token in zip(minibatches, some, strict=True) if any_token]
+        metrics = []
         with jax.transfer_guard(GUARD):
             for _ in range(self.fields["updates_per_batch"]):
-                for part in itertools.compress(parts, taught):
-                    state, metrics = self.apply(state, *part)
-                    made.append(metrics)
-        skipped = {"update/skipped_share": 1 - sum(taught) / len(parts)}
-        if not made:
-            made = [merging.blank(jax.eval_shape(self.apply, state, *parts[0])[1])]
+                for minibatch in nonempty:
+                    state, measured = self.apply(state, *minibatch)
+                    metrics.append(measured)
+        skipped = {"update/skipped_share": 1 - len(nonempty) / len(minibatches)}
+        if not metrics:
+            metrics = [merging.blank(jax.eval_shape(self.apply, state, *minibatches[0])[1])]
         every = self.fields["kl_refresh_steps"]
         if jax.tree.leaves(state.reference) and every and step % every == 0:
             state = state._replace(reference=copy(state.trainable, self._reference_dtype(state)))
-        return state, merging.merge_updates(jax.device_get(made)) | skipped
+        return state, merging.merge_updates(jax.device_get(metrics)) | skipped
 
     def programs(self, state: TrainState) -> list[Program]:
         """Returns the calls of a step's updates, for each width of a packed row, to compile them before there are
@@ -151,20 +150,20 @@ class Learner:
         return "float32" if state.frozen else self.dtype
 
     @property
-    def _lean(self) -> bool:
+    def _skip_zero(self) -> bool:
         """Whether a sample of advantage 0 adds exactly nothing to the loss and its gradient."""
         in_loss = self.fields["kl_weight"] > 0 and not self.fields["kl_in_reward"]
         return not in_loss and self.fields["entropy_weight"] == 0 and not self.fields["loss"]
 
     def _lay_out(
-        self, part: Sequence[Trajectory], *, lean: bool = False, longest: int = 0
+        self, part: Sequence[Trajectory], *, skip_zero: bool = False, longest: int = 0
     ) -> Batch:
         # Where all are such samples they stay, so that the step's metrics say something.
         masked = self.shape.get("mask_truncated", False)
-        taught = [one for one in part if not (masked and one.finish_reason == "length")]
-        lean = lean and any(one.advantage != 0 for one in taught)
+        trained = [one for one in part if not (masked and one.finish_reason == "length")]
+        skip_zero = skip_zero and any(one.advantage != 0 for one in trained)
         return sharding.put_batch(
-            self.mesh, make_batch(part, **self.shape, lean=lean, longest=longest)
+            self.mesh, make_batch(part, **self.shape, skip_zero=skip_zero, longest=longest)
         )
 
     def _measure(self, state: TrainState, part: Sequence[Trajectory], *, old: bool) -> tuple:
@@ -173,7 +172,7 @@ class Learner:
         if not (old or compared):
             return None, None
         # A KL in the reward is measured before advantages are known.
-        batch = self._lay_out(part, lean=self._lean and not compared)
+        batch = self._lay_out(part, skip_zero=self._skip_zero and not compared)
         with jax.transfer_guard(GUARD):
             old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
             if not compared:

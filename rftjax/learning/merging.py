@@ -46,12 +46,12 @@ def merge_micro_batches(metrics_N: Mapping[str, jax.Array]) -> dict[str, jax.Arr
     }
 
 
-def merge_updates(made: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def merge_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns a step's metrics from those of its updates, each with `tokens`."""
-    tokens_N = np.asarray([metrics["tokens"] for metrics in made], np.float64)
+    tokens_N = np.asarray([metrics["tokens"] for metrics in updates], np.float64)
     merged = {}
-    for name in made[0]:
-        value_N = np.asarray([metrics[name] for metrics in made], np.float64)
+    for name in updates[0]:
+        value_N = np.asarray([metrics[name] for metrics in updates], np.float64)
         rule = rule_of(name)
         merged[name] = float(_merge(np, rule.updates, value_N, tokens_N, rule.blank))
     return merged

@@ -15,7 +15,7 @@ from rftjax import grpo
 from rftjax.learning import merging
 from rftjax.models import decoder
 from rftjax.models.decoder import Config
-from rftjax.models.distribution import GONE, Settings, adjust, by_rows
+from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
 # Logits of a micro-batch that take no more bytes exist at once and are kept for the backward pass.
@@ -91,7 +91,7 @@ def logprobs(
         targets_B = targets_RM.reshape(-1)
         ones_B = jnp.ones(targets_B.shape)
         own = temperature if temperatures_RM is None else temperatures_RM.reshape(-1)
-        settings = Settings(
+        settings = RowSettings(
             own * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
         )
         adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit, keep_B=targets_B)
@@ -333,9 +333,9 @@ def make_update(
         metrics |= {"grad_norm": norm, "update/nonfinite_share": 1.0 - finite}
         changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, changes)
-        made = state.step + 1, trainable, opt_state
+        after = state.step + 1, trainable, opt_state
         before = state.step, state.trainable, state.opt_state
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, before)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         return state._replace(step=kept[0], trainable=kept[1], opt_state=kept[2]), metrics
 
     return update

@@ -16,7 +16,7 @@ BLOCK = 128  # tokens whose probabilities are summed before the running sum
 ROWS = 8  # of logits that a CPU works on at a time
 
 
-class Settings(NamedTuple):
+class RowSettings(NamedTuple):
     """How to sample, one entry a row: temperature (0: greedy), top_p (1: off) and top_k (0: off)."""
 
     temperature_B: Any
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 
 def adjust(
     logits_BV: jax.Array,
-    settings: Settings,
+    settings: RowSettings,
     *,
     filtered: bool,
     limit: int = 0,

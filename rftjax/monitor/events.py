@@ -13,7 +13,7 @@ import numpy as np
 
 from rftjax.config.fields import base_config, flatten
 from rftjax.monitor.rollouts import encode
-from rftjax.presets import resolve_preset
+from rftjax.presets import preset_fields
 
 # TensorBoard opens on the group whose name comes first: what a run is for is shown there a second time.
 OVERVIEW = {"eval/reward": "_overview/heldout_reward", "reward/mean": "_overview/training_reward"}
@@ -32,7 +32,7 @@ NEVER = ("alarms.", "logging.", "checkpoint.", "scoring.", "environments.")
 def hyperparameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Returns the fields that tell runs apart: a few, and all that have another value than the general spec's."""
     defaults = flatten(base_config())
-    preset = resolve_preset(str(values.get("grpo.preset", "grpo")))
+    preset = preset_fields(str(values.get("grpo.preset", "grpo")))
     defaults |= {f"grpo.{name}": value for name, value in preset.items()}
     found = {
         field: value

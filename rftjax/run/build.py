@@ -27,7 +27,7 @@ from rftjax.learning.learner import GUARD, Learner
 from rftjax.monitor import alarms
 from rftjax.monitor import recorder as metrics
 from rftjax.monitor.loggers import open_loggers
-from rftjax.rollout import Limits, Rollout
+from rftjax.rollout import Rollout
 from rftjax.run import checkpoint, checks
 from rftjax.run.binding import Binding, stored_config
 from rftjax.run.checkpoint import Checkpoints
@@ -40,7 +40,7 @@ from rftjax.run.start import StateBuilder
 from rftjax.sampler import device
 from rftjax.scoring import Scorer
 from rftjax.text import chat
-from rftjax.types import Task, TrainState, Trajectory
+from rftjax.types import SamplingParams, Task, TrainState, Trajectory
 from rftjax.weights import lora
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def complete_config(config: ConfigDict) -> ConfigDict:
     """Returns the config with its preset's fields filled in; raises ValueError listing everything wrong with it."""
     config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
-    fields = grpo.resolve_preset(
+    fields = grpo.preset_fields(
         config.grpo.preset, {name: config.grpo[name] for name in names if name in config.grpo}
     )
     if fields["max_tokens"] == 0:
@@ -214,10 +214,10 @@ class Job:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def limits(self, *, heldout: bool = False) -> Limits:
+    def sampling_params(self, *, heldout: bool = False) -> SamplingParams:
         """Returns the sampling settings of training or of held-out evaluation."""
         source = self.config.eval if heldout else self.config.sampler
-        return Limits(
+        return SamplingParams(
             self.config.sampler.max_new_tokens,
             self.config.rollout.max_turns,
             source.temperature,
@@ -290,12 +290,12 @@ class Job:
     @property
     def batch_shape(self) -> dict[str, Any]:
         """What `batching.make_batch` takes beside the trajectories."""
-        section, limits = self.config.batch, self.limits()
+        section, params = self.config.batch, self.sampling_params()
         samples = -(-section.prompts * section.group_size // self.config.grpo.minibatches)
         own_temperatures = any(task.temperature for task in self.train_tasks)
-        sampled = section.group_size * limits.max_new_tokens * limits.max_turns
+        sampled = section.group_size * params.max_new_tokens * params.max_turns
         return {
-            "rows": samples * limits.max_turns if self.rewrites_history else samples,
+            "rows": samples * params.max_turns if self.rewrites_history else samples,
             "max_length": self.config.rollout.max_length,
             "pack_tokens": section.pack_tokens,
             "pack_scored": batching.most_scored(
@@ -344,18 +344,18 @@ class Job:
         ahead = stream.upcoming(self.config.batch.prompts)
         tokenizer, tools = self.policy.tokenizer, self.environments.tools or None
         prompts = chat.prompts(tokenizer, ahead, tools=tools)
-        limits = self.limits()
-        filtered = limits.top_p < 1 or limits.top_k > 0
+        params = self.sampling_params()
+        filtered = params.filtered
         yield from self.rollout.engine.programs(
-            weights, max(map(len, prompts)), limits.max_new_tokens, filtered=filtered
+            weights, max(map(len, prompts)), params.max_new_tokens, filtered=filtered
         )
 
     def sampling(self, stream: tasks.TaskStream) -> Prefetch:
         """Returns what samples the training batches of the stream."""
 
         def sample(draws: list[tuple[int, Task]]) -> list[Trajectory]:
-            size, limits = self.config.batch.group_size, self.limits()
-            return self.rollout(draws, size, limits, on_finish=self.scorer.submit)
+            size, params = self.config.batch.group_size, self.sampling_params()
+            return self.rollout(draws, size, params, on_finish=self.scorer.submit)
 
         def release() -> None:
             self.rollout.engine.set_params(None)
@@ -409,7 +409,7 @@ class Job:
                 name,
                 found[: tasks_at_most or None],
                 samples or section.samples,
-                self.limits(heldout=True),
+                self.sampling_params(heldout=True),
                 self.rollout,
                 self.heldout_scorer,
                 pass_k=section.pass_k,

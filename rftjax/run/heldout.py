@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 
 from rftjax.errors import UserError
 from rftjax.monitor.rollouts import commonest, mean_by_name
-from rftjax.rollout import Limits, Rollout
+from rftjax.rollout import Rollout
 from rftjax.scoring import Scorer, answered
-from rftjax.types import Score, Task, Trajectory
+from rftjax.types import SamplingParams, Score, Task, Trajectory
 
 MAIN = "heldout"  # the set of `tasks.heldout`, whose metrics carry no name
 
@@ -23,7 +23,7 @@ def evaluate(
     name: str,
     tasks: Sequence[Task],
     samples: int,
-    limits: Limits,
+    params: SamplingParams,
     rollout: Rollout,
     scorer: Scorer,
     *,
@@ -35,7 +35,7 @@ def evaluate(
     Raises EvaluatorError above the allowed share of failures.
     """
     draws = list(enumerate(tasks))
-    trajectories = rollout(draws, samples, limits, stream=stream(name), on_finish=scorer.submit)
+    trajectories = rollout(draws, samples, params, stream=stream(name), on_finish=scorer.submit)
     scorer.gather(trajectories)
     scorer.check(answered(trajectories))
     prefix = "eval/" if name == MAIN else f"eval/{name}/"

@@ -171,8 +171,8 @@ def _sample(parts: Job) -> list[Trajectory]:
     while left and not any(map(has_variance, by_draw(trajectories))):
         draws: list[tuple[int, Task]] = stream.next(min(CHECK_PROMPTS, left))
         left -= len(draws)
-        size, limits = config.batch.group_size, parts.limits()
-        sampled = parts.rollout(draws, size, limits, on_finish=scorer.submit)
+        size, params = config.batch.group_size, parts.sampling_params()
+        sampled = parts.rollout(draws, size, params, on_finish=scorer.submit)
         scorer.gather(sampled)
         trajectories += sampled
     set_advantages(trajectories, config.grpo)

@@ -18,7 +18,7 @@ from rftjax.devices import sharding
 from rftjax.models import decoder
 from rftjax.models.cached import attend
 from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
-from rftjax.models.distribution import Settings, adjust, by_rows, draw, uniforms
+from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
 from rftjax.types import Params
 
 Cache = list[tuple[jax.Array, jax.Array]]
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     position_B: Any
     budget_B: Any
     noise_B3: Any
-    settings: Settings
+    settings: RowSettings
 
 
 def sampler_params(
@@ -86,7 +86,7 @@ def new_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) 
 def idle_rows(slots: int, mesh: Mesh | None = None) -> Rows:
     """Returns rows that sample nothing."""
     nothing_B, ones_B = jnp.zeros(slots, jnp.int32), jnp.ones(slots, jnp.float32)
-    settings = Settings(ones_B, ones_B, nothing_B)
+    settings = RowSettings(ones_B, ones_B, nothing_B)
     noise_B3 = jnp.zeros((slots, 3), jnp.int32)
     return _pin_rows(Rows(nothing_B, nothing_B, nothing_B, noise_B3, settings), mesh)
 
@@ -291,7 +291,7 @@ def _decode(
         *_, step, active = carry
         return (step < most) & (active > enough)
 
-    def choose(logits_BV: jax.Array, uniform_B: jax.Array, settings: Settings) -> tuple:
+    def choose(logits_BV: jax.Array, uniform_B: jax.Array, settings: RowSettings) -> tuple:
         adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit)
         return draw(adjusted_BV, uniform_B, settings.temperature_B)
 

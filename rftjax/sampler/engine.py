@@ -27,42 +27,27 @@ from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
 from rftjax.errors import NotFinite, UserError
 from rftjax.models.decoder import Config
-from rftjax.models.distribution import Settings
+from rftjax.models.distribution import RowSettings
 from rftjax.sampler import device
 from rftjax.sampler.pool import GRANULE, Piece, Pool, Prompt, Saved
-from rftjax.types import Params
+from rftjax.types import Params, SamplingParams
 
 STOPS = 16  # room for stop ids; constant, so that their number is not a shape
 SEQUENCE_BITS = 16  # of a noise key's third part: the sample; what is above numbers the sequence
 Key = tuple[int, int]  # of a conversation: draw and sample
+NoiseKey = tuple[int, int, int]  # stream, draw, sample
+DEFAULT_PARAMS = SamplingParams()
 # Of a turn's tokens, and how many of them were looked at before: how many there are up to the end of the first stop
 # string, 0 where there is none.
 FindStop = Callable[[list[int], int], int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How one conversation is sampled: settings, and the noise key's parts (stream, draw, sample).
+def noise_key(stream: int, draw: int, sample: int, *, sequence: int = 0) -> NoiseKey:
+    """Returns what the device folds into the key of a conversation's noise.
 
     `sequence` numbers the token sequences of a trajectory that starts over: each one draws noise of its own.
     """
-
-    noise: tuple[int, int, int]
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    sequence: int = 0
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        """The noise key that the device folds in."""
-        stream, draw, sample = self.noise
-        return stream, draw, sample + (self.sequence << SEQUENCE_BITS)
-
-    @property
-    def filtered(self) -> bool:
-        """Whether any token may be left out."""
-        return self.top_p < 1 or self.top_k > 0
+    return stream, draw, sample + (sequence << SEQUENCE_BITS)
 
 
 @dataclasses.dataclass
@@ -80,7 +65,8 @@ class SampledTurn:
 @dataclasses.dataclass(eq=False)
 class _Conversation:
     key: Key
-    sampling: Sampling
+    noise: NoiseKey
+    params: SamplingParams
     tokens: list[int]
     prompt: list[int]
     group: Prompt
@@ -97,7 +83,7 @@ class _Conversation:
     @property
     def order(self) -> tuple[int, tuple[int, int, int]]:
         """Sorts the queue: those that may run longest first, then in the order of their noise keys."""
-        return -self.budget, self.sampling.key
+        return -self.budget, self.noise
 
 
 @dataclasses.dataclass
@@ -213,10 +199,18 @@ class Engine:
             *self._pool.programs(params, cache),
         ]
 
-    def open(self, key: Key, tokens: list[int], budget: int, sampling: Sampling) -> None:
+    def open(
+        self,
+        key: Key,
+        tokens: list[int],
+        budget: int,
+        noise: NoiseKey,
+        params: SamplingParams = DEFAULT_PARAMS,
+    ) -> None:
         """Starts a conversation: its first turn samples up to `budget` tokens after the prompt's.
 
-        Conversations with the same prompt share its computation.
+        Conversations with the same prompt share its computation. Of `params` the limits are the caller's: it sets the
+        budget of each turn and decides about the next one.
         """
         self._check_budget(len(tokens), budget)
         prompt, last = list(tokens), self._last
@@ -225,7 +219,7 @@ class Engine:
         else:
             self._check_ids(prompt)
             group = self._pool.prompt(prompt)
-        conversation = _Conversation(key, sampling, list(prompt), prompt, group, budget=budget)
+        conversation = _Conversation(key, noise, params, list(prompt), prompt, group, budget=budget)
         self._open[key] = self._last = conversation
         bisect.insort(self._queue, conversation, key=lambda c: c.order)
 
@@ -398,7 +392,7 @@ class Engine:
         """Starts one dispatch of at most so many steps."""
         # With others waiting, a dispatch ends once an eighth of its rows is idle instead of decoding for the few left.
         enough = len(running) * 7 // 8 if self._queue else 0
-        filtered = any(c.sampling.filtered for c in running)
+        filtered = any(c.params.filtered for c in running)
         call = self._decode(self._params, self._pool.cache, running, most, enough, filtered)
         self._pool.cache, self._rows, *sampled = call.run()
         return _Flight([(c, c.slot, c.turn) for c in running], most, enough, *sampled)
@@ -425,11 +419,11 @@ class Engine:
             if not c.given:
                 c.given = given_B[c.slot] = True
                 token_B[c.slot], position_B[c.slot] = c.tokens[-1], len(c.tokens) - 1
-                budget_B[c.slot], noise_B3[c.slot] = c.budget, c.sampling.key
-                temperature_B[c.slot] = c.sampling.temperature
-                top_p_B[c.slot], top_k_B[c.slot] = c.sampling.top_p, c.sampling.top_k
+                budget_B[c.slot], noise_B3[c.slot] = c.budget, c.noise
+                temperature_B[c.slot] = c.params.temperature
+                top_p_B[c.slot], top_k_B[c.slot] = c.params.top_p, c.params.top_k
         given = device.Rows(
-            token_B, position_B, budget_B, noise_B3, Settings(temperature_B, top_p_B, top_k_B)
+            token_B, position_B, budget_B, noise_B3, RowSettings(temperature_B, top_p_B, top_k_B)
         )
         arguments = (
             self.config,

@@ -49,7 +49,7 @@ def fixed(config: Config, params: Params, flags: argparse.Namespace) -> dict[str
         for draw in range(-(-flags.slots // flags.group)):
             prompt = workload.random_tokens(config, rng, flags.prompt_tokens)
             for one in range(min(flags.group, flags.slots - draw * flags.group)):
-                engine.open((draw, one), prompt, flags.new_tokens, workload.sampling(draw, one))
+                engine.open((draw, one), prompt, flags.new_tokens, workload.noise(draw, one))
         laps = decode(engine)
         if run == 0:
             compiled_s = sum(seconds for seconds, _ in laps)
@@ -104,7 +104,7 @@ def mixed(config: Config, params: Params, flags: argparse.Namespace) -> dict[str
             draw, one = divmod(number, flags.group)
             if one == 0:
                 prompt = workload.random_tokens(config, rng, flags.prompt_tokens)
-            engine.open((draw, one), prompt, length, workload.sampling(draw, one))
+            engine.open((draw, one), prompt, length, workload.noise(draw, one))
         times.append(sum(seconds for seconds, _ in decode(engine)))
     bound = max(-(-sum(lengths) // flags.slots), max(lengths))
     batches = [lengths[at : at + flags.slots] for at in range(0, len(lengths), flags.slots)]
@@ -134,7 +134,7 @@ def converse(engine: Engine, flags: argparse.Namespace, rng: np.random.Generator
     left: dict[Key, int] = {}
     for draw, prompt in prompts.items():
         for one in range(flags.group):
-            engine.open((draw, one), prompt, flags.turn_tokens, workload.sampling(draw, one))
+            engine.open((draw, one), prompt, flags.turn_tokens, workload.noise(draw, one))
             left[draw, one] = flags.turns - 1
     waiting: list[tuple[int, Key]] = []
     now = 0

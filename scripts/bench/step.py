@@ -34,7 +34,7 @@ def start(config: Config, params: Params, flags: argparse.Namespace) -> tuple[Tr
     optimizer = optim.make_optimizer(lr=1e-6, steps=max(1, flags.steps))
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, {}, jax.jit(optimizer.init)(params))
-    fields = grpo.resolve_preset("grpo")
+    fields = grpo.preset_fields("grpo")
     step = update.make_update(
         config,
         optimizer,
@@ -51,7 +51,7 @@ def sample(
     """Returns `flags.group` completions of every prompt, in order."""
     for draw, prompt in prompts.items():
         for one in range(flags.group):
-            engine.open((draw, one), prompt, flags.new_tokens, workload.sampling(draw, one))
+            engine.open((draw, one), prompt, flags.new_tokens, workload.noise(draw, one))
     turns = {}
     while engine.busy:
         for turn in engine.step():

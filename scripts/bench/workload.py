@@ -26,7 +26,7 @@ from rftjax.models import decoder
 from rftjax.models.attention import FORMS
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
-from rftjax.sampler.engine import Engine, Sampling
+from rftjax.sampler.engine import Engine, NoiseKey, noise_key
 from rftjax.types import Params, Score, Task, Trajectory
 from rftjax.weights import hf
 
@@ -148,9 +148,9 @@ def random_tokens(config: Config, rng: np.random.Generator, count: int) -> list[
     return rng.integers(0, config.vocab, count).tolist()
 
 
-def sampling(draw: int, sample: int) -> Sampling:
-    """Returns the plain distribution with the noise key of a sample."""
-    return Sampling((0, draw, sample))
+def noise(draw: int, sample: int) -> NoiseKey:
+    """Returns the noise key of a training sample."""
+    return noise_key(0, draw, sample)
 
 
 def trajectory(
