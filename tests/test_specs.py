@@ -32,11 +32,16 @@ def test_a_spec_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
         assert specs.locate(other) == other
 
 
+def test_the_specs_of_a_checkout_are_found_where_the_package_is_not_installed(monkeypatch):
+    monkeypatch.setattr(specs, "PACKAGE", "no_such_package")
+    assert specs.folder() == ROOT / "experiments"
+
+
 def test_specs_in_a_wheel_are_found_under_their_own_name(tmp_path, monkeypatch):
     (tmp_path / specs.PACKAGE).mkdir()
     (tmp_path / specs.PACKAGE / "one.py").write_text("def get_config(): ...")
     (tmp_path / specs.PACKAGE / "two.py").write_text("def rows(): ...")
-    monkeypatch.setattr(specs, "__file__", str(tmp_path / "rftjax" / "specs.py"))
+    monkeypatch.setattr(specs, "__file__", str(tmp_path / "rftjax" / "config" / "specs.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert specs.folder() == tmp_path / specs.PACKAGE and specs.names() == ["one"]
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from rftjax import types
+from rftjax.workers import processes
 from rftjax.workers.pool import WorkerError, Workers
+from rftjax.workers.serving import describe
 from rftjax.workers.user_code import load_function
 
 USER_CODE = """
@@ -544,3 +547,20 @@ def test_functions_and_classes_of_a_file_reach_the_processes_that_it_starts(
 def test_a_dotted_name_is_resolved():
     assert load_function("json:loads")("[1]") == [1]
     assert load_function("json:JSONDecoder.decode") is not None
+
+
+
+def test_worker_processes_find_the_package_where_it_is_not_installed():
+    code = processes.import_path() + "import rftjax; print(sys.path[0])"
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == str(Path(types.__file__).absolute().parents[1])
+
+
+def test_a_frame_of_the_package_is_not_taken_for_the_users_own():
+    try:
+        types.Sequence().extend([1], [0.0, 0.0])
+    except ValueError as error:
+        line, _ = describe(error)
+    assert "(test_workers.py:" in line

@@ -12,7 +12,7 @@ PACKAGE = "rftjax_experiments"  # the name of the folder experiments/ in a wheel
 
 def folder() -> Path:
     """Returns where the specs lie: beside the package in a checkout, else where the wheel put them."""
-    beside = Path(__file__).parents[1] / "experiments"
+    beside = Path(__file__).parents[2] / "experiments"
     if beside.is_dir():
         return beside
     found = importlib.util.find_spec(PACKAGE)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
 from typing import Any
 
 from rftjax.errors import UserError
@@ -134,7 +135,7 @@ class Template(Process):
         fds = (life_fd, data_fd, control.fileno())
         try:
             self._popen = subprocess.Popen(
-                [sys.executable, "-c", _import_path() + _BOOT, json.dumps(settings | {"fds": fds})],
+                [sys.executable, "-c", import_path() + _BOOT, json.dumps(settings | {"fds": fds})],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=fds,
@@ -354,10 +355,10 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def _import_path() -> str:
+def import_path() -> str:
     # Only so far as to find this package: user code's own search path comes with the settings.
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return f"import sys; sys.path.insert(0, {root!r}); "
+    root = Path(__file__).absolute().parents[2]
+    return f"import sys; sys.path.insert(0, {str(root)!r}); "
 
 
 def death(process: Process) -> str:

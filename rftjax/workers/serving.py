@@ -235,12 +235,9 @@ def describe(error: BaseException) -> tuple[str, str]:
     """Returns one line (type, message, place in the user's code) and the traceback."""
     text = " ".join(_text_of(error)[:2000].split())[:300]
     frames = traceback.extract_tb(error.__traceback__)
-    own, library = os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.__file__)
-    users = [
-        frame
-        for frame in frames
-        if os.path.dirname(frame.filename) != own and not frame.filename.startswith((library, "<"))
-    ]
+    package = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
+    foreign = (package, os.path.dirname(os.__file__), "<")
+    users = [frame for frame in frames if not frame.filename.startswith(foreign)]
     where = f" ({os.path.basename(users[-1].filename)}:{users[-1].lineno})" if users else ""
     line = f"{type(error).__name__}: {text}" if text else type(error).__name__
     if isinstance(error, UserError):  # a rule of this package, which the text names
