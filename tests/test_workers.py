@@ -549,7 +549,6 @@ def test_a_dotted_name_is_resolved():
     assert load_function("json:JSONDecoder.decode") is not None
 
 
-
 def test_worker_processes_find_the_package_where_it_is_not_installed():
     code = processes.import_path() + "import rftjax; print(sys.path[0])"
     found = subprocess.run(
