@@ -1,3 +1,4 @@
+import gc
 import json
 
 import jax
@@ -21,17 +22,36 @@ def size(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_the_table_counts_what_a_device_holds(tiny_dir, tmp_path):
-    """With adapters on a bfloat16 base, over four devices of fsdp and two of data."""
-    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+def small_spec(tiny_dir, folder):
+    """A small job on the test model."""
+    (folder / "train.jsonl").write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
     config = configs.base_config()
     config.model.path, config.model.dtype = str(tiny_dir), "bfloat16"
-    config.tasks.train = str(tmp_path / "train.jsonl")
+    config.tasks.train = str(folder / "train.jsonl")
     config.evaluator = "rftjax.evaluators.random_reward:evaluate"
     config.batch.pack_tokens, config.sampler.slots, config.scoring.workers = 64, 8, 1
     config.sampler.max_new_tokens, config.rollout.max_length = 32, 64
+    config.eval.every = 0
+    return config
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_an_estimate_needs_no_weights(tiny_dir, tmp_path, init):
+    config = small_spec(tiny_dir, tmp_path)
+    config.model.init = init
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    with Job.build(job.complete_config(config), tmp_path / "run", read_ahead=False) as parts:
+        table = memory.estimate(parts)
+        made = [one for one in jax.live_arrays() if id(one) not in before]
+        assert sum(one.nbytes for one in made) < table["trained parameters"] / 10
+
+
+def test_the_table_counts_what_a_device_holds(tiny_dir, tmp_path):
+    """With adapters on a bfloat16 base, over four devices of fsdp and two of data."""
+    config = small_spec(tiny_dir, tmp_path)
     config.lora.rank, config.grpo.kl_weight, config.grpo.kl_refresh_steps = 4, 0.1, 5
-    config.mesh.fsdp, config.mesh.data, config.eval.every = 4, 2, 0
+    config.mesh.fsdp, config.mesh.data = 4, 2
     with Job.build(job.complete_config(config), tmp_path / "run") as parts:
         table = memory.estimate(parts)
         state = parts.state_builder.initial_state()

@@ -130,9 +130,9 @@ class Job:
     compilations: Compilations = dataclasses.field(default_factory=Compilations)
 
     @classmethod
-    def build(cls, config: ConfigDict, workdir: Path) -> Job:
-        """Builds everything but the training state, for which weights are read; raises ValueError for what the user
-        can mend."""
+    def build(cls, config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Job:
+        """Builds everything but the training state, whose weights a thread begins to read with `read_ahead`; raises
+        ValueError for what the user can mend."""
         given = config
         train_tasks, heldout = load_tasks(config)
         with contextlib.ExitStack() as workers:
@@ -162,7 +162,7 @@ class Job:
             )
             workers.callback(model.close)
             resumes = checkpoint.exists(workdir / "checkpoints")
-            if not resumes:
+            if read_ahead and not resumes:
                 model.read_ahead()
             config = checks.fit_context(config, model)
             replicated = sharding.replicated_axes(mesh, model.abstract_params)
