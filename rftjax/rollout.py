@@ -21,6 +21,7 @@ from rftjax.environments import Environments
 from rftjax.sampler.engine import Engine, SampledTurn, noise_key
 from rftjax.text import chat
 from rftjax.types import Message, SamplingParams, Task, Trajectory, Turn
+from rftjax.workers.pool import WorkerError
 
 TRAIN = 0  # the noise stream of training; held-out sets have the numbers from 1 on
 
@@ -158,6 +159,7 @@ class Rollout:
         error = episode.future.exception()
         if error is not None:
             trajectory.error, trajectory.finish_reason = str(error), "error"
+            trajectory.bystander = isinstance(error, WorkerError) and error.bystander
             return "error"
         if episode.reason:
             trajectory.state = episode.future.result()

@@ -100,6 +100,7 @@ class Scorer:
                 trajectory.score = future.result()
             except WorkerError as error:
                 trajectory.score = _invalid(str(error))
+                trajectory.bystander = error.bystander
                 self._details.setdefault(str(error), error.details)
         return [trajectory.score for trajectory in trajectories if trajectory.score is not None]
 
@@ -145,11 +146,14 @@ class Scorer:
 
 
 def answered(trajectories: Iterable[Trajectory]) -> list[Score]:
-    """Returns the scores of those whose policy sampled anything: others are no fault of evaluator or environment."""
+    """Returns the scores that may count as faults of the evaluator or the environment.
+
+    Left out are samples in which the policy sampled nothing, and bystanders: lost by another call or the machine.
+    """
     return [
         one.score
         for one in trajectories
-        if one.score is not None and not (one.unanswered and not one.error)
+        if one.score is not None and not one.bystander and not (one.unanswered and not one.error)
     ]
 
 

@@ -114,7 +114,8 @@ class Trajectory:
     `finish_reason` is stop (the model or the environment ended it), length (a token limit ended it or cut its last
     turn), turns (the turn limit) or error (the environment failed, or said what the model cannot be shown; `error`
     says how). A message that a token limit cut has `truncated`. `infos` holds the environment's `Turn.info`, one a
-    turn; `state` is what its `state()` said at the end. `score` and `advantage` are filled in after scoring.
+    turn; `state` is what its `state()` said at the end. `bystander` is true where another call or the machine cost the
+    sample: no fault of the user's code. `score` and `advantage` are filled in after scoring.
     """
 
     task: Task
@@ -127,6 +128,7 @@ class Trajectory:
     state: Any = None
     finish_reason: str = ""
     error: str = ""
+    bystander: bool = False
     score: Score | None = None
     advantage: float = 0.0
     sampled_messages: list[int] = dataclasses.field(default_factory=list)  # where in `messages`

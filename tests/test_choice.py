@@ -249,3 +249,52 @@ def test_choice_takes_the_text_of_a_choice_where_no_letter_is_named():
     assert reward(choice, "It is\nparis.", answer="B", choices=hub) == 1.0
     assert reward(choice, "Paris", answer="B", choices=["A) Rome", "B) Paris"]) == 1.0
     assert reward(choice, "Paris or Rome", answer="B", choices=["Rome", "Paris"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "3",
+        "(3)",
+        "**3**",
+        "3) Paris",
+        "The answer is 3.",
+        "The answer is (3) Paris.",
+        "Answer: 3",
+        "\\boxed{3}",
+        "\\boxed{\\text{3}}",
+        "$\\boxed{3}$",
+        "<answer>3</answer>",
+        "Options 1 and 2 are wrong. Option 3 is correct.",
+        "A plant needs 2 things, so I choose 3.",
+        "A and B are no labels here. Answer: 3",
+        "Paris",
+    ],
+)
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"label": ["1", "2", "3", "4"], "text": ["Rome", "Oslo", "Paris", "Bonn"]},
+        {"1": "Rome", "2": "Oslo", "3": "Paris", "4": "Bonn"},
+    ],
+)
+def test_digits_are_labels_where_the_row_s_choices_say_so(completion, choices):
+    assert reward(choice, completion, answer="3", choices=choices) == 1.0
+    assert reward(choice, completion, answer="2", choices=choices) == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    ["The answer is 3.5", "The answer is 30", "1/3", "The answer is C", "3 or 4", "-3"],
+)
+def test_a_number_that_is_no_label_is_none(completion):
+    labels = {"label": ["1", "2", "3", "4"], "text": ["Rome", "Oslo", "Paris", "Bonn"]}
+    assert score(choice, completion, answer="3", choices=labels) == Score(
+        0.0, {"format": 0.0}, reason="no label found, or several"
+    )
+
+
+def test_a_number_as_the_answer_is_refused_beside_labels_that_are_digits():
+    labels = {"label": ["1", "2"], "text": ["Rome", "Oslo"]}
+    with pytest.raises(ValueError, match="choice needs one of the row's labels 1, 2, as a text"):
+        reward(choice, "1", answer=1, choices=labels)

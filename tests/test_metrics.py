@@ -282,9 +282,20 @@ def test_rewards_count_where_valid_and_groups_are_draws():
             "rollout/tokens_wrong_mean": 5 / 3,
             "evaluator/error_share": 2 / 8,
             "environment/error_share": 1 / 8,
+            "rollout/bystander_share": 0.0,
+            "rollout/unanswered_share": 0.0,
             "groups/zero_variance_share": 3 / 4,
         }
     )
+
+
+def test_bystanders_are_counted_apart_from_faults():
+    rows = [make_trajectory(0, n, score=Score(0.0, valid=False)) for n in range(4)]
+    rows[0].bystander = rows[1].bystander = True
+    rows[1].finish_reason = rows[2].finish_reason = "error"
+    metrics = rollout_metrics(rows)
+    shares = ("rollout/bystander_share", "evaluator/error_share", "environment/error_share")
+    assert [metrics[name] for name in shares] == [0.5, 0.25, 0.25]
 
 
 def test_without_a_valid_score_the_reward_is_no_number():

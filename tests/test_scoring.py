@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rftjax.scoring import EvaluatorError, Scorer, error_share
+from rftjax.scoring import EvaluatorError, Scorer, answered, error_share
 from rftjax.types import Score, Task, Trajectory
 
 EVALUATOR = """
@@ -336,6 +336,36 @@ def test_faults_up_to_the_limit_are_let_pass(scorer: Scorer):
     scorer.check([])
 
 
+def test_a_sample_lost_by_another_s_fault_is_left_out_and_is_no_fault_of_the_evaluator(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+):
+    lost, fine = trajectory("half"), trajectory("half", 1)
+    lost.bystander, lost.finish_reason, lost.error = True, "error", "the worker died"
+    scores = scorer.gather([lost, fine])
+    assert [score.valid for score in scores] == [False, True]
+    assert answered([lost, fine]) == scores[1:]
+    scorer.check(answered([lost, fine]))
+
+
+def test_a_bystander_s_error_marks_the_trajectory(tmp_path: Path):
+    (tmp_path / "reward.py").write_text(
+        "import os\ndef evaluate(task, trajectory):\n    os._exit(3)\n"
+    )
+    one = trajectory("x")
+    with Scorer(f"{tmp_path}/reward.py:evaluate", workers=1) as scorer:
+        scorer.gather([one])
+        assert not one.bystander  # its own fault
+        two = trajectory("x")
+        scorer.submit(two)
+    assert scorer.gather([two])[0].valid is False
+    assert two.bystander  # the workers were closed
+
+
+def test_a_fault_in_the_result_names_no_file_of_this_package(scorer: Scorer):
+    (score,) = scorer.gather([trajectory("nan")])
+    assert ".py" not in score.reason
+
+
 def test_an_evaluator_that_cannot_be_called_is_refused_at_the_start(user_file: Path):
     with pytest.raises(ValueError, match=r"evaluate\(task, trajectory\).*too many positional"):
         Scorer(f"{user_file}:one_argument", workers=1)
@@ -343,6 +373,9 @@ def test_an_evaluator_that_cannot_be_called_is_refused_at_the_start(user_file: P
         Scorer("missing.py:evaluate", workers=1)
 
 
-def test_the_module_imports_no_jax():
-    code = "import sys, rftjax.scoring, rftjax.environments; assert 'jax' not in sys.modules"
+def test_what_worker_processes_import_pulls_in_no_heavy_library():
+    names = "scoring, types, tasks, environments, workers, evaluators, evaluators.number, monitor.reasons"
+    code = f"import sys, {', '.join(f'rftjax.{name}' for name in names.split(', '))}\n"
+    code += "heavy = {'jax', 'flax', 'datasets', 'pydantic', 'transformers', 'tensorboard'}\n"
+    code += "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -284,8 +284,23 @@ def test_close_ends_processes_and_calls_and_can_be_repeated(user_file: Path):
         with pytest.raises(WorkerError, match="closed"):
             future.result(0)
     assert not is_running(pid)
-    with pytest.raises(RuntimeError, match="closed"):
-        pool.submit("pid")
+    with pytest.raises(WorkerError, match="closed"):
+        pool.submit("pid").result(0)
+
+
+def test_close_with_calls_in_the_queue_raises_nothing_in_the_pool(
+    user_file: Path, caplog: pytest.LogCaptureFixture
+):
+    pool = Workers(f"{user_file}:act", 1, 100.0)
+    pool.submit("pid").result(10)
+    futures = [pool.submit("loop"), *(pool.submit("echo", n) for n in range(3))]
+    pool.submit("pid", session="c").result(10)  # what came before it is in the queue now
+    futures += [pool.submit("loop", session="a"), pool.submit("echo", session="a")]
+    futures.append(pool.submit("echo", session="b"))
+    futures[-1].cancel()
+    pool.close()
+    assert all(future.done() for future in futures)
+    assert not caplog.records
 
 
 def test_async_calls_run_at_once_each_with_its_own_limit(async_pool: Workers):

@@ -1,9 +1,9 @@
-r"""Reward 1.0 for the right letter of a multiple-choice question.
+r"""Reward 1.0 for the right label of a multiple-choice question: a letter, or a digit where the row has digits.
 
-The letter is looked for in this order: in the last "\boxed{B}" or "<answer>B</answer>"; behind the last "the answer
+The label is looked for in this order: in the last "\boxed{B}" or "<answer>B</answer>"; behind the last "the answer
 is" or "answer:"; before "is correct" and behind "I choose"; at the start, as in "B) Paris"; in the last "(B)", "**B**"
-or "option B"; alone on the last line; at last as the text of one of the row's choices. Only letters of the row's own
-choices count, and of several letters in one place, as in "A or B", none does.
+or "option B"; alone on the last line; at last as the text of one of the row's choices. Only labels of the row's own
+choices count, and of several labels in one place, as in "A or B", none does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from collections.abc import Iterator, Mapping
 from rftjax.types import Score, Task, Trajectory
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Digits as labels are read as these letters, without I, which is a word.
+_OF_DIGITS = dict(zip("1234567890", "ABCDEFGHJK", strict=True))
+_ONE_LETTER = re.compile(r"(?<![\w'\\])[A-HJKa-k](?![\w'\u2019])")
+_ONE_DIGIT = re.compile(
+    r"(?<![\w.,/$%-])[0-9](?![\w%/\u00b0]|[.,:][0-9])|(?<=\$)[0-9](?=\$)"  # part of no number or price
+)
 _FIELDS = ("choices", "options")
 # Words that follow a letter where "A" is no article and "I" no pronoun.
 _AFTER = "and|as|because|but|by|due|for|from|given|if|in|is|or|since|so|that|the|this|which|with|correct|only"
@@ -57,28 +63,29 @@ _TOGETHER = re.compile(
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> Score:
-    """Compares the chosen letter with the row's `answer`: a letter, or an index counted from 0.
+    """Compares the chosen label with the row's `answer`: a label, or an index counted from 0 where labels are letters.
 
-    The row's choices are its field `choices` or `options` (a list of texts, or letters with their texts), else the
-    letters that its last user message lists. The part `format` is 1.0 where the completion names one letter.
+    The row's choices are its field `choices` or `options` (a list of texts, or labels with their texts), else the
+    letters that its last user message lists. The part `format` is 1.0 where the completion names one label.
     """
     choices = _choices(task)
     wanted = _wanted(task, choices)
     got = _chosen(trajectory.completion, choices)
-    reason = "" if got else "no letter found, or several"
+    reason = "" if got else "no label found, or several"
     return Score(float(got == wanted), {"format": float(bool(got))}, reason=reason)
 
 
 def _choices(task: Task) -> dict[str, str]:
-    """Letters of the row's choices with their texts; every letter where the row does not show them."""
+    """Labels of the row's choices with their texts; every letter where the row does not show them."""
     given = next((task.data[name] for name in _FIELDS if task.data.get(name)), None)
     if isinstance(given, Mapping):
         labels, texts = given.get("label"), given.get("text")
         if isinstance(labels, (list, tuple)) and isinstance(texts, (list, tuple)):
             given = dict(zip(labels, texts, strict=False))
-        found = {str(letter).strip().upper(): str(text) for letter, text in given.items()}
-        if found and all(letter in _LETTERS and len(letter) == 1 for letter in found):
-            return found
+        found = {str(label).strip().upper(): str(text) for label, text in given.items()}
+        for labels in (_LETTERS, "".join(_OF_DIGITS)):
+            if found and all(label in labels and len(label) == 1 for label in found):
+                return found
     elif isinstance(given, (list, tuple)) and len(given) <= len(_LETTERS):
         texts = (re.sub(r"\A\(?[A-Z][).:]\s*", "", str(text)) for text in given)
         return dict(zip(_LETTERS, texts, strict=False))
@@ -90,31 +97,48 @@ def _choices(task: Task) -> dict[str, str]:
 
 def _wanted(task: Task, choices: Mapping[str, str]) -> str:
     answer = task.data.get("answer")
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < 26:
-        letter = _LETTERS[answer]
-    else:
-        letter = answer.strip(" ().:\n").upper() if isinstance(answer, str) else ""
-    if letter not in choices:
-        raise ValueError(
-            f"task {task.id!r}: field 'answer' is {answer!r}; choice needs a letter, or an index counted from 0, "
-            f"of the row's choices {', '.join(choices)}"
+    digits = _are_digits(choices)
+    label = answer.strip(" ().:\n").upper() if isinstance(answer, str) else ""
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < 26 and not digits:
+        label = _LETTERS[answer]
+    if label not in choices:
+        # Beside digits a number may be a label or an index.
+        form = (
+            f"one of the row's labels {', '.join(choices)}, as a text"
+            if digits
+            else f"a letter, or an index counted from 0, of the row's choices {', '.join(choices)}"
         )
-    return letter
+        raise ValueError(f"task {task.id!r}: field 'answer' is {answer!r}; choice needs {form}")
+    return label
 
 
-def _chosen(completion: str, choices: Mapping[str, str] | None = None) -> str:
-    """Letter that the completion names, empty where it names none or several."""
-    choices = choices or dict.fromkeys(_LETTERS, "")
+def _are_digits(choices: Mapping[str, str]) -> bool:
+    return not any(label in _LETTERS for label in choices)
+
+
+def _chosen(completion: str, choices: Mapping[str, str]) -> str:
+    """Label that the completion names, empty where it names none or several."""
     text = _plain(completion)
-    for found in _places(text):
-        letters = [letter for letter in found if letter in choices]
+    label_of = {label: label for label in choices}
+    shown = text
+    if _are_digits(choices):
+        label_of = {_OF_DIGITS[label]: label for label in choices}
+        shown = _plain(_digits_as_letters(completion))
+    for found in _places(shown):
+        letters = [letter for letter in found if letter in label_of]
         if letters:
-            return letters[-1] if "" not in found else ""
+            return label_of[letters[-1]] if "" not in found else ""
     lines = [line.strip() for line in text.strip().split("\n")]
     named = [
         k for k, v in choices.items() if v and _folded(v) in (_folded(text), _folded(lines[-1]))
     ]
     return named[0] if len(named) == 1 else ""
+
+
+def _digits_as_letters(text: str) -> str:
+    """The text with letters for the digits that stand alone, and without the letters that stood alone before."""
+    text = _ONE_LETTER.sub(lambda found: 2 * found[0].lower(), text)
+    return _ONE_DIGIT.sub(lambda found: _OF_DIGITS[found[0]], text)
 
 
 def _places(text: str) -> Iterator[list[str]]:

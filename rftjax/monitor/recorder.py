@@ -361,9 +361,11 @@ def rollout_metrics(
     groups = by_draw(trajectories)
     valid = [one for one in trajectories if is_valid(one)]
     rewards = [reward_of(one) for one in valid]
-    failed = [one for one in trajectories if one.finish_reason == "error"]
+    lost = sum(one.bystander for one in trajectories)
+    own = [one for one in trajectories if not one.bystander]
+    failed = [one for one in own if one.finish_reason == "error"]
     unanswered = sum(one.unanswered and not one.error for one in trajectories)
-    unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in trajectories)
+    unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in own)
     truncated = sum(one.truncated for one in trajectories)
     different = sum(len({_completion_key(one) for one in group}) for group in groups)
     group_rewards = [{reward_of(one) for one in group if is_valid(one)} for group in groups]
@@ -378,6 +380,7 @@ def rollout_metrics(
         "rollout/unanswered_share": unanswered / total,
         "evaluator/error_share": (unscored - unanswered) / total,
         "environment/error_share": len(failed) / total,
+        "rollout/bystander_share": lost / total,
         "groups/zero_variance_share": float(np.mean([len(some) < 2 for some in group_rewards])),
     }
     if len(groups) >= GROUPS:

@@ -52,7 +52,7 @@ def measure(
     trajectories: Sequence[Trajectory], *, pass_k: Sequence[int] = (), pass_reward: float = 1.0
 ) -> dict[str, float]:
     """Returns the metrics of scored trajectories; those without a valid score count in `error_share` alone, or in
-    `unanswered_share` where the policy sampled nothing.
+    `unanswered_share` where the policy sampled nothing, `bystander_share` where another call or the machine cost it.
 
     `reward` (avg@k with k samples a task) is the mean reward, `pass_at_K`, for each K of `pass_k`, the chance that one
     of K samples has a reward of at least `pass_reward`, over the tasks with K valid samples. Where scores have parts,
@@ -68,11 +68,13 @@ def measure(
     scores = [score for group in groups for score in group]
     total = max(len(trajectories), 1)
     unanswered = sum(one.unanswered and not one.error for one in trajectories)
+    lost = sum(one.bystander for one in trajectories)
     metrics = _over_tasks("reward", [[score.reward for score in group] for group in groups])
     metrics |= {
         "tasks": float(len(groups)),
-        "error_share": (len(trajectories) - len(scores) - unanswered) / total,
+        "error_share": (len(trajectories) - len(scores) - unanswered - lost) / total,
         "unanswered_share": unanswered / total,
+        "bystander_share": lost / total,
         "truncated_share": sum(one.truncated for one in trajectories) / total,
     }
     metrics |= commonest(trajectories)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -67,8 +68,18 @@ class _Call:
     def fail(self, error: WorkerError) -> None:
         if self.timer:
             self.timer.cancel()
-        if not self.future.done():
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # done or cancelled
             self.future.set_exception(error)
+
+    def finish(self, value: Any) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # done or cancelled
+            self.future.set_result(value)
+
+    def begin(self) -> bool:
+        """Marks the call as running; False where it was cancelled or has already failed."""
+        if self.future.running():  # it runs once more
+            return True
+        return not self.future.done() and self.future.set_running_or_notify_cancel()
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,7 +126,6 @@ class Workers:
         if not timeout_s > 0:
             raise UserError(f"{field or target}: a time limit of {timeout_s} s; it must be above 0")
         self.timeout_s = timeout_s
-        self._name = f"{field}={target!r}" if field else repr(target)
         self._supply = Supply(
             {"target": target, "wrapper": wrapper, "field": field, "timeout_s": timeout_s},
             label=field,
@@ -159,7 +169,8 @@ class Workers:
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         if self._closed:
-            raise RuntimeError(f"{self._name}: the workers are closed")
+            future.set_exception(WorkerError(_CLOSED, bystander=True))
+            return future
         try:
             body = pickle.dumps(args, protocol=pickle.HIGHEST_PROTOCOL)
         except Exception as error:
@@ -205,7 +216,7 @@ class Workers:
             if worker.process is None and not worker.starting:
                 gone = worker.ended and WorkerError(worker.ended, bystander=True)
                 del self._sessions[call.session]
-                call.fail(gone) if gone else call.future.set_result(None)
+                call.fail(gone) if gone else call.finish(None)
                 return
         elif worker.ended:
             call.fail(WorkerError(worker.ended))
@@ -229,6 +240,8 @@ class Workers:
 
     def _pump(self) -> None:
         """Begins every call for which there is room now."""
+        if self._closed:
+            return
         while self._waiting:
             free = [worker for worker in self._shared if len(worker.running) < worker.capacity]
             free = [worker for worker in free if not worker.ended]
@@ -257,7 +270,7 @@ class Workers:
 
     def _run(self, worker: _Worker, call: _Call) -> None:
         """Hands a call to a worker, whose process is started first where it has none."""
-        if not call.future.running() and not call.future.set_running_or_notify_cancel():
+        if not call.begin():
             if worker.session and worker.queue:
                 self._pending.append(worker)
             return
@@ -275,7 +288,8 @@ class Workers:
         except (UserError, OSError) as error:
             for call in list(worker.running.values()):
                 self._take(worker, call)
-                call.fail(WorkerError(str(error), bystander=True))
+                # Code that no longer imports is a fault of the user; a machine without processes is not.
+                call.fail(WorkerError(str(error), bystander=isinstance(error, OSError)))
             worker.ended = str(error)
             self._forget(worker)
             return
@@ -326,7 +340,7 @@ class Workers:
             call.fail(WorkerError(f"the result cannot be read: {error}"))
         else:
             if kind == wire.VALUE:
-                call.future.set_result(value)
+                call.finish(value)
             elif kind == wire.OVERRUN:
                 call.fail(WorkerError(f"overran {self._limit}"))
                 if worker.session:
@@ -389,19 +403,19 @@ class Workers:
 
     def _forget(self, worker: _Worker) -> None:
         """Lets go of a worker without a process; a session stays until its end, to say what happened."""
-        self._clear(worker, worker.ended)
+        self._clear(worker, worker.ended, bystander=self._closed)
         if worker in self._shared:
             self._shared.remove(worker)
         if worker.session.startswith("alone "):
             self._sessions.pop(worker.session, None)
         self._pump()
 
-    def _clear(self, worker: _Worker, reason: str) -> None:
+    def _clear(self, worker: _Worker, reason: str, *, bystander: bool = False) -> None:
         """Fails what waits for its turn in a session, but for its last call."""
         kept = [call for call in worker.queue if call.last and worker.process is not None]
         for call in worker.queue:
             if call not in kept:
-                call.fail(WorkerError(reason))
+                call.fail(WorkerError(reason, bystander=bystander))
         worker.queue = collections.deque(kept)
 
     def _take(self, worker: _Worker, call: _Call) -> None:
@@ -412,10 +426,10 @@ class Workers:
             call.timer.cancel()
 
     async def _shut_down(self) -> None:
-        for call in self._waiting:
-            call.fail(WorkerError(_CLOSED, bystander=True))
+        while self._waiting:
+            self._waiting.popleft().fail(WorkerError(_CLOSED, bystander=True))
         workers = [*self._shared, *self._sessions.values()]
         for worker in workers:
-            self._clear(worker, _CLOSED)
+            self._clear(worker, _CLOSED, bystander=True)
             worker.ended = worker.ended or _CLOSED
         await self._supply.close({worker.process for worker in workers if worker.running})
