@@ -78,10 +78,10 @@ class Scorer:
         """Starts scoring one finished trajectory; returns at once, and a second call does nothing."""
         if id(trajectory) in self._pending:
             return
-        if trajectory.unanswered and not trajectory.error:
-            future = _done(_invalid(UNANSWERED))
-        elif trajectory.finish_reason == "error":
+        if trajectory.finish_reason == "error":
             future = _done(_invalid(f"environment: {trajectory.error or 'no reason given'}"))
+        elif trajectory.unanswered:
+            future = _done(_invalid(UNANSWERED))
         elif self._workers is None:
             future = _done(_sum_of_turns(trajectory))
         else:
@@ -153,7 +153,9 @@ def answered(trajectories: Iterable[Trajectory]) -> list[Score]:
     return [
         one.score
         for one in trajectories
-        if one.score is not None and not one.bystander and not (one.unanswered and not one.error)
+        if one.score is not None
+        and not one.bystander
+        and not (one.unanswered and one.finish_reason != "error")
     ]
 
 

@@ -275,7 +275,7 @@ def test_rewards_count_where_valid_and_groups_are_draws():
             "rollout/turns_mean": 10 / 8,
             "rollout/duplicate_share": 1 / 8,
             "rollout/duplicate_wrong_share": 0.0,
-            "rollout/commonest_share": 1.0,
+            "rollout/commonest_share": 7 / 8,
             "rollout/commonest_reward": 0.6,
             "reward/max": 1.0,
             "rollout/tokens_right_mean": 2.0,

@@ -364,7 +364,7 @@ def rollout_metrics(
     lost = sum(one.bystander for one in trajectories)
     own = [one for one in trajectories if not one.bystander]
     failed = [one for one in own if one.finish_reason == "error"]
-    unanswered = sum(one.unanswered and not one.error for one in trajectories)
+    unanswered = sum(one.unanswered and one.finish_reason != "error" for one in trajectories)
     unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in own)
     truncated = sum(one.truncated for one in trajectories)
     different = sum(len({_completion_key(one) for one in group}) for group in groups)

@@ -67,7 +67,7 @@ def measure(
     groups = list(by_task.values())
     scores = [score for group in groups for score in group]
     total = max(len(trajectories), 1)
-    unanswered = sum(one.unanswered and not one.error for one in trajectories)
+    unanswered = sum(one.unanswered and one.finish_reason != "error" for one in trajectories)
     lost = sum(one.bystander for one in trajectories)
     metrics = _over_tasks("reward", [[score.reward for score in group] for group in groups])
     metrics |= {
