@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rftjax.config import embedded_model
+from rftjax.errors import UserError
 from rftjax.text import tokenizer
 from rftjax.weights import gguf, hf, shards
 
@@ -440,3 +441,11 @@ def test_the_embedded_models_config_is_the_published_one():
     assert fields["rope_theta"] == 100000
     assert fields["tie_word_embeddings"]
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (9, 3)
+
+
+@pytest.mark.parametrize("name", ["model.GGUF", "model"])
+def test_a_gguf_file_of_another_name_is_recognised(name: str, tmp_path: Path):
+    out = writer.GGUFWriter(tmp_path / name, "llama")
+    finish(out)
+    with pytest.raises(UserError, match="is a GGUF file; rename it"):
+        hf.read_fields(tmp_path / name)

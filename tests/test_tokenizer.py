@@ -92,6 +92,38 @@ def test_a_damaged_tokenizer_file_is_an_error_of_one_line(copy: Path, file: str)
         tokenizer.load(copy)
 
 
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+)
+def test_a_template_file_that_was_not_downloaded_is_refused(copy: Path, name: str):
+    (copy / "chat_template.jinja").write_text("plain")
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(UserError, match=f"{name}: a Git LFS pointer"):
+        tokenizer.load(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_byte_order_mark_is_named_with_its_file(copy: Path, name: str):
+    (copy / "chat_template.jinja").write_text("plain")
+    (copy / name).write_bytes(b"\xef\xbb\xbf" + (copy / name).read_bytes())
+    with pytest.raises(UserError, match=f"{name}: begins with a byte order mark"):
+        tokenizer.load(copy)
+
+
+def test_settings_without_a_vocabulary_make_no_empty_tokenizer(copy: Path):
+    (copy / "tokenizer.json").unlink()
+    edit(copy / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(UserError, match="has no tokenizer.json and none of"):
+        tokenizer.load(copy)
+
+
+def test_a_length_that_is_no_number_is_refused_by_name(copy: Path):
+    edit(copy / "tokenizer_config.json", model_max_length="512")
+    with pytest.raises(UserError, match="model_max_length='512' must be a number"):
+        tokenizer.load(copy)
+
+
 def test_stop_tokens_are_the_union_of_all_that_name_one(copy: Path):
     edit(copy / "generation_config.json", eos_token_id=[7, 9])
     edit(copy / "config.json", eos_token_id=5)

@@ -12,7 +12,10 @@ from rftjax.text import gguf_tokenizer
 from rftjax.weights import gguf, hf
 from rftjax.weights.directories import check_content
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+FILES = (*VOCABULARIES, "tokenizer_config.json")
+TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+BOM = b"\xef\xbb\xbf"
 MARK = "6e0b9f4c21"  # stands for an assistant's content while the text behind it is looked up
 # Control tokens that end a turn or a message, which GGUF files have without a key that says so.
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
@@ -31,11 +34,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     directory = found if found.is_dir() else found.parent
     if (directory / "tokenizer.json").exists():
         return _from_directory(directory)
-    if not any((directory / name).exists() for name in FILES):
-        # The automatic class would make up an empty one from the config.
+    if not any((directory / name).exists() for name in VOCABULARIES):
+        # The automatic class would make up an empty one from the configs.
         raise UserError(
-            f"model.path={directory}: has no tokenizer.json and none of {', '.join(FILES[1:])}; add them"
+            f"model.path={directory}: has no tokenizer.json and none of {', '.join(VOCABULARIES[1:])}; add them"
         )
+    _check_files(directory)
     try:
         return _transformers().AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # each tokenizer class fails in its own way
@@ -179,12 +183,30 @@ def _fast(**settings: Any) -> Any:
     return _transformers().PreTrainedTokenizerFast(clean_up_tokenization_spaces=False, **settings)
 
 
+def _check_files(directory: Path) -> None:
+    """Raises UserError for a file that stands in for another one, or that transformers reads a byte order mark of."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *TEMPLATES)
+    for path in sorted(path for name in names for path in directory.glob(name)):
+        check_content(path)
+        with path.open("rb") as file:
+            if file.read(len(BOM)) == BOM:
+                raise UserError(
+                    f"model.path={path}: begins with a byte order mark (BOM); save it again as UTF-8 without one"
+                )
+
+
 def _from_directory(directory: Path) -> Any:
+    _check_files(directory)
     settings = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (directory / name).exists():
             settings[name] = hf.read_json(directory / name)
-    check_content(directory / "tokenizer.json")
+    longest = settings.get("tokenizer_config.json", {}).get("model_max_length")
+    if longest is not None and not isinstance(longest, int | float):
+        raise UserError(
+            f"model.path={directory / 'tokenizer_config.json'}: model_max_length={longest!r} must be a number; correct"
+            " or remove it"
+        )
     kind = _transformers().PreTrainedTokenizerFast
     try:
         tokenizer = kind.from_pretrained(

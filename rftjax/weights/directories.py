@@ -57,6 +57,11 @@ def config_file(path: Path) -> Path:
         if not config.exists():
             raise UserError(f"model.path={path}: {_instead_of_config(path)}")
         return config
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            raise UserError(
+                f"model.path={path}: is a GGUF file; rename it so that its name ends in .gguf"
+            )
     if path.suffix != ".json" or path.name.endswith(".index.json"):
         raise UserError(
             f"model.path={path}: is one file of a model; give the directory that holds it and its config.json"
