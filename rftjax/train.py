@@ -59,7 +59,9 @@ def train(
                 recorder.write(step, metrics, trajectories=trajectories, stream=name)
             saving.evaluated(step, metrics)
 
-        with Saving(checkpoints, interruption, recorder, sampling.close) as saving:
+        with Saving(
+            checkpoints, interruption, recorder, sampling.close, bind=binding.bind
+        ) as saving:
             ahead = job.compiling(learner, stream, recorder)
             with ahead if goes_on() else contextlib.nullcontext():
                 state = job.state_builder.state(checkpoints, start)
@@ -83,8 +85,8 @@ def train(
                     sampling.begin(state, last=ends or pauses)
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
-                    metrics |= binding.bind(step)
                     saving.finished(step, state, {"stream": sampling.position()})
+                    metrics |= binding.bind(step)
                 metrics |= choice | rollout_metrics(trajectories) | job.counts()
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
                 recorder.write(step, job.hook(step, metrics, trajectories, state))
@@ -105,5 +107,5 @@ def train(
                 log.warning("ended early after step %d: %s", step, reason)
     complete = ended and not job.heldout_missing(step, recorder.lines)
     if interruption.received and not complete and (ended or step < last):
-        raise Interrupted(f"interrupted at {step}/{config.steps}")
+        raise Interrupted(step, config.steps)
     return state, complete

@@ -124,6 +124,6 @@ def test_an_interrupted_run_says_how_it_goes_on():
     assert failures.interrupted(KeyboardInterrupt(), False) == (
         "interrupted; the same command goes on"
     )
-    assert failures.interrupted(Interrupted("interrupted at 3/9"), True) == (
+    assert failures.interrupted(Interrupted(3, 9), True) == (
         "interrupted at 3/9; the same command without --restart_from goes on"
     )

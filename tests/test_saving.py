@@ -18,8 +18,9 @@ from rftjax.errors import NotFinite, UserError
 from rftjax.monitor.recorder import Recorder
 from rftjax.run import build as job
 from rftjax.run import interruption as interruptions
+from rftjax.run.binding import Binding, stored_config
 from rftjax.run.checkpoint import Checkpoints
-from rftjax.run.interruption import SIGNALS, Interruption
+from rftjax.run.interruption import SIGNALS, Interrupted, Interruption
 from rftjax.run.saving import Saving, check_updates
 from rftjax.scoring import EvaluatorError
 from rftjax.types import TrainState
@@ -61,7 +62,7 @@ def interruption():
         yield one
 
 
-@pytest.mark.parametrize("error", [RuntimeError, OSError, EvaluatorError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, OSError, EvaluatorError])
 def test_an_error_saves_the_last_finished_step_and_is_the_one_that_goes_up(
     checkpoints, interruption, broken, error, caplog
 ):
@@ -74,6 +75,37 @@ def test_an_error_saves_the_last_finished_step_and_is_the_one_that_goes_up(
     assert kept(checkpoints.directory) == {2: 2.0}
     assert closed == [1]
     assert "while the run ended: IsADirectoryError: " in caplog.text
+
+
+def test_a_workdir_that_cannot_be_bound_at_first_loses_no_step(
+    tmp_path, checkpoints, interruption, recorder
+):
+    config = configs.base_config()
+    binding = Binding(tmp_path, config, {"evaluator": {"name": "evaluate"}})
+    blocked = tmp_path / ".run.json.tmp"
+    blocked.mkdir()
+    with pytest.raises(IsADirectoryError):  # noqa: SIM117
+        with Saving(checkpoints, interruption, recorder, bind=binding.bind) as saving:
+            saving.finished(2, state(2), {})
+            try:
+                binding.bind(2)
+            finally:
+                blocked.rmdir()
+    assert kept(checkpoints.directory) == {2: 2.0}
+    assert stored_config(tmp_path).steps == config.steps
+    assert json.loads((tmp_path / "run.json").read_text())["inputs"] == binding.inputs
+
+
+def test_a_second_signal_while_the_last_step_is_saved_names_that_step(
+    checkpoints, interruption, recorder
+):
+    with pytest.raises(Interrupted, match="interrupted at 2/9"):  # noqa: SIM117
+        with Saving(
+            checkpoints, interruption, recorder, bind=lambda _: signal.raise_signal(2)
+        ) as saving:
+            saving.finished(2, state(2), {})
+            signal.raise_signal(signal.SIGINT)
+    assert kept(checkpoints.directory) == {2: 2.0}
 
 
 def test_what_fails_in_the_end_goes_up_where_nothing_else_does(checkpoints, interruption, broken):
@@ -165,7 +197,7 @@ def test_the_metric_of_a_late_evaluation_ranks_the_checkpoint(tmp_path, interrup
 def test_a_second_signal_ends_the_run_at_once_and_the_finished_step_is_saved(
     checkpoints, recorder, first, second
 ):
-    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+    with pytest.raises(Interrupted, match="interrupted at 3/9"):  # noqa: SIM117
         with Interruption() as told, Saving(checkpoints, told, recorder) as saving:
             saving.finished(3, state(3), {})
             assert not told.received
@@ -178,7 +210,7 @@ def test_a_second_signal_ends_the_run_at_once_and_the_finished_step_is_saved(
 
 def test_the_time_for_a_step_after_sigterm_is_short(checkpoints, recorder, monkeypatch):
     monkeypatch.setattr(interruptions, "GRACE_S", 0.05)
-    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+    with pytest.raises(Interrupted, match="interrupted at 3/9"):  # noqa: SIM117
         with Interruption() as told, Saving(checkpoints, told, recorder) as saving:
             saving.finished(3, state(3), {})
             signal.raise_signal(signal.SIGTERM)
@@ -297,6 +329,20 @@ def test_a_run_whose_steps_were_lowered_is_complete_and_evaluated(config, tmp_pa
         one.steps = 1
     assert train.train(one, tmp_path)[1]
     assert "eval/reward" in lines_of(tmp_path)[1]
+
+
+def test_a_run_whose_steps_were_lowered_into_its_warm_up_ends_complete(config, tmp_path):
+    one = config.copy_and_resolve_references()
+    one.optim.warmup_steps, one.optim.schedule, one.eval.every = 2, "cosine", 0
+    train.train(job.open_config(tmp_path, one, {}), tmp_path, stop_after=1)
+    with one.unlocked():
+        one.steps = 2
+    lowered = job.open_config(tmp_path, one, {"steps": 2})
+    assert (lowered.steps, lowered.optim.warmup_steps) == (2, 2)
+    assert train.train(lowered, tmp_path)[1]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    with pytest.raises(UserError, match="optim.warmup_steps=2: must be below steps=2"):
+        job.complete_config(one)
 
 
 def test_gradients_that_are_not_finite_leave_the_last_good_weights(config, tmp_path):

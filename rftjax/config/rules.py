@@ -133,17 +133,21 @@ _TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, a
 _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
-def check(config: ConfigDict, *, devices: int = 0, processes: int = 1) -> None:
-    """Raises one ValueError that lists everything wrong with the fields' values; loads and imports nothing.
+def check(
+    config: ConfigDict, *, devices: int = 0, processes: int = 1, resumed: bool = False
+) -> None:
+    """Raises one UserError that lists everything wrong with the fields' values; loads and imports nothing.
 
     Call it after the preset is resolved. `devices` is the number of devices over all processes (0: the mesh and what
-    must divide over it are not checked).
+    must divide over it are not checked). A `resumed` run may end within its warm-up.
     """
     values = flatten(config)
     problems = dict(_structure_problems(config, values))
     for field, problem in _value_problems(values):
         problems.setdefault(field, problem)
     sound = {field: value for field, value in values.items() if field not in problems}
+    if resumed:
+        sound.pop("optim.warmup_steps", None)
     related = [*_relation_problems(sound), *_mesh_problems(sound, devices, processes)]
     lines = [_say(field, values.get(field, ""), text) for field, text in problems.items()]
     lines += [_say(field, values[field], text) for field, text in related]

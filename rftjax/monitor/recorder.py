@@ -81,7 +81,7 @@ class Recorder:
     ) -> None:
         if every < 1:
             raise UserError(f"logging.every={every}: a number of steps, at least 1")
-        self.workdir = Path(workdir).absolute()
+        self.workdir, self.steps = Path(workdir).absolute(), steps
         self._every, self._rollouts, self._histograms = every, rollouts, histograms
         self._primary = primary
         self._alarms = alarms

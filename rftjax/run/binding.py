@@ -134,7 +134,7 @@ class Binding:
     def bind(self, step: int) -> dict[str, float]:
         """Stores config and inputs in the workdir; returns metrics that mark what was changed, the first time.
 
-        Call it after each `step` and before its checkpoint is saved.
+        A checkpoint needs what it stores: call it before each save. Where it raises, the next call tries again.
         """
         self._store(step)
         marked = {
@@ -151,15 +151,15 @@ class Binding:
     def _store(self, step: int) -> None:
         if self._stored or not self._primary:
             return
-        self._stored = True
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._history += [
+        changes = [
             {"after_step": step, "time": now, "field": field, "before": before, "after": after}
             for field, (before, after) in self._changes.items()
         ]
-        record = {"inputs": self.inputs, "changes": self._history}
+        record = {"inputs": self.inputs, "changes": self._history + changes}
         _write(self.workdir / RUN, json.dumps(record, indent=2) + "\n")
         _write(self.workdir / CONFIG, configs.to_json(self.config))
+        self._stored = True
 
 
 def _problem(name: str, field: str, different: Iterable[str]) -> str:

@@ -46,8 +46,8 @@ from rftjax.weights import lora
 log = logging.getLogger(__name__)
 
 
-def complete_config(config: ConfigDict) -> ConfigDict:
-    """Returns the config with its preset's fields filled in; raises ValueError listing everything wrong with it."""
+def complete_config(config: ConfigDict, *, resumed: bool = False) -> ConfigDict:
+    """Returns the config with its preset's fields filled in; raises UserError listing everything wrong with it."""
     config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
     fields = grpo.preset_fields(
@@ -57,7 +57,8 @@ def complete_config(config: ConfigDict) -> ConfigDict:
         fields["max_tokens"] = config.sampler.max_new_tokens * config.rollout.max_turns
     with config.unlocked():
         config.grpo.update(fields)
-    configs.check(config, devices=jax.device_count(), processes=jax.process_count())
+    devices, processes = jax.device_count(), jax.process_count()
+    configs.check(config, devices=devices, processes=processes, resumed=resumed)
     return config
 
 
@@ -68,7 +69,7 @@ def open_config(workdir: Path, given: ConfigDict, flags: dict[str, Any]) -> Conf
     if stored is None:
         return complete_config(given)
     flags = {field: expand_value(field, value) for field, value in flatten(flags).items()}
-    return complete_config(merge_resume(stored, given, flags))
+    return complete_config(merge_resume(stored, given, flags), resumed=True)
 
 
 def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, list[Task]]]:

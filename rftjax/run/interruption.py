@@ -16,7 +16,10 @@ GRACE_S = 20.0  # for the step under way after SIGTERM or SIGHUP: schedulers kil
 
 
 class Interrupted(Exception):
-    """A signal ended a run before its last step; what was done is saved."""
+    """A signal ended a run before its last step; `step` is the last one that is saved."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"interrupted at {step}/{steps}")
 
 
 class Interruption:

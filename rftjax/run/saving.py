@@ -12,7 +12,7 @@ import jax
 from rftjax.errors import NotFinite, UserError
 from rftjax.monitor.recorder import Recorder
 from rftjax.run.checkpoint import NO_METRICS, Checkpoints
-from rftjax.run.interruption import Interruption
+from rftjax.run.interruption import Interrupted, Interruption
 from rftjax.types import TrainState
 
 log = logging.getLogger(__name__)
@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 class Saving:
     """Holds the last finished step, and saves it whatever ends the block of this context.
 
-    Before the save the recorder is closed, and after it the functions of `close` are called. What fails in them is
-    raised where nothing else is, and is logged beside the error that ended the block.
+    `bind` is called with the step before each save. Leaving the block closes the recorder, saves, and calls the
+    functions of `close`. What fails in them is raised where nothing else is, else logged. A KeyboardInterrupt becomes
+    Interrupted, which names the last step that is saved.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Saving:
         interruption: Interruption,
         recorder: Recorder,
         *close: Callable[[], None],
+        bind: Callable[[int], object] | None = None,
     ) -> None:
         self._checkpoints, self._interruption = checkpoints, interruption
-        self._recorder, self._close = recorder, close
+        self._recorder, self._close, self._bind = recorder, close, bind
         self._finished: tuple[int, TrainState, Mapping[str, Any]] | None = None
         self._metrics = NO_METRICS
 
@@ -53,6 +55,8 @@ class Saving:
         step, state, host = self._finished
         with self._interruption.hold():
             self._recorder.wait()
+            if self._bind is not None:
+                self._bind(step)
             self._checkpoints.save(step, state, host, self._metrics)
 
     def __enter__(self) -> Saving:
@@ -60,18 +64,30 @@ class Saving:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         failed: list[BaseException] = []
-        rescue = functools.partial(self._rescue, error)
-        with self._interruption.hold():
-            for call in (self._recorder.close, rescue, self._checkpoints.close, *self._close):
-                try:
-                    call()
-                except Exception as fault:
-                    failed.append(fault)
+        saved: list[int] = []
+        calls = (
+            self._recorder.close,
+            functools.partial(self._rescue, error),
+            lambda: saved.extend(self._checkpoints.steps()),
+            self._checkpoints.close,
+            *self._close,
+        )
+        try:
+            with self._interruption.hold():
+                for call in calls:
+                    try:
+                        call()
+                    except Exception as fault:
+                        failed.append(fault)
+        except KeyboardInterrupt as second:
+            error = error or second
         if error is None and failed:
             raise failed.pop(0)
         for fault in failed:
             if str(fault) != str(error):
                 log.error("while the run ended: %s: %s", type(fault).__name__, fault)
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(max(saved, default=0), self._recorder.steps) from error
 
     def _rescue(self, error: BaseException | None) -> None:
         """Saves the finished step where it can be used: an update that fails takes the state before it along."""

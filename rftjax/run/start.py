@@ -42,7 +42,9 @@ class StateBuilder:
         updates = section.updates_per_batch * section.minibatches
         settings["warmup_steps"] *= updates
         del settings["max_nonfinite"]  # the loop's
-        return optim.make_optimizer(steps=self.config.steps * updates, **settings)
+        # A resume may lower `steps` so that the run ends within its warm-up: the decay is never read then.
+        horizon = max(self.config.steps * updates, settings["warmup_steps"] + 1)
+        return optim.make_optimizer(steps=horizon, **settings)
 
     def state(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """Returns the state after a step: its checkpoint's, with what never changes from the base model.
