@@ -129,8 +129,14 @@ def last_state(workdir, step=STEPS):
     """Parameters and optimizer state of the last checkpoint, as stored."""
     folder = workdir / "checkpoints"
     assert max(int(path.name) for path in folder.iterdir()) == step
+
+    def read(item):
+        tree = reader.metadata(item).item_metadata.tree
+        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(item, restore_args=whole)
+
     with ocp.PyTreeCheckpointer() as reader:
-        return [reader.restore(folder / str(step) / name) for name in ("trainable", "optimizer")]
+        return [read(folder / str(step) / name) for name in ("trainable", "optimizer")]
 
 
 def assert_equal(one, two):

@@ -165,12 +165,13 @@ def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, shape):
 )
 def test_the_denominator_counts_what_the_whole_step_trains_on(aggregate, expected):
     batch = batch_of(trajectories(1, 1, 70, LENGTH))
-    sampled_BT = np.zeros((4, 5), bool)  # two of four rows are trained on
+    sampled_BT = np.zeros(batch.sampled_BT.shape, bool)  # two of the rows are trained on
     sampled_BT[0, 1:3] = sampled_BT[2, 4] = True
+    B = len(sampled_BT)
     for shares_B, trajectories_found in (
         (None, 2),
-        (np.ones(4), 2),
-        (np.array([2, 0, 1, 0]) / 3, 1),
+        (np.ones(B), 2),
+        (np.array([2, 0, 1] + [0] * (B - 3)) / 3, 1),
     ):
         changed = batch._replace(sampled_BT=sampled_BT, shares_B=shares_B)
         found = update.normalizers(changed, aggregate, 10)
