@@ -20,9 +20,9 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.monitor import reasons
 from rftjax.types import Score, Trajectory
-from rftjax.workers.pool import WorkerError, Workers
+from rftjax.workers.plain import FLOAT32_MAX, scalar
+from rftjax.workers.pool import WorkerError, Workers, done
 
-FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # advantages are float32, in which what is beyond is infinite
 UNANSWERED = "nothing was sampled: what came before the first answer fills rollout.max_length"
 
 
@@ -79,11 +79,11 @@ class Scorer:
         if id(trajectory) in self._pending:
             return
         if trajectory.finish_reason == "error":
-            future = _done(_invalid(f"environment: {trajectory.error or 'no reason given'}"))
+            future = done(_invalid(f"environment: {trajectory.error or 'no reason given'}"))
         elif trajectory.unanswered:
-            future = _done(_invalid(UNANSWERED))
+            future = done(_invalid(UNANSWERED))
         elif self._workers is None:
-            future = _done(_sum_of_turns(trajectory))
+            future = done(_sum_of_turns(trajectory))
         else:
             future = self._workers.submit(self._seed, trajectory)
         self._pending[id(trajectory)] = (trajectory, future)
@@ -223,10 +223,7 @@ def as_score(value: Any) -> Score:
     """Returns what an evaluator gave as a Score of plain numbers; raises ValueError where it is none."""
     if not isinstance(value, Score):
         return Score(_number(value, "the evaluator's result"))
-    valid: Any = value.valid
-    valid = (
-        valid.item() if getattr(valid, "ndim", None) == 0 else valid
-    )  # as a comparison of NumPy gives
+    valid = scalar(value.valid)  # a NumPy comparison gives a NumPy bool
     if not isinstance(valid, bool) or not isinstance(value.reason, (str, type(None))):
         raise ValueError("Score.valid must be a bool and Score.reason a str")
     if not valid:
@@ -252,9 +249,7 @@ _WAYS_OUT = {
 
 
 def _number(value: Any, name: str) -> float:
-    given = value
-    if not isinstance(value, (bool, int, float)) and getattr(value, "ndim", None) == 0:
-        value = value.item()  # a scalar of NumPy, JAX or PyTorch
+    given, value = value, scalar(value)
     if not isinstance(value, (numbers.Real, decimal.Decimal)):
         kind = type(given).__name__
         shape = f" of shape {tuple(given.shape)}" if hasattr(given, "shape") else ""
@@ -273,12 +268,6 @@ def _number(value: Any, name: str) -> float:
 
 def _invalid(reason: str) -> Score:
     return Score(0.0, valid=False, reason=reason)
-
-
-def _done(score: Score) -> concurrent.futures.Future[Score]:
-    future: concurrent.futures.Future[Score] = concurrent.futures.Future()
-    future.set_result(score)
-    return future
 
 
 def _sum_of_turns(trajectory: Trajectory) -> Score:

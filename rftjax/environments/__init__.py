@@ -1,7 +1,7 @@
 """What answers the model between its turns: nothing, a function, a stateful environment, or tools."""
 
-from rftjax.environments.host import Environments
-from rftjax.environments.hosting import as_messages, as_turn
+from rftjax.environments.episodes import Environments
+from rftjax.environments.handler import as_messages, as_turn
 from rftjax.environments.toolbox import ToolEpisode, Tools, tools
 
 __all__ = ["Environments", "ToolEpisode", "Tools", "as_messages", "as_turn", "tools"]

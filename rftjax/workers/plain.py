@@ -1,6 +1,6 @@
-"""Plain data: what JSON can say, which is what leaves user code's processes.
+"""Plain data, that is data JSON can represent: the only kind that leaves a worker process.
 
-This module imports the standard library only: worker processes that run user code load it.
+Worker processes import this module: standard library only.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from typing import Any
 from rftjax.errors import UserError
 
 MAX_DEPTH = 100
+FLOAT32_MAX = (
+    2 - 2**-23
+) * 2.0**127  # rewards and advantages are float32; larger ones would be infinite
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Copies a value as what JSON knows: arrays become lists, objects their text."""
+    """Copies a value as plain data: arrays become lists, objects of other classes their repr."""
     return _copy(value, "", depth, lambda other, _: repr(other))
+
+
+def scalar(value: Any) -> Any:
+    """Returns a 0-d array or scalar of NumPy, JAX or PyTorch as a Python number, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def checked(value: Any, name: str, limit_bytes: int) -> Any:

@@ -40,6 +40,13 @@ _GRACE_S = 2.0  # for a call that was interrupted to end
 _TRIES = 3  # of a call in company, where its worker ends by no fault of its own
 
 
+def done(value: Any) -> concurrent.futures.Future[Any]:
+    """Returns a future that already has its result."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result(value)
+    return future
+
+
 class WorkerError(RuntimeError):
     """A call that user code did not answer; `details` is the traceback, or what a dead process printed last.
 

@@ -1,6 +1,6 @@
-"""Inside a worker: an environment of the user's, hosted as a function of (operation, episode, ...).
+"""Runs in a worker process: turns the user's environment into one function of (operation, episode, ...).
 
-Imports the standard library and records only, because worker processes load it.
+Worker processes import this module: standard library and records only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 
 from rftjax.errors import UserError
 from rftjax.types import Message, Turn
-from rftjax.workers.plain import checked, plain
+from rftjax.workers.plain import FLOAT32_MAX, checked, plain, scalar
 
 MAX_INFO_BYTES = 2**18  # of one turn's info, or of an end state, as JSON
-_LARGEST_REWARD = 3.4e38  # of float32, in which the trainer holds it
 
 
-def hosting(target: Callable[..., Any]) -> Callable[..., Any]:
+def environment_handler(target: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps user code as a function of (operation, episode, ...), asynchronous if the user's code is.
 
     A class, and a function or object called with (task, seed), makes stateful environments; any other function
@@ -136,10 +135,10 @@ def as_turn(value: Any, name: str) -> Turn:
     if not isinstance(value, Turn):
         value = Turn(value)
     messages = as_messages(value.messages, f"{name}'s messages")
-    done, reward = _scalar(value.done), _scalar(value.reward)
+    done, reward = scalar(value.done), scalar(value.reward)
     if not isinstance(done, bool):
         raise UserError(f"{name}: Turn.done must be a bool, not {type(done).__name__}")
-    if not isinstance(reward, (bool, int, float)) or not abs(reward) <= _LARGEST_REWARD:
+    if not isinstance(reward, (bool, int, float)) or not abs(reward) <= FLOAT32_MAX:
         raise UserError(f"{name}: Turn.reward must be a finite number, not {reward!r:.100}")
     if not isinstance(value.info, dict):
         raise UserError(f"{name}: Turn.info must be a dict, not {type(value.info).__name__}")
@@ -147,11 +146,6 @@ def as_turn(value: Any, name: str) -> Turn:
         raise UserError(f"{name} has no message and does not end the episode (None ends it)")
     info = checked(value.info, f"{name}: Turn.info", MAX_INFO_BYTES)
     return Turn(messages, done, float(reward), info)
-
-
-def _scalar(value: Any) -> Any:
-    # A scalar of NumPy, JAX or PyTorch as Python's own.
-    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def as_messages(value: Any, name: str) -> list[Message]:

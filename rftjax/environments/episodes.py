@@ -1,7 +1,6 @@
-"""What answers the model between its turns: nothing, a function, a stateful environment, or tools.
+"""Episodes as the main process sees them; user code runs in worker processes, inside `handler`.
 
-User code runs in worker processes. A stateful episode has a process of its own from start to end, so that one that
-hangs or crashes takes no other with it. `hosting` is what runs there.
+A stateful episode has its own process from start to end: a hang or a crash ends that episode only.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ import logging
 from collections.abc import Hashable, Iterable
 from typing import Any
 
-from rftjax.environments.hosting import as_messages, as_turn, hosting
-from rftjax.environments.toolbox import ToolEpisode, Tools, tools
 from rftjax.types import Message, Task, Turn
-from rftjax.workers.pool import WorkerError, Workers
+from rftjax.workers.pool import WorkerError, Workers, done
 
-__all__ = ["Environments", "ToolEpisode", "Tools", "as_messages", "as_turn", "hosting", "tools"]
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +49,7 @@ class Environments:
                 environment,
                 workers,
                 timeout_s,
-                wrapper="rftjax.environments.hosting:hosting",
+                wrapper="rftjax.environments.handler:environment_handler",
                 field="environment",
                 limit_field="environments.timeout_s",
                 env=env,
@@ -80,7 +76,7 @@ class Environments:
         session = f"episode {next(self._numbers)}" if self._stateful else ""
         self._open[key] = (task, session)
         if self._workers is None or not self._stateful:
-            return _done([])
+            return done([])
         return self._workers.submit("start", session, task, seed, session=session)
 
     def step(self, key: Hashable, messages: list[Message]) -> concurrent.futures.Future[Turn]:
@@ -88,7 +84,7 @@ class Environments:
         assert messages and messages[-1].get("role") == "assistant", "the model's message is last"
         task, session = self._open[key]
         if self._workers is None:
-            return _done(Turn(done=True))
+            return done(Turn(done=True))
         if not self._stateful:
             return self._workers.submit("reply", "", task, messages)
         return self._workers.submit("step", session, messages[-1], session=session)
@@ -101,7 +97,7 @@ class Environments:
         _, session = self._open[key]
         if self._workers is None or not session or not self._has_state:
             self.close_episode(key)
-            return _done(None)
+            return done(None)
         del self._open[key]
         future = self._workers.submit("state", session, session=session)
         closed: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -163,9 +159,3 @@ class Environments:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _done(value: Any) -> concurrent.futures.Future[Any]:
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_result(value)
-    return future
