@@ -26,7 +26,7 @@ def run() -> None:
     if command == "fetch-model":
         fetch_model.main()
         return
-    if command in ("", "help", "-h"):
+    if command in ("", "help", "-h", "--help"):
         sys.stderr.write(USAGE.format(names=", ".join(specs.names())))
         sys.exit(0 if command else 2)
     from rftjax.config.flags import parse_flags

@@ -18,6 +18,14 @@ def test_without_arguments_the_command_says_what_it_takes(monkeypatch, capsys):
     assert "rftjax compare RUN" in text and "quickstart" in text
 
 
+@pytest.mark.parametrize("asked", ["help", "-h", "--help"])
+def test_who_asks_for_help_gets_it(monkeypatch, capsys, asked):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, asked)
+    assert end.value.code == 0
+    assert "usage: rftjax --config=SPEC" in capsys.readouterr().err
+
+
 def test_other_commands_go_by_their_name(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, "compare", str(tmp_path))

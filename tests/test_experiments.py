@@ -111,6 +111,17 @@ def test_the_reference_has_every_preset_with_its_settings():
         assert cells == wanted, preset
 
 
+def test_the_reference_names_no_metric_that_nothing_records():
+    code = "\n".join(path.read_text() for path in (ROOT / "rftjax").rglob("*.py"))
+    names = re.findall(
+        r"^\| `(.+?)` \|", REFERENCE.read_text().partition("\n## Metrics\n")[2], re.M
+    )
+    assert len(names) > 50
+    for name in names:
+        *_, last = (part for part in name.split("/") if part not in ("NAME", "FIELD"))
+        assert re.sub("_s$|_K$|_stderr$", "", last) in code, name
+
+
 def test_the_guide_has_every_spec():
     text = (ROOT / "experiments" / "README.md").read_text()
     assert [name for name in SPECS if f"| `{name}` |" not in text] == []

@@ -113,7 +113,7 @@ def open_model(
     if missing or extra:
         raise UserError(
             f"model.path={found}: the config asks for {len(expected)} tensors;"
-            f" missing: {_few(missing)}; unknown: {_few(extra)}"
+            f" missing: {_few(missing)}; unknown: {_few(extra)}; use the config.json that belongs to these weights"
         )
     return Model(config, fields, functools.partial(_placed, stored_leaves))
 
@@ -169,7 +169,7 @@ def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.
         if tensor.shape != _hf_shape(name):
             raise UserError(
                 f"model.path={found}: tensor {hf} has shape {tensor.shape},"
-                f" the config asks for {_hf_shape(name)}"
+                f" the config asks for {_hf_shape(name)}; use the config.json that belongs to these weights"
             )
         ours = (tensor.T if name.inputs else tensor).reshape(name.shape)
         leaf[index if "{layer}" in name.hf else ...] = ours
