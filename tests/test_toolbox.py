@@ -92,6 +92,24 @@ def test_arguments_arrive_in_the_annotated_types():
     assert got == repr(("7", Unit.CELSIUS, "c", 3, [], [], place, 0.0))
 
 
+class Size(enum.IntEnum):
+    SMALL = 1
+    LARGE = 2
+
+
+def order(size: Size, count: Literal[1, 2], items: list[int], spare: dict[str, int] = {}) -> str:  # noqa: B006
+    """Orders."""
+    return repr((size, count, items, spare))
+
+
+def test_values_written_as_texts_arrive_in_the_annotated_types():
+    got = answer(order, size="2", count="1", items="[3, 4]", spare='{"a": "5"}')
+    assert got == repr((Size.LARGE, 1, [3, 4], {"a": 5}))
+    assert answer(order, size="2", count="3", items=[]).endswith(
+        "count: Input should be 1 or 2, not '3'"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -7,6 +7,7 @@ when tools are made, not before, so that workers without tools start fast.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
@@ -121,6 +122,9 @@ class Tool:
         try:
             return converter.validate_python(value)
         except ValueError as error:
+            if isinstance(value, str):  # models write "2" for 2, and lists as text
+                with contextlib.suppress(ValueError):
+                    return converter.validate_json(value)
             problems = [_problem(name, problem) for problem in getattr(error, "errors", list)()]
             raise ValueError("; ".join(problems[:3]) or f"{name}: {error}") from None
 
