@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rftjax.monitor.recorder import histograms, rollout_metrics
+from rftjax.monitor.step_metrics import histograms, rollout_metrics
 from rftjax.run.build import Job
 from rftjax.run.interruption import Interrupted, Interruption
 from rftjax.run.saving import Saving, check_updates

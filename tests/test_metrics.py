@@ -16,8 +16,10 @@ from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util import tensor_util
 
 from rftjax.monitor.loggers import Loggers
-from rftjax.monitor.recorder import Recorder, check_workdir, format_duration, rollout_metrics
+from rftjax.monitor.progress import format_duration
+from rftjax.monitor.recorder import Recorder, check_workdir
 from rftjax.monitor.rollouts import rollouts_markdown
+from rftjax.monitor.step_metrics import rollout_metrics
 from rftjax.types import Score, Sequence, Task, Trajectory
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, rollouts, one line a step in the terminal."""
+"""Records a run: metrics.jsonl, TensorBoard, rollouts, and progress in the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,16 +21,11 @@ import numpy as np
 from rftjax.errors import UserError
 from rftjax.monitor.events import Events
 from rftjax.monitor.loggers import Loggers
+from rftjax.monitor.progress import Progress
 from rftjax.monitor.rollout_files import RolloutFiles, write_whole
 from rftjax.monitor.rollouts import (
-    by_draw,
-    commonest,
     dropped,
     encode,
-    is_valid,
-    mean_by_name,
-    mean_tokens,
-    reward_of,
     rollouts_markdown,
     sampled_tokens,
     to_json,
@@ -40,9 +34,6 @@ from rftjax.types import Trajectory
 
 log = logging.getLogger(__name__)
 
-RIGHT = 1.0  # a completion is right from this reward on
-SHORT_TOKENS = 8  # an answer of fewer tokens is often given twice
-GROUPS = 4  # fewer draws say nothing about one answer to many tasks
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
 NO_HISTOGRAMS: Mapping[str, np.ndarray] = MappingProxyType({})
 NO_TEXTS: Mapping[str, str] = MappingProxyType({})
@@ -246,73 +237,6 @@ class Recorder:
             ) from error
 
 
-class Progress:
-    """The run's state on one line: redrawn in a terminal, printed once a step elsewhere.
-
-    `lines` are the metrics of the steps before a resume: what they show is shown until it is new.
-    """
-
-    def __init__(self, steps: int, lines: Iterable[dict[str, Any]] = (), *, quiet: bool) -> None:
-        self._steps, self._quiet = steps, quiet
-        self._shown: dict[str, float] = {}
-        self._alarms: list[str] = []
-        self._ends_s = collections.deque([time.monotonic()], maxlen=11)
-        self._drawn = False
-        for line in lines:
-            self._remember(line)
-
-    def show(self, line: Mapping[str, Any]) -> None:
-        """Shows the metrics of the step that just ended."""
-        self._remember(line)
-        self._ends_s.append(time.monotonic())
-        if self._quiet:
-            return
-        text = self._text(line["step"])
-        if sys.stdout.isatty():
-            done = round(20 * min(line["step"] / max(self._steps, 1), 1.0))
-            text = f"[{'#' * done}{'.' * (20 - done)}]  {text}"
-            columns = shutil.get_terminal_size().columns
-            sys.stdout.write(f"\r\033[2K{text[: columns - 1]}")
-            self._drawn = True
-        else:
-            sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-
-    def say(self, text: str) -> None:
-        """Prints a line of its own."""
-        self.close()
-        if not self._quiet:
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
-
-    def close(self) -> None:
-        """Leaves the line standing, so that what is printed next starts on a new one."""
-        if self._drawn:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-            self._drawn = False
-
-    def _remember(self, line: Mapping[str, Any]) -> None:
-        self._alarms = [name.removeprefix("alarm/") for name in line if name.startswith("alarm/")]
-        for name in ("reward/mean", "eval/reward", "time/step_s"):
-            if line.get(name) is not None:
-                self._shown[name] = line[name]
-
-    def _text(self, step: int) -> str:
-        fields = [f"step {step:>{len(str(self._steps)) + 1}}/{self._steps}"]
-        if "reward/mean" in self._shown:
-            fields.append(f"reward {self._shown['reward/mean']:.2f}")
-        if "eval/reward" in self._shown:
-            fields.append(f"held-out {self._shown['eval/reward']:.2f}")
-        if "time/step_s" in self._shown:
-            fields.append(f"{self._shown['time/step_s']:.1f} s/step")
-        if 0 < step < self._steps:
-            mean_s = (self._ends_s[-1] - self._ends_s[0]) / (len(self._ends_s) - 1)
-            fields.append(f"left {format_duration(mean_s * (self._steps - step))}")
-        fields += [f"ALARM {name}" for name in self._alarms]
-        return "  ".join(fields)
-
-
 def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
     """Makes the directory and proves that files can be written there; raises ValueError if not."""
     workdir = Path(path).absolute()
@@ -335,95 +259,6 @@ def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
             f"{needed_bytes / 2**30:.1f} GiB; free some, lower checkpoint.keep or give another disk"
         )
     return workdir
-
-
-def histograms(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
-    """Returns rewards and advantages of the valid samples, and sampled tokens of all, as histograms show them."""
-    valid = [one for one in trajectories if is_valid(one)]
-    return {
-        "histogram/reward": np.asarray([reward_of(one) for one in valid]),
-        "histogram/advantage": np.asarray([one.advantage for one in valid]),
-        "histogram/completion_tokens": np.asarray([sampled_tokens(one) for one in trajectories]),
-    }
-
-
-def rollout_metrics(
-    trajectories: Sequence[Trajectory], *, right_reward: float = RIGHT
-) -> dict[str, float]:
-    """The metrics that follow from scored trajectories; rewards count where the score is valid.
-
-    A completion is right from `right_reward` on. Groups are draws; one with fewer than two valid
-    samples counts among those without variance: it teaches nothing either.
-    """
-    if not trajectories:
-        return {}
-    total = len(trajectories)
-    groups = by_draw(trajectories)
-    valid = [one for one in trajectories if is_valid(one)]
-    rewards = [reward_of(one) for one in valid]
-    lost = sum(one.bystander for one in trajectories)
-    own = [one for one in trajectories if not one.bystander]
-    failed = [one for one in own if one.finish_reason == "error"]
-    unanswered = sum(one.unanswered and one.finish_reason != "error" for one in trajectories)
-    unscored = sum(not is_valid(one) and one.finish_reason != "error" for one in own)
-    truncated = sum(one.truncated for one in trajectories)
-    different = sum(len({_completion_key(one) for one in group}) for group in groups)
-    group_rewards = [{reward_of(one) for one in group if is_valid(one)} for group in groups]
-    metrics = {
-        "reward/mean": float(np.mean(rewards)) if rewards else math.nan,
-        "reward/std": float(np.std(rewards)) if rewards else math.nan,
-        "rollout/truncated_share": truncated / total,
-        "rollout/completion_tokens_mean": mean_tokens(trajectories),
-        "rollout/turns_mean": sum(one.turns for one in trajectories) / total,
-        "rollout/duplicate_share": (total - different) / total,
-        "rollout/duplicate_wrong_share": sum(map(_odd_copies, groups)) / total,
-        "rollout/unanswered_share": unanswered / total,
-        "evaluator/error_share": (unscored - unanswered) / total,
-        "environment/error_share": len(failed) / total,
-        "rollout/bystander_share": lost / total,
-        "groups/zero_variance_share": float(np.mean([len(some) < 2 for some in group_rewards])),
-    }
-    if len(groups) >= GROUPS:
-        metrics |= {f"rollout/{name}": value for name, value in commonest(trajectories).items()}
-    scores = [one.score for one in valid if one.score]
-    metrics |= mean_by_name("reward/part/", [score.parts for score in scores])
-    metrics |= mean_by_name("metric/", [score.metrics for score in scores])
-    right = [one for one in valid if reward_of(one) >= right_reward]
-    wrong = [one for one in valid if reward_of(one) < right_reward]
-    if rewards:
-        metrics["reward/max"] = max(rewards)
-    if right:
-        metrics["rollout/tokens_right_mean"] = mean_tokens(right)
-    if wrong:
-        metrics["rollout/tokens_wrong_mean"] = mean_tokens(wrong)
-    return metrics
-
-
-def _odd_copies(group: Sequence[Trajectory]) -> int:
-    """Number of a group's samples that copy another one, without right answers and short ones: these must repeat."""
-    kept = [one for one in group if reward_of(one) < RIGHT and sampled_tokens(one) >= SHORT_TOKENS]
-    return len(kept) - len({_completion_key(one) for one in kept})
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as 45s, 6m30s or 2h05m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def _completion_key(trajectory: Trajectory) -> Any:
-    """What makes two completions identical: sampled ids, or the text where there are no ids."""
-    ids = tuple(
-        token
-        for sequence in trajectory.sequences
-        for token, sampled in zip(sequence.tokens, sequence.sampled, strict=True)
-        if sampled
-    )
-    return ids or trajectory.completion
 
 
 def _without_nan(step: int, metrics: Mapping[str, float]) -> dict[str, float | None]:

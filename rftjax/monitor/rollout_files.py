@@ -6,7 +6,6 @@ import collections
 import concurrent.futures
 import gzip
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from rftjax.monitor.rollouts import encode, to_json, trajectory_record
 from rftjax.types import Trajectory
 
 PENDING = 2  # writes that may wait; the next one waits for the first of them
-_NAME = re.compile(r"(?:step|heldout(?:-.+)?)_(\d+)\.jsonl(?:\.gz)?")
 
 
 class RolloutFiles:
@@ -53,9 +51,11 @@ class RolloutFiles:
     def cut(self, last_step: int) -> None:
         """Deletes what is beyond a step, and what a kill left half written."""
         for path in [*self.folder.iterdir()]:
-            match = _NAME.fullmatch(path.name)
-            left = path.name.startswith(".") and _NAME.fullmatch(path.name[1:].removesuffix(".tmp"))
-            if left or (match and int(match[1]) > last_step):
+            match = transcripts.NAME.fullmatch(path.name)
+            left = path.name.startswith(".") and transcripts.NAME.fullmatch(
+                path.name[1:].removesuffix(".tmp")
+            )
+            if left or (match and int(match[2]) > last_step):
                 path.unlink()
 
     def _write(self, step: int, trajectories: list[Trajectory], stream: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from rftjax.errors import UserError
 
 STREAMS = {"train": "step", "heldout": "heldout"}  # other streams are heldout-NAME
-_NAME = re.compile(r"(step|heldout(?:-.+)?)_(\d+)\.jsonl(?:\.gz)?")
+NAME = re.compile(r"(step|heldout(?:-.+)?)_(\d+)\.jsonl(?:\.gz)?")
 
 
 def stem(stream: str) -> str:
@@ -24,7 +24,7 @@ def files(workdir: Path, stream: str) -> dict[int, Path]:
     """Returns the rollout files of a stream by step, in order."""
     found = {}
     for path in (workdir / "rollouts").glob("*.jsonl*"):
-        match = _NAME.fullmatch(path.name)
+        match = NAME.fullmatch(path.name)
         if match and match[1] == stem(stream):
             found[int(match[2])] = path
     return dict(sorted(found.items()))

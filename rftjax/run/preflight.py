@@ -13,8 +13,8 @@ from rftjax.environments import toolbox
 from rftjax.errors import UserError
 from rftjax.learning.learner import has_variance, set_advantages
 from rftjax.monitor import reasons, rollout_files, transcripts
-from rftjax.monitor.recorder import rollout_metrics
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
+from rftjax.monitor.step_metrics import rollout_metrics
 from rftjax.run import memory
 from rftjax.run.build import Job, complete_config
 from rftjax.run.heldout import MAIN
