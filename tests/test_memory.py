@@ -1,5 +1,6 @@
 import gc
 import json
+import shutil
 
 import jax
 import pytest
@@ -45,6 +46,26 @@ def test_an_estimate_needs_no_weights(tiny_dir, tmp_path, init):
         table = memory.estimate(parts)
         made = [one for one in jax.live_arrays() if id(one) not in before]
         assert sum(one.nbytes for one in made) < table["trained parameters"] / 10
+
+
+def test_the_estimate_is_linear_in_the_number_of_layers(tiny_dir, tmp_path):
+    """`scripts/memory_table.py` compiles a few layers of a large model and draws the line through them."""
+    found = []
+    for layers in (2, 4, 8):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_dir / file, folder)
+        fields = json.loads((tiny_dir / "config.json").read_text())
+        fields |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
+        (folder / "config.json").write_text(json.dumps(fields))
+        config = small_spec(folder, folder)
+        config.model.init, config.model.remat = "random", True
+        with Job.build(job.complete_config(config), folder / "run", read_ahead=False) as parts:
+            found.append(memory.estimate(parts))
+    for half in (memory.SAMPLING, memory.UPDATE):
+        two, four, eight = (table[half] for table in found)
+        assert two + 3 * (four - two) == pytest.approx(eight, rel=0.05)
 
 
 def test_the_table_counts_what_a_device_holds(tiny_dir, tmp_path):

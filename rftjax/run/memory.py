@@ -1,5 +1,5 @@
-"""What one device holds while a job samples and while it updates, before anything is made: shapes, and the compiler's
-own count of what an update needs beside them."""
+"""Estimates the memory of one device while a job samples and while it updates, from abstract arrays and the compiler's
+count of an update's temporary buffers. It makes and reads no weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ UPDATE = "at most in an update"
 
 
 def estimate(parts: Job) -> dict[str, float]:
-    """Returns bytes on one device by what they are for, and the sums of the two halves of a step under SAMPLING and
-    UPDATE. Compiles the update, which the job then finds in its cache."""
+    """Returns bytes on one device by purpose, and the sums of the two halves of a step under SAMPLING and UPDATE.
+
+    Compiles the update, which the job then finds in its cache. Not counted: compiled programs, Python and libraries,
+    which share the host's memory with the arrays where the device is the CPU.
+    """
     state = parts.state_builder.abstract_state
     held: dict[str, float] = {
         "trained parameters": _bytes(state.trainable),
@@ -45,7 +48,7 @@ def estimate(parts: Job) -> dict[str, float]:
 
 
 def _bytes(tree: Any) -> float:
-    """Returns the bytes of a tree's arrays or shapes on one device."""
+    """Returns the bytes of a tree of arrays, abstract or not, on one device."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -55,6 +58,7 @@ def _bytes(tree: Any) -> float:
 
 
 def _weights(parts: Job) -> float:
+    """Returns the bytes of the sampler's weights on one device."""
     shapes = jax.eval_shape(parts.sampler_weights(parts.state_builder.abstract_state).run)
     if parts.policy.mesh is None:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
@@ -66,7 +70,7 @@ def _weights(parts: Job) -> float:
 
 
 def _cache(parts: Job) -> dict[str, float]:
-    """Returns the size of the cache at its longest."""
+    """Returns the bytes of the KV cache once its rows have their full length."""
     model, rows = parts.policy.config, parts.rollout.engine.rows
     length = cache_length(parts.config.rollout.max_length)
     shape = (rows, model.kv_heads, length, model.channels)
@@ -76,6 +80,6 @@ def _cache(parts: Job) -> dict[str, float]:
 
 
 def _decoding(parts: Job) -> float:
-    """Returns the logits of a decode step, in float32, and as many numbers again that are made of them."""
+    """Returns the bytes of a decode step's float32 logits and of one temporary array of their size."""
     slots = parts.rollout.engine.slots // sharding.row_multiple(parts.mesh)
     return 2.0 * 4 * slots * parts.policy.config.vocab

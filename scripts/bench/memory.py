@@ -1,11 +1,12 @@
-"""What a step holds, beside what `--mode=check` says before it.
+"""Measures the memory of a step beside the estimate that `--mode=check` prints.
 
-    python scripts/bench/memory.py --model=tests/data/tiny [--width=256 --layers=8] [--set model.dtype=bfloat16 ...]
+    python scripts/bench/memory.py --model=tests/data/tiny [--width=512 --layers=8] [--set model.dtype=bfloat16 ...]
 
-Compared are the two sums of `rftjax.run.memory.estimate` with the most that the process held above what it holds with
-no state at all, in the second step (the first one compiles; what the programs hold is told apart): on an accelerator by
-its own count, else by the system's (VmHWM of Linux, reset before each half of the step). With `--width` the weights are
-random ones of that width, with the model's tokenizer.
+Compares both sums of `rftjax.run.memory.estimate` with the peak of each half of the second step, less what the process
+still holds once the state is deleted. The first step compiles. What stays is listed too: compiled programs (what
+`jax.clear_caches` frees), Python and libraries. An accelerator counts its own bytes; on a CPU it is the resident memory
+of the process (VmHWM of Linux, reset before each half). `--width` makes random weights of that width with the model's
+tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rftjax.tasks import TaskStream
 
 
 def held_bytes() -> int:
-    """Returns what the process holds now."""
+    """Returns the bytes in use now, after freed ones have gone back to the system."""
     gc.collect()
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_in_use" in stats:
@@ -41,13 +42,13 @@ def held_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Starts to look for the most held anew; an accelerator's own count cannot be reset."""
+    """Resets the peak of the process; that of an accelerator cannot be reset."""
     held_bytes()
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """Returns the most held since the last reset."""
+    """Returns the peak since the last reset."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return int(stats["peak_bytes_in_use"]) if stats else _status("VmHWM")
 
@@ -58,7 +59,7 @@ def _status(name: str) -> int:
 
 
 def spec(flags: argparse.Namespace, folder: Path) -> Any:
-    """Returns the config of a job on prompts of random words that no answer ends early."""
+    """Returns the config of a job on prompts of 60 words, with answers of up to 64 tokens."""
     config = configs.base_config()
     config.model.path = flags.model
     if flags.width:
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def measure(parts: Job) -> dict[str, float]:
-    """Returns the most held in the two halves of the second step, above what is held without any state."""
+    """Returns the peaks of the two halves of the second step above what stays without a state, and what that is."""
     state = parts.state_builder.initial_state()
     learner = parts.learner()
     sampling = parts.sampling(TaskStream(parts.train_tasks, seed=0))
@@ -131,8 +132,10 @@ def measure(parts: Job) -> dict[str, float]:
     del state, batches, trajectories
     base = held_bytes()
     jax.clear_caches()
+    rest = held_bytes()
     measured = {name: float(peak - base) for name, peak in peaks.items()}
-    return measured | {"compiled programs": float(base - held_bytes())}
+    kept = {"compiled programs": float(base - rest), "Python and libraries": float(rest)}
+    return measured | kept
 
 
 if __name__ == "__main__":
