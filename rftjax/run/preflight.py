@@ -187,7 +187,7 @@ def _say_samples(parts: Job, trajectories: list[Trajectory], report: Report) -> 
         report.say(name, transcripts.heading(trajectory_record(0, one)))
         report.say("", "\n".join(transcripts.indented(one.completion, most=400, by=0)))
     middle = trajectory_record(0, valid[len(valid) // 2])
-    report.say("whole", transcripts.transcript(middle))
+    report.say("example", transcripts.transcript(middle))
     lost = [one.score.reason for one in trajectories if one.score and not one.score.valid]
     if lost:
         lines = [f"{len(lost)} of {len(trajectories)} samples", *reasons.commonest(lost)]
