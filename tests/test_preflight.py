@@ -57,7 +57,7 @@ def test_the_check_shows_prompt_stops_samples_and_grouped_reasons_and_keeps_them
         "stops       '",
         "best ",
         "worst ",
-        "whole ",
+        "example ",
         "rollouts ",
     ):
         assert wanted in out, wanted
