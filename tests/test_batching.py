@@ -31,7 +31,8 @@ def scored_tokens(batch):
     found = {}
     pack = batch.pack
     T = batch.sampled_BT.shape[1]
-    for n, r, m in np.argwhere(pack.places_RM != NOWHERE):
+    # The loops over micro-batches stop at `micro_batches`.
+    for n, r, m in np.argwhere(pack.places_RM[: batch.micro_batches] != NOWHERE):
         place, source = int(pack.places_RM[n, r, m]), int(pack.sources_RM[n, r, m])
         position = int(pack.positions_RX[n, r, source])
         assert position + 1 == place % T

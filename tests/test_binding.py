@@ -110,6 +110,15 @@ def test_a_file_of_a_held_out_set_may_not_change_unseen_but_the_set_may(begun, c
     Binding(begun, config, {k: v for k, v in INPUTS.items() if not k.startswith("eval.sets")})
 
 
+def test_another_number_of_held_out_tasks_is_no_change_of_their_files(begun, config):
+    changed = {**INPUTS, "tasks.heldout": {"rows": "fewer"}, "eval.sets[hard]": {"rows": "fewer"}}
+    config.eval.max_tasks = 2
+    Binding(begun, config, changed)
+    config.eval.max_tasks = configs.base_config().eval.max_tasks
+    with pytest.raises(UserError, match="tasks.heldout"):
+        Binding(begun, config, changed)
+
+
 def test_an_environment_that_was_taken_away_is_a_change(tmp_path, config, checkpoints):
     Binding(tmp_path, config, {**INPUTS, "environment": {"name": "World"}}).bind(1)
     save(checkpoints, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rftjax.text import chat
@@ -25,6 +25,10 @@ DROPS_THINKING = CHATML.replace(
 FORGETS = (
     "{% if messages | length < 3 %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
     + CHATML
+)
+# The conversation's oldest messages go away, but only later on.
+WINDOW = CHATML.replace(
+    "in messages %}", "in (messages if messages | length < 5 else messages[-3:]) %}"
 )
 TRIMS = CHATML.replace("m['content'] +", "m['content'] | trim +")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -112,6 +116,11 @@ def test_a_stop_token_that_is_plain_text_is_not_doubled():
         words, [USER, {"role": "assistant", "content": "a"}], [AGAIN], last_token=bang
     )
     assert words.decode(after).startswith("!<|im_start|>user")
+    # Nor does it stand in the place of a template's special token.
+    after = chat.continuation(
+        make(), [USER, {"role": "assistant", "content": "a"}], [AGAIN], last_token=bang
+    )
+    assert words.decode(after).startswith("<|im_end|>\n<|im_start|>user")
 
 
 def test_a_template_that_drops_thinking_is_refused_with_the_dropped_text():
@@ -138,7 +147,14 @@ def test_white_space_that_a_template_trims_is_no_rewriting():
 
 @pytest.mark.parametrize(
     ("template", "stable"),
-    [(CHATML, True), (TRIMS, True), (NO_END, True), (DROPS_THINKING, False), (FORGETS, False)],
+    [
+        (CHATML, True),
+        (TRIMS, True),
+        (NO_END, True),
+        (DROPS_THINKING, False),
+        (FORGETS, False),
+        (WINDOW, False),
+    ],
 )
 def test_the_check_at_the_start_tells_stable_templates_from_others(template: str, stable: bool):
     words = make(template)
@@ -193,6 +209,20 @@ def test_prompts_encoded_together_are_those_encoded_alone():
     alone = [chat.prompt(words, task) for task in tasks]
     assert chat.prompts(words, tasks) == alone and len(set(map(tuple, alone))) == len(tasks)
     assert chat.prompts(words, tasks[1:2]) == alone[1:2] and chat.prompts(words, []) == []
+
+
+def test_only_plain_prompts_get_the_tokenizers_own_special_tokens():
+    words = make()
+    begin = words.convert_tokens_to_ids("<|endoftext|>")
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    plain, chatty = Task("a", [], prompt="ab"), Task("b", [USER])
+    assert chat.prompt(words, plain) == [begin, *ids(words, "ab")]
+    assert chat.prompt(words, chatty)[0] != begin
+    assert chat.prompts(words, [plain, chatty]) == [
+        chat.prompt(words, one) for one in (plain, chatty)
+    ]
 
 
 def test_decoding_drops_the_stop_token_and_keeps_every_other_special_one():
@@ -251,7 +281,11 @@ def test_half_a_surrogate_pair_is_named_and_no_crash():
 
 def test_a_text_beyond_any_room_is_not_encoded():
     words = make()
+    most = "a" * (10 * chat.CHARACTERS)  # may have 10 tokens, for all that is known
+    assert len(chat.encode(words, most, 10)) == len(most)
     words.encode = None  # nothing is to be encoded
+    with pytest.raises(chat.TooLong):
+        chat.encode(words, most + "a", 10)
     with pytest.raises(chat.TooLong, match=r"rollout.max_length=10: a text of 20000000 characters"):
         chat.encode(words, "a" * 20_000_000, 10)
     (count,) = chat.measure(words, [Task("a", [], prompt="a" * 20_000_000)], most=10)

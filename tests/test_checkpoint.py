@@ -131,19 +131,30 @@ def test_parameters_come_back_alone_as_host_arrays(tmp_path):
 def test_newest_and_best_stay_and_one_without_metric_is_never_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     rewards = {1: 0.2, 2: 0.9, 3: 0.5, 4: None, 5: 0.1, 6: None, 7: float("nan")}
-    kept = []
+    kept, best = [], []
     for step, reward in rewards.items():
         checkpoints.save(step, make_state(), {}, {} if reward is None else {"eval/reward": reward})
         kept.append(checkpoints.steps())
+        best.append(checkpoints.best_step())
         assert checkpoints.latest_step() == step
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6], [2, 6, 7]]
-    assert checkpoints.best_step() == 2
+    assert best == [1] + [2] * 6
     checkpoints.close()
     again = Checkpoints(tmp_path, keep=1)
     assert (again.best_step(), again.latest_step()) == (2, 7)
     again.save(8, make_state(), {}, {"eval/reward": 0.9})
     assert again.steps() == [8]
     assert again.best_step() == 8
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+def test_a_metric_that_is_not_finite_ranks_nothing(tmp_path, value):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(), {}, {"eval/reward": value})
+    checkpoints.rank(1, {"eval/reward": value})
+    assert checkpoints.best_step() is None and np.isnan(checkpoints.metric(1))
+    checkpoints.save(2, make_state())
+    assert checkpoints.steps() == [2]
 
 
 def test_a_directory_without_checkpoints_has_no_steps(tmp_path):

@@ -271,6 +271,23 @@ def test_dual_clip_binds_only_where_the_advantage_is_negative():
     assert float(metrics["clip/dual_share"]) == 0.25
 
 
+def test_metrics_of_ratios_are_their_formulas_over_the_trained_tokens():
+    data = batch(seed=13)
+    mask_BT = data["loss_mask"]
+    gap = (data["logprobs"] - data["old_logprobs"])[mask_BT].astype(np.float64)
+    _, metrics = grpo.policy_loss(**data)
+    expected = {
+        "tokens": mask_BT.sum(),
+        "ratio/min": np.exp(gap).min(),
+        "ratio/max": np.exp(gap).max(),
+        "ratio/mean": np.exp(gap).mean(),
+        # k3 of KL(old || current) for tokens that the old policy sampled.
+        "approx_kl": (np.exp(gap) - 1 - gap).mean(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
 def test_cispo_keeps_the_gradient_of_a_ratio_however_small():
     rows = {
         "logprobs": np.full((1, 2), -3.0),

@@ -223,6 +223,26 @@ def test_an_empty_minibatch_is_skipped_and_says_nothing(model, trainer):
     assert metrics["tokens"] == 8 and metrics["entropy"] > 1
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_only_further_updates_of_a_step_are_measured_against_the_policy_before_them(
+    model, trainer, minibatches
+):
+    optimizer, _, score = trainer
+    one = real_learner(score=score, minibatches=minibatches)
+    sampled = [*group(0, [0, 1]), *group(1, [1, 0])]
+    parts, _ = one.batch(fresh_state(model, optimizer), sampled, 1)
+    assert [part.old_logprobs_BT is not None for part in parts] == [minibatches > 1] * minibatches
+
+
+def test_a_trajectorys_kl_is_the_sum_over_the_trained_tokens_of_all_its_sequences():
+    one = real_learner(kl="k1")
+    two, three = group(0, [0.0, 1.0])
+    two.sequences += group(0, [0.0], tokens=2)[0].sequences
+    old_BT = np.repeat(np.arange(1.0, 9.0)[:, None], SHAPE["max_length"], axis=1)
+    found = one._kl_of([two, three], old_BT, np.zeros_like(old_BT))
+    assert found == [(two, 4 * 1.0 + 2 * 2.0), (three, 4 * 3.0)]
+
+
 def test_advantages_are_those_of_whole_groups_however_minibatches_part_them(model, trainer):
     optimizer, _, score = trainer
     apart = real_learner(score=score, minibatches=4, minibatch_groups=False, scale="none")

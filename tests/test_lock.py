@@ -74,6 +74,18 @@ def test_where_a_file_system_has_no_locks_a_living_process_blocks_and_a_dead_one
         pass
 
 
+def test_where_a_file_system_has_no_locks_a_process_of_another_user_counts_as_alive(
+    tmp_path, no_kernel_locks, monkeypatch
+):
+    def refuse(pid, signal):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    (tmp_path / lock.NAME).write_text(f"{socket.gethostname()} 17 2026-01-01 00:00:00")
+    with pytest.raises(UserError, match="process 17 on host"), lock.held(tmp_path):
+        pass
+
+
 def test_where_a_file_system_has_no_locks_the_file_of_another_host_blocks_until_it_is_deleted(
     tmp_path, no_kernel_locks
 ):

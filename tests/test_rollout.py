@@ -266,6 +266,8 @@ def test_an_environments_fault_ends_its_own_conversation_only(rollout):
     assert failed and {t.draw for t in failed} == {1}
     assert all("KeyError" in t.error and "lost" in t.error for t in failed)
     assert {t.draw for t in trajectories if t.finish_reason == "stop"} == {0, 2}
+    again = run(tasks(3), 2, SamplingParams(60))  # no failed episode is left open
+    assert [t.finish_reason for t in again] == [t.finish_reason for t in trajectories]
 
 
 EPISODES = """
@@ -302,6 +304,49 @@ def test_a_stateful_environment_opens_answers_and_rewards(rollout, tokenizer):
             assert len(trajectory.infos) == 2 and trajectory.infos[0].keys() == {"seed"}
             assert trajectory.state == {"turns": 2}
             assert trajectory.messages[-1]["role"] == "user"  # the last answer is kept
+
+
+def test_an_environments_seed_is_its_groups_and_no_other_draws_streams_or_runs(rollout):
+    run, seeds = rollout(EPISODES, "Environment"), {}
+    for seed, stream in ((5, 0), (5, 1), (6, 0)):
+        run.seed = seed
+        for one in run(tasks(2), 2, SamplingParams(2), stream=stream):
+            seeds.setdefault((seed, stream, one.draw), set()).add(one.infos[0]["seed"])
+    assert all(len(found) == 1 for found in seeds.values())
+    assert len(set().union(*seeds.values())) == len(seeds) == 6
+
+
+def test_each_sample_sees_its_own_opening_where_a_groups_openings_differ(
+    rollout, tokenizer, tmp_path
+):
+    run = rollout(
+        """
+        class Environment:
+            def __init__(self, task, seed):
+                self.log = task.data["log"]
+            def reset(self):
+                with open(self.log, "a+") as file:
+                    file.write("c")
+                    file.seek(0)
+                    return [{"role": "user", "content": file.read()}]
+            def step(self, message):
+                return None
+        """,
+        "Environment",
+    )
+    task = Task("counted", [{"role": "user", "content": "a"}], {"log": str(tmp_path / "log")})
+    trajectories = run([(0, task)], 3, SamplingParams(4))
+    assert sorted(one.messages[1]["content"] for one in trajectories) == ["c", "cc", "ccc"]
+    for one in trajectories:
+        start = tokenizer.encode(f"<user>a<end><user>{one.messages[1]['content']}<end><assistant>")
+        assert one.sequences[0].tokens[: len(start)] == start
+        assert one.sequences[0].sampled.index(True) == len(start)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
+def test_every_setting_of_sampling_reaches_the_turns(rollout, settings):
+    found = rollout()(tasks(2), 4, SamplingParams(8, **settings))
+    assert [len({one.completion for one in found if one.draw == d}) for d in (0, 1)] == [1, 1]
 
 
 def test_a_template_that_rewrites_history_gives_a_sequence_a_turn(rollout, tmp_path):

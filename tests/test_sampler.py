@@ -13,7 +13,7 @@ from rftjax.devices import sharding
 from rftjax.errors import NotFinite
 from rftjax.models import decoder
 from rftjax.models.decoder import FULL, Config, Rope
-from rftjax.models.distribution import draw, uniforms
+from rftjax.models.distribution import GONE, RowSettings, adjust, draw, uniforms
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
 from rftjax.sampler.pool import Pool, cache_length
@@ -175,7 +175,10 @@ def test_a_sequence_that_starts_over_draws_noise_of_its_own(weights):
         engine.open((0, 0), prompt, 12, noise_key(0, 0, 3, sequence=sequence))
         sampled.append(finish(engine)[0, 0].tokens)
     assert sampled[0] == sampled[2]
-    assert len({tuple(tokens) for tokens in sampled}) == 3
+    engine = new_engine(weights)  # nor is it another sample's
+    engine.open((0, 0), prompt, 12, noise_key(0, 0, 4))
+    sampled.append(finish(engine)[0, 0].tokens)
+    assert len({tuple(tokens) for tokens in sampled}) == 4
 
 
 def test_rows_that_begin_alike_are_those_that_a_comparison_finds():
@@ -243,9 +246,9 @@ def test_each_token_is_prefilled_once_over_several_turns(weights):
 
 def test_a_groups_prompt_is_computed_once(params, weights):
     prompt = random_prompts(1, low=25)[0]
-    for slots in (8, 3):
+    for slots, samples in ((8, 8), (3, 8), (12, 12)):
         engine = new_engine(weights, slots=slots)
-        for sample in range(8):
+        for sample in range(samples):
             engine.open((0, sample), prompt, 6, noise_key(0, 0, sample))
         turns = finish(engine)
         assert engine.counters.prefilled_tokens == len(prompt) - 1
@@ -254,7 +257,7 @@ def test_a_groups_prompt_is_computed_once(params, weights):
             sampled = [False] * len(prompt) + [True] * len(turn.tokens)
             logprobs = [0.0] * len(prompt) + turn.logprobs
             assert gaps(params, tokens, sampled, logprobs).max() < 1e-4
-        assert len({tuple(turn.tokens) for turn in turns.values()}) == 8
+        assert len({tuple(turn.tokens) for turn in turns.values()}) == samples
 
 
 def test_the_order_of_opening_and_the_slot_change_no_bit(weights):
@@ -464,6 +467,36 @@ def test_greedy_takes_the_likeliest_token_and_so_does_a_filter_of_one(params, we
         tokens = [*tokens, token]
 
 
+def test_rows_with_and_without_a_filter_decode_together(weights):
+    prompts = random_prompts(2)
+
+    def sampled(*settings):
+        engine = new_engine(weights)
+        for index, chosen in enumerate(settings):
+            engine.open(
+                (index, 0), prompts[index], 10, noise_key(0, index, 0), SamplingParams(**chosen)
+            )
+        turns = finish(engine)
+        return [turns[index, 0].tokens for index in range(2)]
+
+    mixed = sampled({"top_k": 1}, {})
+    assert mixed == [sampled({"temperature": 0.0}, {})[0], sampled({}, {})[1]]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"),
+    [(1.0, 0, 4), (0.45, 0, 1), (0.7, 0, 2), (0.85, 0, 3), (1.0, 3, 3), (0.9, 2, 2), (0.6, 2, 1)],
+)
+def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it_among_the_top_k(top_p, top_k, kept):
+    probabilities_V = np.asarray([0.05, 0.5, 0.15, 0.3])
+    settings = RowSettings(jnp.ones(1), jnp.full(1, top_p), jnp.full(1, top_k))
+    logits_BV = jnp.log(jnp.asarray(probabilities_V, jnp.float32))[None]
+    adjusted_BV = np.asarray(adjust(logits_BV, settings, filtered=True))
+    likeliest = np.argsort(-probabilities_V)[:kept]
+    assert set(np.flatnonzero(adjusted_BV[0] > GONE)) == set(likeliest)
+    np.testing.assert_array_equal(adjusted_BV[0, likeliest], logits_BV[0, likeliest])
+
+
 def test_a_dispatch_ends_early_only_while_others_wait(weights):
     def steps_of_first_dispatch(conversations):
         engine = new_engine(weights, slots=8, dispatch_steps=16)
@@ -546,6 +579,17 @@ def test_a_conversation_outgrows_its_first_cache(params, weights):
     plain_T = np.asarray(policy._logprobs(CONFIG, params, tokens_BT, 1.0))[0]
     chosen = np.asarray(logprobs) != 0
     assert chosen.sum() == 40 and np.abs(plain_T - np.asarray(logprobs))[chosen].max() < 1e-4
+
+
+def test_two_long_dispatches_in_the_air_fit_into_the_cache(params, weights):
+    engine = new_engine(weights, max_length=320, dispatch_steps=100)
+    prompt = random_prompts(1, low=100, high=101)[0]
+    engine.open((0, 0), prompt, 210, noise_key(0, 0, 0))
+    (turn,) = _until(engine)
+    tokens_BT = jnp.asarray([prompt + turn.tokens])
+    plain_T = np.asarray(policy._logprobs(CONFIG, params, tokens_BT, 1.0))[0, 100:]
+    assert len(turn.tokens) == 210
+    assert np.abs(plain_T - np.asarray(turn.logprobs)).max() < 1e-4
 
 
 def _until(engine):

@@ -192,6 +192,41 @@ def test_the_metric_of_a_late_evaluation_ranks_the_checkpoint(tmp_path, interrup
         again.close()
 
 
+def test_a_step_without_an_evaluation_is_not_ranked_by_the_one_before(
+    tmp_path, interruption, recorder
+):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with Saving(checkpoints, interruption, recorder) as saving:
+        saving.finished(1, state(1), {})
+        saving.evaluated(1, {"eval/reward": 0.75})
+        saving.save()
+        saving.finished(2, state(2), {})
+    again = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert (again.steps(), again.best_step()) == ([1, 2], 1)
+    assert again.metric(1) == 0.75 and np.isnan(again.metric(2))
+    again.close()
+
+
+def test_a_checkpoint_is_begun_once_the_rollouts_before_it_are_on_disk(tmp_path, interruption):
+    calls = []
+
+    class Written(Recorder):
+        def wait(self):
+            super().wait()
+            calls.append("rollouts")
+
+    class Saved(Checkpoints):
+        def save(self, *arguments):
+            calls.append("checkpoint")
+            return super().save(*arguments)
+
+    recorder = Written(tmp_path / "run", steps=9, quiet=True)
+    with Saving(Saved(tmp_path / "checkpoints"), interruption, recorder) as saving:
+        saving.finished(1, state(1), {})
+        saving.save()
+        assert calls == ["rollouts", "checkpoint"]
+
+
 @pytest.mark.parametrize("second", SIGNALS)
 @pytest.mark.parametrize("first", SIGNALS)
 def test_a_second_signal_ends_the_run_at_once_and_the_finished_step_is_saved(
@@ -256,6 +291,8 @@ def test_steps_without_a_finite_gradient_end_a_run_once_they_are_several_in_a_ro
     check_updates(lines, 0, 0)
     with pytest.raises(UserError, match="no gradient of steps 3 to 5 was finite.* of step 2 are"):
         check_updates(lines, 0, 3)
+    with pytest.raises(UserError, match="no gradient of steps 3 to 5 was finite"):
+        check_updates(lines, 2, 3)  # exactly three
 
 
 EVALUATOR = """

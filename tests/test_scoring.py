@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rftjax.scoring import EvaluatorError, Scorer, answered, error_share
-from rftjax.types import Score, Task, Trajectory
+from rftjax.types import Score, Sequence, Task, Trajectory
 
 EVALUATOR = """
 import asyncio, decimal, fractions, functools, os, random, subprocess, sys, time
@@ -58,6 +58,8 @@ def evaluate(task, trajectory):
         return 1.0
     if what == "random":
         return random.random()
+    if what == "numpy_random":
+        return numpy.random.random()
     if what == "data":
         assert task == trajectory.task
         return task.data["value"] + len(trajectory.sequences) + trajectory.turns
@@ -280,13 +282,30 @@ def test_a_failed_environment_is_invalid_without_a_call(scorer: Scorer):
     ]
 
 
+def test_samples_without_an_answer_are_invalid_by_their_own_reason_and_no_fault(scorer: Scorer):
+    silent, failed, good = (trajectory("one") for _ in range(3))
+    for one in (silent, failed):
+        one.sequences.append(Sequence([1, 2], [False] * 2, [0.0] * 2, [-1] * 2))
+    failed.finish_reason, failed.error = "error", "the game crashed"
+    reasons = [score.reason for score in scorer.gather([silent, failed, good])]
+    assert reasons[0].startswith("nothing was sampled")
+    assert reasons[1:] == ["environment: the game crashed", ""]
+    unscored = trajectory("one")
+    assert answered([silent, failed, good, unscored]) == [failed.score, good.score]
+
+
+@pytest.mark.parametrize("name", ["random", "numpy_random"])
 def test_random_rewards_repeat_for_a_sample_and_differ_between_samples(
-    scorer: Scorer, user_file: Path
+    scorer: Scorer, user_file: Path, name: str
 ):
-    trajectories = [trajectory("random", sample) for sample in range(4)]
+    trajectories = [trajectory(name, sample) for sample in range(4)]
     first = [score.reward for score in scorer.gather(trajectories)]
     assert len(set(first)) == 4
     assert [score.reward for score in scorer.gather(trajectories[::-1])] == first[::-1]
+    others = [trajectory(name, sample) for sample in range(4)]
+    for one in others:  # of another draw of the same task
+        one.draw += 1
+    assert not set(first) & {score.reward for score in scorer.gather(others)}
     with Scorer(f"{user_file}:evaluate", workers=1, seed=1) as other:
         assert first[0] not in [score.reward for score in other.gather(trajectories)]
 
@@ -329,6 +348,14 @@ def test_too_many_faults_stop_with_share_limit_and_reasons(scorer: Scorer):
     ):
         assert part in message
     assert "1 x 1 other reasons" in message and message.count(" x ") == 4
+
+
+def test_the_full_text_of_a_fault_is_that_of_the_step_which_is_checked(scorer: Scorer):
+    (score,) = scorer.gather([trajectory("raise")])
+    scorer.check([score, *[Score(1.0)] * 3])
+    with pytest.raises(EvaluatorError) as caught:
+        scorer.check([score])
+    assert score.reason in str(caught.value) and "Traceback" not in str(caught.value)
 
 
 def test_faults_up_to_the_limit_are_let_pass(scorer: Scorer):

@@ -179,6 +179,18 @@ def test_the_denominator_counts_what_the_whole_step_trains_on(aggregate, expecte
         assert [float(value) for value in found] == [wanted, 3]
 
 
+def test_weights_and_shares_of_rows_reach_the_loss(params):
+    batch = batch_of(trajectories(3, 1, 30, 60))
+    loss = dataclasses.replace(LOSS, aggregate="sequence_mean")
+    shares_B = np.zeros(8, np.float32)
+    shares_B[:3] = 0.25, 0.75, 1.0  # the first two rows are one trajectory: 2 in all, not 3
+    shared, _ = gradient(params, batch._replace(shares_B=shares_B), loss=loss)
+    ones_B = np.zeros(8, np.float32)
+    ones_B[:3] = 1.0
+    weighted = batch._replace(shares_B=ones_B, weights_B=shares_B * np.float32(1.5))
+    assert_close(gradient(params, weighted, loss=loss)[0], shared)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 4)])  # the heads divide over 2
 def test_the_attention_kernel_for_tpus_does_not_change_the_gradient(
     params, uneven, expected, shape, splash_on_cpu
@@ -347,6 +359,15 @@ def test_adapters_score_as_the_sampler_merges_them(params):
     plain_RM, _ = update.logprobs(CONFIG, base, None, pack)
     np.testing.assert_allclose(with_adapters_RM, merged_RM, atol=1e-5)
     assert np.abs(plain_RM - merged_RM).max() > 0.01
+    # An update scales them in the same way.
+    batch, optimizer = batch_of(trajectories(2, 2, 30, 60)), optax.sgd(0.0)
+    drawn_BT = np.asarray(update.make_scorer(CONFIG)(merged, None, batch))
+    apply = update.make_update(CONFIG, optimizer, LOSS, lora_scale=0.5)
+    step = jnp.zeros((), jnp.int32)
+    given = TrainState(step, {"layers": layers}, params, optimizer.init({"layers": layers}))
+    given = jax.tree.map(jnp.array, given)  # an update gives its state away
+    _, metrics = apply(given, batch._replace(sampler_logprobs_BT=drawn_BT))
+    assert metrics["sampler/logprob_diff_max"] < 1e-4
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, 1e25])
