@@ -269,6 +269,8 @@ def test_dual_clip_binds_only_where_the_advantage_is_negative():
     np.testing.assert_allclose(gradient_BT, [[0, -1.1 / 4], [0, 1.1 / 4]], rtol=1e-6)
     _, metrics = grpo.policy_loss(**rows, dual_clip=3.0)
     assert float(metrics["clip/dual_share"]) == 0.25
+    rows["logprobs"] = np.log([[5.0, 1.1], [5.0, 4.0]])
+    assert float(grpo.policy_loss(**rows, dual_clip=3.0)[1]["clip/dual_share"]) == 0.5
 
 
 def test_metrics_of_ratios_are_their_formulas_over_the_trained_tokens():
