@@ -1,5 +1,6 @@
 """Metrics, rollouts and TensorBoard say the same, survive kills, and never show a point twice."""
 
+import contextlib
 import json
 import logging
 import math
@@ -40,8 +41,20 @@ def make_trajectory(draw=0, sample=0, reward=1.0, completion="four", tokens=(5, 
     return Trajectory(Task(f"task-{draw}", asked), draw, sample, **fields)
 
 
+MADE: list[Recorder] = []
+
+
+@pytest.fixture(autouse=True)
+def recorders_are_closed():
+    yield
+    while MADE:
+        with contextlib.suppress(OSError):  # of the test with a full disk
+            MADE.pop().close()
+
+
 def make_recorder(workdir, **changes) -> Recorder:
-    return Recorder(workdir, **{"steps": 10, "quiet": True, **changes})
+    MADE.append(Recorder(workdir, **{"steps": 10, "quiet": True, **changes}))
+    return MADE[-1]
 
 
 def lines_of(path) -> list[dict]:

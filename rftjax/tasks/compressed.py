@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import lzma
 from collections.abc import Iterator
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -40,13 +41,12 @@ def head(path: str, count: int = 4096) -> bytes:
 def lines(path: str) -> Iterator[tuple[int, str, str]]:
     """Yields number, text with its line end, and what is wrong with it, of each line; a byte order mark is left out."""
     utf16 = head(path, 2) in UTF16
-    with open_file(path) as file:
-        source = (
-            codecs.iterencode(io.TextIOWrapper(file, "utf-16", newline=""), "utf-8")
-            if utf16
-            else file
-        )
-        for number, line in enumerate(source, start=1):
+    with contextlib.ExitStack() as opened:
+        file: Any = opened.enter_context(open_file(path))
+        if utf16:
+            text = opened.enter_context(io.TextIOWrapper(file, "utf-16", newline=""))
+            file = codecs.iterencode(text, "utf-8")
+        for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             try:
