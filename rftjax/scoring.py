@@ -1,6 +1,6 @@
 """Scores trajectories with the user's evaluator, in worker processes, while the device works.
 
-What an evaluator cannot score leaves its group and is counted: it never becomes a reward of 0.
+A sample that cannot be scored is dropped from its group and counted; it never gets a reward of 0.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ UNANSWERED = "nothing was sampled: what came before the first answer fills rollo
 
 
 class EvaluatorError(UserError):
-    """More samples than allowed could not be scored; the caller saves before it lets this go up."""
+    """Too many samples could not be scored; the caller saves a checkpoint before it propagates."""
 
 
 class Scorer:
-    """Runs `evaluator` ("module:name" or "file.py:name") in `workers` processes of its own.
+    """Runs `evaluator` ("module:name" or "file.py:name") in `workers` processes.
 
-    An empty `evaluator` gives the sum of the turn rewards. `timeout_s` limits a call; `env` names variables of
-    the environment that user code gets beside the harmless ones. Before a synchronous evaluator
-    is called, Python's (and NumPy's) global generator is seeded from `seed` and the sample. Construction raises
-    ValueError where the evaluator does not import; construct it before JAX is used. `field` is the config field that
-    errors name.
+    Without an `evaluator` the reward is the sum of the turn rewards. `timeout_s` limits a call; `env` lists environment
+    variables to pass on besides the harmless ones. Python's and NumPy's global generators are seeded from `seed` and
+    the sample before each call of a synchronous evaluator. The constructor raises ValueError where the import fails;
+    call it before JAX is used. Errors name the config field `field`.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Scorer:
         self._max_error_share = max_error_share
         self._seed = seed
         self._name = f"{field}={evaluator!r}"
-        # Keyed by identity, as the same draw and sample come from several task streams.
+        # Keyed by identity: several task streams have the same draw and sample.
         self._pending: dict[int, tuple[Trajectory, concurrent.futures.Future[Score]]] = {}
         self._details: dict[str, str] = {}
         self._workers: Workers | None = None
@@ -75,7 +74,7 @@ class Scorer:
             )
 
     def submit(self, trajectory: Trajectory) -> None:
-        """Starts scoring one finished trajectory; returns at once, and a second call does nothing."""
+        """Starts scoring a finished trajectory and returns at once; a second call does nothing."""
         if id(trajectory) in self._pending:
             return
         if trajectory.finish_reason == "error":
@@ -89,7 +88,7 @@ class Scorer:
         self._pending[id(trajectory)] = (trajectory, future)
 
     def gather(self, trajectories: list[Trajectory]) -> list[Score]:
-        """Waits for the scores of `trajectories`, submitting what is not, and sets `trajectory.score`."""
+        """Submits `trajectories` that are not yet submitted, waits for all scores and sets `trajectory.score`."""
         for trajectory in trajectories:
             self.submit(trajectory)
         for trajectory in trajectories:
@@ -105,7 +104,7 @@ class Scorer:
         return [trajectory.score for trajectory in trajectories if trajectory.score is not None]
 
     def check(self, scores: list[Score]) -> None:
-        """Raises EvaluatorError, with the commonest reasons, if too many of `scores` are invalid."""
+        """Raises EvaluatorError with the commonest reasons if more than `max_error_share` of `scores` are invalid."""
         share = error_share(scores)
         if share <= self._max_error_share:
             self._details.clear()
@@ -130,7 +129,7 @@ class Scorer:
 
     @property
     def bystanders(self) -> int:
-        """Calls that another's fault has stopped so far; they ran again."""
+        """Calls stopped by another call's fault so far; they are retried."""
         return self._workers.bystanders if self._workers else 0
 
     def close(self) -> None:
@@ -165,9 +164,9 @@ def error_share(scores: list[Score]) -> float:
 
 
 def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]:
-    """Wraps an evaluator, in a worker process, so that it answers with a checked Score.
+    """Runs in a worker process: wraps an evaluator so that it returns a checked Score.
 
-    A class whose objects can be called is made once, without arguments.
+    A class with `__call__` is instantiated once, without arguments.
     """
     if inspect.isclass(evaluate):
         evaluate = _made(evaluate)
@@ -177,7 +176,7 @@ def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]
         raise UserError(
             f"evaluator: must be callable as evaluate(task, trajectory), but {error}"
         ) from None
-    except ValueError:  # no signature to be had
+    except ValueError:  # no signature available
         names = []
     if names == ["trajectory", "task"]:
         raise UserError(
@@ -220,7 +219,7 @@ async def _score_later(value: Any) -> Score:
 
 
 def as_score(value: Any) -> Score:
-    """Returns what an evaluator gave as a Score of plain numbers; raises ValueError where it is none."""
+    """Returns an evaluator's result as a Score of plain numbers; raises ValueError for anything else."""
     if not isinstance(value, Score):
         return Score(_number(value, "the evaluator's result"))
     valid = scalar(value.valid)  # a NumPy comparison gives a NumPy bool
@@ -239,7 +238,7 @@ def as_score(value: Any) -> Score:
     return Score(_number(value.reward, "Score.reward"), parts, True, value.reason or "", metrics)
 
 
-# What is usually meant by a result that is no number.
+# Advice by the type of a result that is no number.
 _WAYS_OUT = {
     "NoneType": "return one on every path",
     "dict": "return Score(reward, parts={...}, metrics={...})",

@@ -1,4 +1,4 @@
-"""What answers the model between its turns: nothing, a function, a stateful environment, or tools."""
+"""Environments answer the model between its turns: a function, a stateful class, or tools."""
 
 from rftjax.environments.episodes import Environments
 from rftjax.environments.handler import as_messages, as_turn

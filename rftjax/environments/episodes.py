@@ -21,12 +21,11 @@ _log = logging.getLogger(__name__)
 class Environments:
     """Episodes of `environment` ("module:name" or "file.py:name"), each under a key that the caller chooses.
 
-    An empty `environment` ends every episode after the first answer, without a process. `workers` is the number of
-    calls that run at once (64 times that for asynchronous code). Futures raise WorkerError where an episode fails: user
-    code raised, returned something else than messages, overran `timeout_s` seconds a call, or its process died. `env`
-    names variables of the environment that user code gets beside the harmless ones. `tools` holds the schemas that a
-    chat template wants, for an environment that has `schemas`. Construction raises ValueError where the environment
-    does not import; construct it before JAX is used.
+    An empty `environment` ends every episode after the first answer and starts no process. `workers` calls run at once
+    (64 times as many for asynchronous code). Futures raise WorkerError where an episode fails: user code raised,
+    returned something other than messages, overran `timeout_s` seconds in one call, or its process died. `env` lists
+    environment variables to pass on besides the harmless ones. `tools` holds the tool schemas for chat templates, from
+    the environment's `schemas`. The constructor raises ValueError where the import fails; call it before JAX is used.
     """
 
     def __init__(
@@ -61,16 +60,16 @@ class Environments:
 
     @property
     def active(self) -> bool:
-        """Whether anything answers the model."""
+        """Whether there is an environment."""
         return self._workers is not None
 
     def start(
         self, key: Hashable, task: Task, seed: int
     ) -> concurrent.futures.Future[list[Message]]:
-        """Begins an episode; the future gives the messages that it opens with, often none.
+        """Starts an episode; the future's result is its first messages, often none.
 
-        Returns at once: a process is forked when the call's turn comes. Whether it fails or not, `close_episode` or
-        `finish_episode` lets go of it.
+        Returns at once: the process is forked when the call's turn comes. End every episode, also a failed one, with
+        `close_episode` or `finish_episode`.
         """
         assert key not in self._open, f"episode {key!r} is open already"
         session = f"episode {next(self._numbers)}" if self._stateful else ""
@@ -80,7 +79,7 @@ class Environments:
         return self._workers.submit("start", session, task, seed, session=session)
 
     def step(self, key: Hashable, messages: list[Message]) -> concurrent.futures.Future[Turn]:
-        """Hands over the conversation so far, whose last message is the model's; the future gives the answer."""
+        """Sends the conversation so far, which ends with the model's message; the future's result is the answer."""
         assert messages and messages[-1].get("role") == "assistant", "the model's message is last"
         task, session = self._open[key]
         if self._workers is None:
@@ -90,9 +89,9 @@ class Environments:
         return self._workers.submit("step", session, messages[-1], session=session)
 
     def finish_episode(self, key: Hashable) -> concurrent.futures.Future[Any]:
-        """Ends an episode that went well; the future gives what the environment's `state()` says at its end, else None.
+        """Ends an episode without an error; the future's result is the environment's `state()`, None without one.
 
-        The episode is closed after that, as by `close_episode`.
+        The episode is then closed, as by `close_episode`.
         """
         _, session = self._open[key]
         if self._workers is None or not session or not self._has_state:
@@ -114,7 +113,7 @@ class Environments:
         return future
 
     def close_episode(self, key: Hashable) -> None:
-        """Ends an episode, without waiting for it; an unknown key is no fault."""
+        """Ends an episode without waiting; ignores an unknown key."""
         _, session = self._open.pop(key, (None, ""))
         if session:
             self._close(session)
@@ -133,11 +132,11 @@ class Environments:
 
     @property
     def bystanders(self) -> int:
-        """Calls that another's fault has stopped so far."""
+        """Calls stopped by another call's fault so far."""
         return self._workers.bystanders if self._workers else 0
 
     def close(self) -> None:
-        """Closes every episode that is open, waits for that within the time limit, and ends the processes."""
+        """Closes all open episodes, waits for that within the time limit, and ends the processes."""
         if self._workers is None:
             return
         try:
@@ -150,7 +149,7 @@ class Environments:
             _, session = self._open.pop(key)
             if session:
                 self._close(session, urgent=True)
-        # Twice: the last episodes may tell their end state first. An interrupted call needs a moment, too.
+        # Twice: the last episodes may return their state first. The extra seconds are for interrupted calls.
         for _ in range(2):
             concurrent.futures.wait(list(self._closing), timeout=self._timeout_s + 4.0)
 

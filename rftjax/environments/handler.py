@@ -20,10 +20,10 @@ MAX_INFO_BYTES = 2**18  # of one turn's info, or of an end state, as JSON
 
 
 def environment_handler(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps user code as a function of (operation, episode, ...), asynchronous if the user's code is.
+    """Wraps user code as a function of (operation, episode, ...), a coroutine function if user code is.
 
-    A class, and a function or object called with (task, seed), makes stateful environments; any other function
-    answers (task, messages). A factory whose environments have coroutine methods says so by `asynchronous = True`.
+    A class, or a function or object that takes (task, seed), makes stateful environments; any other function takes
+    (task, messages) and answers. A factory of environments with coroutine methods sets `asynchronous = True`.
     """
     stateful = inspect.isclass(target) or {"task", "seed"} <= set(_parameters(target))
     _check_signature(target, stateful)
@@ -48,7 +48,7 @@ def environment_handler(target: Callable[..., Any]) -> Callable[..., Any]:
 
         handler = handle
     schemas = plain(getattr(target, "schemas", []))
-    # What a factory makes is not known yet.
+    # A factory may make environments with a state.
     state = stateful and (not inspect.isclass(target) or callable(getattr(target, "state", None)))
     state = state and getattr(target, "has_state", True)
     handler.about = json.dumps({"stateful": stateful, "tools": schemas, "state": bool(state)})
@@ -80,7 +80,7 @@ def _check_signature(target: Any, stateful: bool) -> None:
 def _operate(
     target: Callable[..., Any], episodes: dict[str, Any], operation: str, episode: str, *args: Any
 ) -> Generator[Any, Any, Any]:
-    """Does one operation; yields what user code returns and is sent it back, awaited where it must be."""
+    """Runs one operation; yields each result of user code and receives it back, awaited if it is awaitable."""
     if operation == "reply":
         return as_turn((yield target(*args)), "the reply")
     if operation == "start":
@@ -122,7 +122,7 @@ def _drive(steps: Generator[Any, Any, Any], loops: list[asyncio.AbstractEventLoo
         except StopIteration as end:
             return end.value
         if inspect.isawaitable(value):
-            # One loop for all calls, so that what an environment keeps open stays usable.
+            # One loop for all calls, so that connections that an environment keeps stay usable.
             if not loops:
                 loops.append(asyncio.new_event_loop())
             value = loops[0].run_until_complete(wait(value))
@@ -149,7 +149,7 @@ def as_turn(value: Any, name: str) -> Turn:
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
-    """Returns plain messages; None is none of them, a str one user message. Raises ValueError for others."""
+    """Returns plain messages: None becomes no message, a str one user message. Raises UserError for anything else."""
     if value is None:
         return []
     if isinstance(value, str):

@@ -1,7 +1,7 @@
 """Tools: an environment in which the model calls the user's functions.
 
-Pydantic describes the functions for chat templates and turns JSON arguments into the annotated types. It is imported
-when tools are made, not before, so that workers without tools start fast.
+Pydantic makes the schemas for chat templates and converts JSON arguments to the annotated types. It is imported only
+when tools are made, so that workers without tools start fast.
 """
 
 from __future__ import annotations
@@ -28,21 +28,17 @@ _FIELD = re.compile(r"^:param\s+(?:[^:]*\s)?(\w+):\s*(.*)$")
 
 
 def tools(*functions: Callable[..., Any]) -> Tools:
-    """Makes an environment out of functions: a user's file says `environment = tools(search, calculator)`.
+    """Makes an environment from functions: a user's file has `environment = tools(search, calculator)`.
 
-    The model calls one by `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, several if it likes, and gets a
-    message of role "tool" for each; what a function raises is told to the model. An answer without a call ends the
-    episode. Arguments are converted to the annotated types. A parameter named `task` is filled with the episode's
-    task. Functions may be coroutine functions.
+    The model writes one or more `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` and gets a message of role
+    "tool" for each, which holds the result or the exception. An answer without a call ends the episode. Arguments are
+    converted to the annotated types. A parameter named `task` gets the episode's task. Coroutine functions work too.
     """
     return Tools(functions)
 
 
 class Tools:
-    """Makes environments in which the model calls functions; made by `tools`.
-
-    `schemas` describes the functions as chat templates want it.
-    """
+    """A factory of tool environments, made by `tools`; `schemas` describes the functions for chat templates."""
 
     has_state = False
 
@@ -144,7 +140,7 @@ class ToolEpisode:
         return Turn(answers, done=not calls)
 
     async def _step_async(self, message: Message) -> Turn:
-        """Runs the calls of one assistant message all at once."""
+        """Runs the calls of one assistant message concurrently."""
         calls = tool_calls(message)
         results = await asyncio.gather(*(self._run_async(call) for call in calls))
         return Turn(
@@ -155,7 +151,7 @@ class ToolEpisode:
     async def _run_async(self, call: dict[str, Any]) -> Any:
         tool = self._tools.get(call.get("name", ""))
         if tool is None or not tool.asynchronous:
-            return await asyncio.to_thread(self._begin, call)  # the others go on meanwhile
+            return await asyncio.to_thread(self._begin, call)  # does not block the other calls
         result = self._begin(call)
         try:
             return await result if inspect.isawaitable(result) else result
@@ -177,7 +173,7 @@ class ToolEpisode:
 
 
 def _told(error: Exception) -> str:
-    # UserError is this package's name for a ValueError; the model is told the word that it knows.
+    # UserError is a ValueError of this package; models know the name ValueError.
     name = "ValueError" if isinstance(error, UserError) else type(error).__name__
     return f"Error: {name}: {error}"[:1000]
 
@@ -189,7 +185,7 @@ def _tool_message(call: dict[str, Any], result: Any) -> Message:
 
 
 def tool_calls(message: Message) -> list[dict[str, Any]]:
-    """Reads the calls of a message, out of its `tool_calls` or else its text; `problem` says what is wrong with one."""
+    """Parses the calls in a message's `tool_calls`, else in its text; `problem` is set for a malformed call."""
     calls = []
     for given in message.get("tool_calls") or []:
         given = given if isinstance(given, dict) else {}
@@ -222,7 +218,7 @@ def _tool_call(value: Any) -> dict[str, Any]:
 
 
 def _loads(text: str) -> Any:
-    """Reads JSON in which texts may hold raw newlines, as models write them; raises ValueError for what is none."""
+    """Parses JSON and allows raw newlines in strings, which models write; raises ValueError for invalid JSON."""
     try:
         return json.loads(text, strict=False)
     except RecursionError:
@@ -232,12 +228,12 @@ def _loads(text: str) -> Any:
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function, include_extras=True)
-    except Exception:  # annotations that do not resolve only cost their types
+    except Exception:  # without resolvable annotations, arguments are not converted
         return {}
 
 
 def _converter(kind: Any) -> Any:
-    """Returns Pydantic's adapter for a type, None for a type of which it knows nothing."""
+    """Returns Pydantic's adapter for a type, None for an unsupported type."""
     import pydantic
 
     config = pydantic.ConfigDict(coerce_numbers_to_str=True)
@@ -253,20 +249,20 @@ def _converter(kind: Any) -> Any:
 def _json_schema(converter: Any) -> dict[str, Any]:
     try:
         schema = converter.json_schema()
-    except Exception:  # a type that JSON cannot say
+    except Exception:  # a type without a JSON schema
         return {}
     return _inlined(schema, schema.get("$defs", {}), ())
 
 
 def _inlined(schema: Any, definitions: dict[str, Any], outer: tuple[str, ...]) -> Any:
-    """Puts definitions where they are referred to, as chat templates want it, and leaves titles and defaults out."""
+    """Inlines definitions, as chat templates need, and removes titles and defaults."""
     if isinstance(schema, list):
         return [_inlined(part, definitions, outer) for part in schema]
     if not isinstance(schema, dict):
         return schema
     name = str(schema.get("$ref", "")).rpartition("/")[2]
     if name:
-        if name in outer or name not in definitions:  # a type that holds itself
+        if name in outer or name not in definitions:  # a recursive type
             return {"type": "object"}
         return _inlined(definitions[name], definitions, (*outer, name))
     inlined: dict[str, Any] = {}
@@ -286,10 +282,7 @@ def _problem(name: str, problem: dict[str, Any]) -> str:
 
 
 def _documentation(text: str) -> tuple[str, dict[str, str]]:
-    """Splits a docstring into what describes the function and what describes each parameter.
-
-    Reads Google's form ("Args:") and Sphinx's (":param name:").
-    """
+    """Splits a docstring, in Google or Sphinx style, into the function's description and those of its parameters."""
     kept: list[str] = []
     described: dict[str, str] = {}
     inside, current, margin = False, "", 0

@@ -1,1 +1,1 @@
-"""Processes that run user code."""
+"""Worker processes: they run user code, so that no fault of it reaches training."""

@@ -1,7 +1,7 @@
-"""Which variables of the environment processes with user code get: none that may hold a secret.
+"""Environment variables that worker processes get: none that may hold a secret.
 
-A variable passes where its name is on the list, or where its value cannot be a secret (a number, a plain word, an
-existing path) and its name does not sound like one. The spec names further ones.
+A variable is passed on if its name is on the list, or if its value cannot be a secret (a number, a plain word, an
+existing path) and its name does not suggest one. A spec can name further ones.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _HARMLESS = re.compile(r"|[-+]?\d{0,6}(\.\d{0,6})?|(?=.{1,20}$)[A-Za-z][a-z]*([_
 def worker_environment(
     names: Iterable[str], field: str, environment: Mapping[str, str] = os.environ
 ) -> tuple[dict[str, str], list[str]]:
-    """Returns the variables of a worker and the names of those that are withheld from it.
+    """Returns the variables of a worker and the names of the withheld ones.
 
-    `names` pass as well; UserError for one that is not set. JAX has the CPU only and no GPU is seen, because user code
-    must not take the accelerator's memory; naming JAX_PLATFORMS or CUDA_VISIBLE_DEVICES leaves them as they are.
+    `names` are passed on too; raises UserError for one that is not set. Accelerators are hidden (JAX runs on the CPU),
+    because user code must not take their memory; naming JAX_PLATFORMS or CUDA_VISIBLE_DEVICES leaves these unchanged.
     """
     names = set(names)
     hidden = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -50,7 +50,7 @@ def worker_environment(
         if name in names or _may_pass(name, value)
     }
     withheld = sorted(environment.keys() - passed.keys())
-    # NumPy would start threads when it is imported, with which a process cannot be forked.
+    # With more threads NumPy starts them at import, and a process with threads cannot be forked.
     passed = {"OPENBLAS_NUM_THREADS": "1"} | passed
     return passed | {name: value for name, value in hidden.items() if name not in names}, withheld
 

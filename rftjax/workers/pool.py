@@ -1,13 +1,13 @@
 """A pool of processes that run user code, so that no fault of it reaches training.
 
-Every call has a time limit that counts from when it begins to run. A call that overruns, a process that dies
-(`os._exit`, a crash, no memory) and a result that cannot be sent end that call with a WorkerError; the process is
-killed with everything it started. The processes end when this one ends, in whatever way.
+Every call has a time limit, counted from its start. A call fails with a WorkerError where it overruns, its process dies
+(`os._exit`, a crash, out of memory) or its result cannot be pickled. A process that overran is killed with all its
+descendants. All processes end with the main process, however that ends.
 
-User code is imported once, by a template; workers are forked from it (see `template` for code that cannot be
-forked). Calls without a session share `count` workers, one call at a time in each. A session has a worker of its own,
-so that nothing that it does takes another session down. A coroutine function runs many calls at once in each shared
-worker: where that worker ends, the calls that may be at fault run once more, each in a worker of its own.
+A template process imports user code once, and workers are forked from it (`template` says what happens to code that
+cannot be forked). Calls without a session share `count` workers, each of which runs one call at a time. A session has
+its own worker, so no session can break another. With a coroutine function each shared worker runs many calls at once;
+if such a worker ends, every call that may be at fault is retried in a worker of its own.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from rftjax.workers.processes import (
 )
 
 _CLOSED = "the workers were closed"
-_GRACE_S = 2.0  # for a call that was interrupted to end
-_TRIES = 3  # of a call in company, where its worker ends by no fault of its own
+_GRACE_S = 2.0  # that an interrupted call has to end
+_TRIES = 3  # of a bystander in a shared worker; after that it gets a worker of its own
 
 
 def done(value: Any) -> concurrent.futures.Future[Any]:
@@ -48,9 +48,9 @@ def done(value: Any) -> concurrent.futures.Future[Any]:
 
 
 class WorkerError(RuntimeError):
-    """A call that user code did not answer; `details` is the traceback, or what a dead process printed last.
+    """A call that failed; `details` is the traceback, or the last output of a dead process.
 
-    `bystander` is true where the fault lies with another call or with the machine.
+    `bystander` is true where another call or the machine is at fault.
     """
 
     def __init__(self, reason: str, details: str = "", *, bystander: bool = False):
@@ -65,7 +65,7 @@ class _Call:
     future: concurrent.futures.Future[Any]
     session: str = ""
     last: bool = False  # of its session
-    urgent: bool = False  # the call that runs is interrupted for this one
+    urgent: bool = False  # it interrupts the running call
     alone: bool = (
         False  # in a session of its own, because it may be at fault for the end of a worker
     )
@@ -91,7 +91,7 @@ class _Call:
 
 @dataclasses.dataclass(eq=False)
 class _Worker:
-    """One worker with the calls that it runs; `ended` says why it takes no more."""
+    """One worker and its calls; `ended` says why it takes no more."""
 
     session: str = ""
     capacity: int = 1
@@ -100,18 +100,18 @@ class _Worker:
     running: dict[int, _Call] = dataclasses.field(default_factory=dict)
     queue: collections.deque[_Call] = dataclasses.field(default_factory=collections.deque)
     blamed: _Call | None = None  # the call that is being interrupted
-    cleared: bool = False  # it is stopped because of a call that is known
+    cleared: bool = False  # it was stopped, and the call at fault is known
     ended: str = ""
 
 
 class Workers:
     """Processes that call `target`, the name of user code: `count` calls at once, `timeout_s` seconds each.
 
-    `wrapper` ("module:name") is called in the process with the resolved target and returns what is called instead; its
-    attribute `about` is passed on. Construction waits until the target is imported and raises ValueError where it does
-    not import; messages name the config fields `field`, `limit_field` and `env_field`. `env` names variables of the
-    environment that user code gets beside the harmless ones. Results are plain values, Score, Turn and the like:
-    reading one never imports user code here.
+    In the worker, `wrapper` ("module:name") gets the loaded target and returns the function to call; its attribute
+    `about` becomes `Workers.about`. The constructor waits for the import of the target and raises ValueError where that
+    fails; messages name the config fields `field`, `limit_field` and `env_field`. `env` lists environment variables to
+    pass on besides the harmless ones. Results are plain values and this package's records: unpickling one never imports
+    user code in the main process.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Workers:
             collections.deque()
         )  # sessions with calls to begin
         self._busy = 0  # calls of sessions that run
-        self.bystanders = 0  # calls that another's fault has stopped so far; most run again
+        self.bystanders = 0  # calls stopped by another call's fault so far; most are retried
         self._closed = False
         allow_open_files()
         self._loop = asyncio.new_event_loop()
@@ -169,10 +169,9 @@ class Workers:
     ) -> concurrent.futures.Future[Any]:
         """Queues a call and returns its future, which raises WorkerError where user code fails.
 
-        Calls with the same `session` run in one process of its own, one after the other; where that ends they fail.
-        The `last` call of a session takes the place of those that still wait, runs at once where an earlier one overran
-        (if the process could be kept), and ends the process. Of a session that never began it does nothing. An `urgent`
-        one interrupts the call that runs.
+        Calls of one `session` run in order, in one process that no other call uses; they fail when it ends. The `last`
+        call replaces the queued ones, runs even if an earlier call overran (as long as the process lives), and ends the
+        process; it does nothing if the session never began. An `urgent` call interrupts the running one.
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         if self._closed:
@@ -188,7 +187,7 @@ class Workers:
         return future
 
     def close(self) -> None:
-        """Ends all processes and fails what is still queued; a second call does nothing."""
+        """Ends all processes and fails all queued calls; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -203,7 +202,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Everything below runs on the pool's own thread, one thing at a time.
+    # Everything below runs on the thread of the pool's event loop.
 
     def _enqueue(self, call: _Call) -> None:
         if self._closed:
@@ -235,7 +234,7 @@ class Workers:
                 self._overrun(worker, running)
 
     def _let_go(self, worker: _Worker) -> None:
-        """Ends the process of a session that is over, or keeps it for another where it was costly to start."""
+        """Ends the process of a finished session, or keeps it as a spare where starting one means an import."""
         process, worker.process = worker.process, None
         if process is None or self._closed:
             return
@@ -246,7 +245,7 @@ class Workers:
         worker.ended = worker.ended or "the episode is over"
 
     def _pump(self) -> None:
-        """Begins every call for which there is room now."""
+        """Starts as many queued calls as may run now."""
         if self._closed:
             return
         while self._waiting:
@@ -263,20 +262,20 @@ class Workers:
         for _ in range(len(self._pending)):
             worker = self._pending.popleft()
             if not worker.queue or worker.running:
-                continue  # its next answer asks again
+                continue  # the answer of the running call puts it back
             if self._busy >= self._most(worker.queue[0]) and not worker.queue[0].last:
                 self._pending.append(worker)
                 continue
             self._run(worker, worker.queue.popleft())
 
     def _most(self, call: _Call) -> int:
-        """How many calls of sessions may run at once when this one begins."""
+        """Limit of session calls running at once, this one included."""
         if not self._asynchronous:
             return self._count
         return self._count * (4 if call.alone else self._concurrency)
 
     def _run(self, worker: _Worker, call: _Call) -> None:
-        """Hands a call to a worker, whose process is started first where it has none."""
+        """Sends a call to a worker, after starting its process if it has none."""
         if not call.begin():
             if worker.session and worker.queue:
                 self._pending.append(worker)
@@ -309,7 +308,7 @@ class Workers:
     def _send(self, worker: _Worker, call: _Call) -> None:
         assert worker.process is not None
         worker.process.send(call.number, call.body)
-        # A process with asynchronous calls sees to their limits itself: this is for when it hangs as a whole.
+        # An asynchronous worker enforces the limits of its calls; this timer is for a worker that hangs.
         limit_s = 2 * self.timeout_s + 2.0 if self._asynchronous else self.timeout_s
         alone = worker.capacity == 1
         if alone and self._asynchronous:
@@ -318,7 +317,7 @@ class Workers:
         call.timer = self._loop.call_later(limit_s, self._overrun, worker, blamed)
 
     async def _listen(self, worker: _Worker, process: Process) -> None:
-        """Takes one process's answers until it ends or goes to another worker, then settles its calls."""
+        """Receives answers of one process until it ends or becomes a spare, then settles its calls."""
         try:
             while worker.process is process:
                 kind, number, body = await process.read()
@@ -363,7 +362,7 @@ class Workers:
         self._pump()
 
     def _overrun(self, worker: _Worker, blamed: _Call | None) -> None:
-        """Ends a call that overran, and the worker where it must be; None: it is not known which call it is."""
+        """Ends a call that overran, and its worker if necessary; `blamed` is None where the call is unknown."""
         process = worker.process
         if process is None or worker.blamed is not None or (blamed and blamed.future.done()):
             return
@@ -371,7 +370,7 @@ class Workers:
             (blamed,) = worker.running.values()
         worker.blamed = blamed
         if worker.session and blamed is not None:
-            # An episode's environment is to be closed: the call is interrupted first.
+            # Interrupt only, so that the environment can still be closed.
             process.interrupt(blamed.number)
             self._loop.call_later(_GRACE_S, self._stop, worker, process, blamed)
         else:
@@ -388,7 +387,7 @@ class Workers:
         process.kill()
 
     def _settle(self, worker: _Worker, stopped: bool, process: Process) -> None:
-        """Fails, or queues once more, the calls of a process that has ended; `stopped`: by `_stop`."""
+        """Fails or retries the calls of a process that has ended; `stopped` is true where `_stop` ended it."""
         calls = list(worker.running.values())
         for call in calls:
             self._take(worker, call)
@@ -404,12 +403,12 @@ class Workers:
                 call.fail(WorkerError(worker.ended, details, bystander=innocent))
             elif innocent and call.tries < _TRIES:
                 self._waiting.appendleft(call)
-            else:  # one of them may be at fault, or it has bad company again and again
+            else:  # it may be at fault, or was a bystander too often
                 call.alone, call.session = True, f"alone {call.number}"
                 self._enqueue_in_session(call)
 
     def _forget(self, worker: _Worker) -> None:
-        """Lets go of a worker without a process; a session stays until its end, to say what happened."""
+        """Removes a worker whose process is gone; a session stays until its last call, to report the reason."""
         self._clear(worker, worker.ended, bystander=self._closed)
         if worker in self._shared:
             self._shared.remove(worker)
@@ -418,7 +417,7 @@ class Workers:
         self._pump()
 
     def _clear(self, worker: _Worker, reason: str, *, bystander: bool = False) -> None:
-        """Fails what waits for its turn in a session, but for its last call."""
+        """Fails the queued calls of a session, except the last call where that can still run."""
         kept = [call for call in worker.queue if call.last and worker.process is not None]
         for call in worker.queue:
             if call not in kept:
@@ -426,7 +425,7 @@ class Workers:
         worker.queue = collections.deque(kept)
 
     def _take(self, worker: _Worker, call: _Call) -> None:
-        """Takes a call off those that run."""
+        """Removes a call from the running ones."""
         del worker.running[call.number]
         self._busy -= bool(worker.session and not call.last)
         if call.timer:

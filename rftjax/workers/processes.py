@@ -31,17 +31,17 @@ Show = Callable[[bytes], None]
 
 
 class Process:
-    """A worker, or a template, and its guardian; all methods are called on one event loop."""
+    """A worker or template process with its guardian; call all methods on one event loop."""
 
     def __init__(self, show: Show):
         self._show = show
         self._line = b""
-        self.status: int | None = None  # of the exit; negative: a signal; None: nobody knows
+        self.status: int | None = None  # exit status; negative: the signal; None: unknown
         self.tail = ""
         self.ended = asyncio.Event()
 
     async def connect(self) -> list[int]:
-        """Opens the sockets; returns the descriptors of the other side: data and life."""
+        """Opens the data and life sockets; returns the descriptors for the child."""
         data, their_data = socket.socketpair()
         life, their_life = socket.socketpair()
         self._reader, self._writer = await asyncio.open_connection(sock=data, limit=2**20)
@@ -50,31 +50,31 @@ class Process:
         return [their_data.detach(), their_life.detach()]
 
     async def read(self) -> tuple[bytes, int, bytes]:
-        """Waits for a frame; raises IncompleteReadError or ConnectionError where there will be none."""
+        """Waits for a frame; raises IncompleteReadError or ConnectionError when the process has ended."""
         return await _read(self._reader)
 
     def send(self, number: int, body: bytes) -> None:
         """Sends a call."""
-        with contextlib.suppress(OSError, RuntimeError):  # one that ends says so to who reads
+        with contextlib.suppress(OSError, RuntimeError):  # `read` reports the end of the process
             self._writer.write(wire.HEADER.pack(wire.CALL, number, len(body)) + body)
 
     def finish(self) -> None:
-        """Lets the process end by itself, once it has answered what it has."""
+        """Lets the process answer its pending calls and exit."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.write_eof()
 
     def interrupt(self, number: int) -> None:
-        """Raises Overrun in the user's code where it runs this call, or as soon as it does."""
+        """Raises Overrun in user code that runs this call, or will run it."""
         with contextlib.suppress(OSError, RuntimeError):  # it is being killed
             self._life_writer.write(wire.INTERRUPT.pack(number))
 
     def kill(self) -> None:
-        """Has the guardian kill the process and everything that it started."""
+        """Tells the guardian to kill the process and all its descendants."""
         with contextlib.suppress(OSError, RuntimeError):
             self._life_writer.write_eof()
 
     async def end(self, within_s: float = 0.0) -> None:
-        """Waits until everything is gone, killing what is there after `within_s`."""
+        """Waits for the exit of the process and its descendants; kills them after `within_s` seconds."""
         try:
             if within_s:
                 await asyncio.wait_for(self.ended.wait(), within_s)
@@ -103,7 +103,7 @@ class Process:
             if self._line:
                 self._print(b"\n")
             self.ended.set()
-            # A stray descendant may hold the socket: what was answered has arrived by then.
+            # A stray descendant may keep the socket open: stop reading after a delay that lets answers arrive.
             asyncio.get_running_loop().call_later(2.0, self._writer.transport.abort)
 
     def _print(self, data: bytes) -> None:
@@ -116,7 +116,7 @@ class Process:
 
 
 class Template(Process):
-    """The process that imports the user's code; workers are forked from it unless `alone` says why not."""
+    """The process that imports user code; workers are forked from it unless `alone` says why not."""
 
     def __init__(self, show: Show):
         super().__init__(show)
@@ -126,7 +126,7 @@ class Template(Process):
     async def start(
         self, settings: dict[str, Any], folder: str, environment: dict[str, str]
     ) -> None:
-        """Starts the interpreter; `read` then gives what came of the import."""
+        """Starts the interpreter; the first frame that `read` returns is the result of the import."""
         ours, control = socket.socketpair()
         ours.setblocking(False)
         self._control = ours
@@ -149,12 +149,12 @@ class Template(Process):
                 os.close(fd)
 
     async def fork(self, show: Show) -> Process:
-        """Returns a new worker; where this process is gone, one that has ended."""
+        """Returns a new worker, which has already ended if the template is gone."""
         process = Process(show)
         fds = await process.connect()
         try:
             await self._command(wire.FORK, fds)
-        except OSError:  # it is gone: the worker's sockets close, which says so
+        except OSError:  # the template is gone: the closed sockets report that
             pass
         finally:
             for fd in fds:
@@ -190,7 +190,7 @@ class Template(Process):
 
 
 class Supply:
-    """Gives worker processes: forked from a template, or started anew where the user's code cannot be forked."""
+    """Starts worker processes: forks of a template, or new interpreters where user code cannot be forked."""
 
     def __init__(
         self,
@@ -211,14 +211,14 @@ class Supply:
         self._label, self._budget = label or "worker", wire.Budget()
         self._folder = os.getcwd()
         self._start_timeout_s = start_timeout_s
-        self.about: dict[str, Any] = {}  # what the template said of the user's code
-        self.spare: list[Process] = []  # that imported for themselves and have no work
+        self.about: dict[str, Any] = {}  # what the template reported about user code
+        self.spare: list[Process] = []  # idle processes that did their own import
         self._template: Template | None = None
         self._processes: set[Process] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def begin(self, count: int) -> None:
-        """Imports the user's code, `count` times where it cannot be forked; UserError where it does not import."""
+        """Imports user code, `count` times where it cannot be forked; raises UserError where the import fails."""
         self._starts = asyncio.Lock()
         template = await self._import()
         if template.alone:
@@ -239,29 +239,29 @@ class Supply:
             assert self._template is not None
             process = await self._template.fork(self._show)
             self._processes.add(process)
-        # Calls are sent when it is ready: its start takes nothing of their time.
+        # Wait until it is ready, so that the start does not count against the time limit of a call.
         try:
             await asyncio.wait_for(process.read(), self._start_timeout_s)
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
-            process.kill()  # whoever sends it a call sees its end
+            process.kill()  # calls sent to it fail
         return process
 
     async def end(self, process: Process, within_s: float = 0.0) -> None:
-        """Ends a process and all that it started; it has `within_s` seconds to end by itself."""
+        """Ends a process and its descendants; it has `within_s` seconds to exit by itself."""
         if within_s:
             process.finish()
         await process.end(within_s)
         self._processes.discard(process)
 
     async def close(self, busy: set[Process | None]) -> None:
-        """Ends all processes, those that are not `busy` by themselves."""
-        # The template is the last, because its end is the end of all.
+        """Ends all processes; those that are not `busy` may exit by themselves."""
+        # The template goes last: its end kills its forks.
         template = self._template
         rest = [process for process in self._processes if process is not template]
         await asyncio.gather(*(self.end(one, 0.0 if one in busy else 0.5) for one in rest))
         if template is not None:
             await self.end(template, within_s=0.5)
-        while self._tasks or self._processes:  # one may be just starting
+        while self._tasks or self._processes:  # some may still be starting
             await asyncio.gather(*map(self.end, list(self._processes)))
             await asyncio.sleep(0.005)
 
@@ -314,7 +314,7 @@ class Supply:
             _log.error("a worker process did not start: %s", error)
 
     def _show(self, line: bytes) -> None:
-        """Shows a line that user code printed."""
+        """Writes a line that user code printed to stderr."""
         text = self._budget.take(line + b"\n").decode("utf-8", "replace")
         lines = [part for part in text.splitlines() if part.strip()]
         sys.stderr.write("".join(f"[{self._label}] {part}\n" for part in lines))
@@ -328,7 +328,7 @@ async def _read(reader: asyncio.StreamReader) -> tuple[bytes, int, bytes]:
 
 
 def explain(status: int | None) -> str:
-    """Says how a process ended."""
+    """Returns how a process ended, from its exit status."""
     if status is None:
         return "with the process that watches it"
     if status < 0:
@@ -341,7 +341,7 @@ def explain(status: int | None) -> str:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads plain values and this package's records; user code is never imported for it."""
+    """Unpickles plain values and this package's records; refuses every other class, so imports no user code."""
 
     _classes = {
         ("rftjax.types", name) for name in ("Score", "Turn", "Task", "Sequence", "Trajectory")
@@ -356,26 +356,26 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def import_path() -> str:
-    # Only so far as to find this package: user code's own search path comes with the settings.
+    # Enough to import this package; the settings hold the full sys.path.
     root = Path(__file__).absolute().parents[2]
     return f"import sys; sys.path.insert(0, {str(root)!r}); "
 
 
 def death(process: Process) -> str:
-    """Says how a process ended, with the last line that it printed."""
+    """Returns how a process ended, with the last line that it printed."""
     text = f"the worker process died ({explain(process.status)})"
     last = _last_line(process.tail)
     return text + (f"; it last printed: {last}" if last else "")
 
 
 def _last_line(tail: str) -> str:
-    """The last line that user code printed; "" where it is the interpreter's account of a crash."""
+    """Returns the last printed line; "" where the interpreter printed a fatal error."""
     lines = [] if "Fatal Python error" in tail else tail.split("\n")
     return next((line.strip()[-200:] for line in reversed(lines) if line.strip()), "")
 
 
 def allow_open_files() -> None:
-    """Raises this process's limit of open files as far as it may, because each worker takes two."""
+    """Raises the soft limit of open files, because each worker takes two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""Inside a worker: calls come in, user code runs, answers go out. Standard library only."""
+"""Runs in a worker process: receives calls, runs user code, sends answers. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rftjax.workers.user_code import load_function, traceback_text
 
 
 class Overrun(BaseException):
-    """Raised in user code whose time is over; no `except Exception` keeps it."""
+    """Raised in user code that exceeds its time limit; `except Exception` does not catch it."""
 
 
 class _Exit(Exception):
-    """Holds an exception that would end an event loop."""
+    """Wraps an exception that would end the event loop."""
 
 
 class Channel:
-    """Frames to and from the main process, on a descriptor that user code does not know."""
+    """Frames to and from the main process, on a descriptor that user code does not use."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -38,7 +38,7 @@ class Channel:
         self._pid = os.getpid()
 
     def read(self) -> tuple[int, bytes] | None:
-        """Waits for a call; None where the main process has no more."""
+        """Waits for a call; returns None when there are no more."""
         head = self._read(wire.HEADER.size)
         if head is None:
             return None
@@ -59,7 +59,7 @@ class Channel:
         return bytes(parts)
 
     def write(self, kind: bytes, number: int, value: Any) -> None:
-        """Sends an answer; a value that cannot be sent becomes an error."""
+        """Sends an answer; a value that cannot be pickled or is too large becomes an error."""
         if os.getpid() != self._pid:  # user code forked and its child came back here
             os._exit(0)
         try:
@@ -79,7 +79,7 @@ class Channel:
 
 
 def load(channel: Channel, settings: dict[str, Any]) -> Any:
-    """Imports the user's code; where that fails, tells why and ends the process."""
+    """Imports user code; where that fails, reports why and ends the process."""
     try:
         target = load_function(settings["target"], field=settings["field"])
         if settings["wrapper"]:
@@ -94,7 +94,7 @@ def load(channel: Channel, settings: dict[str, Any]) -> Any:
 
 
 def ready(channel: Channel, handler: Any, alone: str) -> None:
-    """Tells what was imported; `alone` says why it cannot be forked, if it cannot."""
+    """Reports what was imported; `alone` says why it cannot be forked, "" where it can."""
     about = {"async": _is_concurrent(handler), "about": str(getattr(handler, "about", ""))}
     channel.write(wire.READY, 0, about | {"alone": alone})
 
@@ -127,7 +127,7 @@ def _serve_one_by_one(channel: Channel, handler: Any) -> None:
         try:
             current = number
             try:
-                interrupt()  # it may be too late already
+                interrupt()  # the call may be over time already
                 value = handler(*pickle.loads(body))
                 if inspect.isawaitable(value):  # a plain function that returns a coroutine
                     loop = loop or asyncio.new_event_loop()
@@ -146,12 +146,12 @@ async def _awaited(value: Any) -> Any:
 
 
 async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
-    """Runs every call as a task; overruns are cancelled here, a blocked loop is reported by a thread."""
+    """Runs every call as a task and cancels those that overrun; a thread reports a blocked event loop."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
     works: dict[asyncio.Task[Any], int] = {}
-    held_s = 0.0  # for how long the loop was held, so that no call pays for what another does
+    held_s = 0.0  # seconds the loop was blocked, which count against no other call
 
     async def in_time(work: asyncio.Task[Any]) -> bool:
         began_s, held_before_s = loop.time(), held_s
@@ -165,12 +165,14 @@ async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
     async def run(number: int, body: bytes) -> None:
         work = asyncio.ensure_future(_call(handler, body))
         works[work] = number
-        if number == _interrupted():  # it is too late already
+        if number == _interrupted():  # it is over time already
             work.cancel()
         try:
             if not await in_time(work):
                 work.cancel()
-                await asyncio.wait({work}, timeout=0.5)  # one that refuses to stop is left behind
+                await asyncio.wait(
+                    {work}, timeout=0.5
+                )  # a task that ignores the cancellation is abandoned
                 channel.write(wire.OVERRUN, number, None)
             elif work.cancelled():
                 channel.write(wire.ERROR, number, ("CancelledError", ""))
@@ -213,7 +215,7 @@ async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
         current, number = asyncio.current_task(loop), _interrupted()
         if current in works and works[current] == number:
             raise Overrun
-        for work in works:  # it waits
+        for work in works:  # it awaits something
             if works[work] == number:
                 loop.call_soon_threadsafe(work.cancel)
 
@@ -240,7 +242,7 @@ def describe(error: BaseException) -> tuple[str, str]:
     users = [frame for frame in frames if not frame.filename.startswith(foreign)]
     where = f" ({os.path.basename(users[-1].filename)}:{users[-1].lineno})" if users else ""
     line = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if isinstance(error, UserError):  # a rule of this package, which the text names
+    if isinstance(error, UserError):  # the text says all
         line, where = text, ""
     details = ""
     with contextlib.suppress(Exception):  # an exception that cannot be printed
@@ -263,7 +265,7 @@ def _unsendable(value: Any, why: str) -> tuple[str, str]:
     return f"the result, of type {type(value).__name__}, {why[:300]}", ""
 
 
-interrupted: Any = None  # shared memory in which a guardian says which call is to end
+interrupted: Any = None  # shared memory: the number of the call that the guardian interrupts
 
 
 def _interrupted() -> int:
@@ -274,7 +276,7 @@ withheld: dict[str, str] = {}  # names of environment variables, and the field t
 
 
 def _hint(error: BaseException) -> str:
-    """Says how user code gets an environment variable that it looked for in vain."""
+    """Returns how to pass on a withheld environment variable that the error names, else ""."""
     text = _text_of(error)[:2000]
     missed = [
         name for name in withheld if len(name) > 2 and re.search(rf"\b{re.escape(name)}\b", text)

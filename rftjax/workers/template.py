@@ -1,12 +1,12 @@
 """Processes that run user code: a template, which imports it once, and the workers that are forked from it.
 
-Every template and every worker has a guardian as its parent, which runs no user code. The guardian passes on what the
-worker prints, waits until the worker ends or the main process lets go of the life socket (by closing it, or by dying in
-any way), then kills what is left of the worker and of everything the worker started. Standard library only, and never
-JAX: a template is up in well under a second and holds no accelerator.
+The parent of every template and worker is a guardian, which runs no user code. The guardian forwards what the worker
+prints and waits until the worker ends or the life socket is closed (the main process closes it, or dies). It then kills
+the worker and all its descendants. Standard library only, and never JAX: a template starts in well under a second and
+holds no accelerator.
 
-Where importing the user's code starts threads or child processes, or leaves files or sockets open, a fork would share
-or lose them: then nothing is forked, and each worker is a process that imports the code for itself.
+A fork would share or lose the threads, child processes, open files and sockets that an import leaves behind. User code
+that leaves any is not forked: each worker imports it anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def main() -> None:
-    """Runs a guardian and a template; argv[1] is the JSON object that `rftjax.workers.pool` writes."""
+    """Runs a guardian and a template; argv[1] is the JSON object from `processes.Template.start`."""
     settings = json.loads(sys.argv[1])
     sys.argv = [""]
     sys.path[:] = settings["path"]
@@ -43,8 +43,10 @@ def main() -> None:
     for fd in (life_fd, data_fd, control_fd):
         os.set_inheritable(fd, False)
     _split(life_fd, (data_fd, control_fd))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # writing a core file would count as hanging
-    _set_oom_score(700)  # when memory runs out, workers go first, and before the training
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, 0)
+    )  # writing a core file takes longer than the time limit
+    _set_oom_score(700)  # out of memory: the kernel kills workers first, then this, then training
     sys.stdout = sys.stderr = open(  # noqa: SIM115 (it lasts as long as the process)
         1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
     )
@@ -58,7 +60,7 @@ def main() -> None:
     control = socket.socket(fileno=control_fd)
     if not reason:
         gc.collect()
-        gc.freeze()  # so that collections in the workers leave shared pages alone
+        gc.freeze()  # so that garbage collection in workers does not copy shared pages
     command = _serve_forks(control, channel, handler, settings)
     control.close()
     if command == wire.SERVE:
@@ -69,7 +71,7 @@ def main() -> None:
 def _serve_forks(
     control: socket.socket, channel: Channel, handler: Any, settings: dict[str, Any]
 ) -> bytes:
-    """Forks workers as the main process asks for them; returns the command that ends this."""
+    """Forks a worker for each FORK command; returns the first other command."""
     guardians: set[int] = set()
     while True:
         command, fds, _, _ = socket.recv_fds(control, 1, 2)
@@ -78,11 +80,11 @@ def _serve_forks(
             return command
         data_fd, life_fd = fds
         with warnings.catch_warnings():
-            # Libraries warn of forks beside threads; there are none here.
+            # Libraries warn of forks with threads; this process has none.
             warnings.simplefilter("ignore")
             try:
                 pid = os.fork()
-            except OSError as error:  # no more processes: the sockets close, which says so
+            except OSError as error:  # process limit: the closed sockets report it
                 sys.stderr.write(f"no worker could be started: {error}\n")
                 pid = -1
         if pid == 0:
@@ -96,7 +98,7 @@ def _serve_forks(
 
 
 def _work(data_fd: int, life_fd: int, handler: Any, timeout_s: float) -> NoReturn:
-    """Becomes a guardian and a worker, in a process that was just forked."""
+    """Splits a newly forked process into guardian and worker."""
     for fd in (data_fd, life_fd):
         os.set_inheritable(fd, False)
     _split(life_fd, (data_fd,))
@@ -104,29 +106,29 @@ def _work(data_fd: int, life_fd: int, handler: Any, timeout_s: float) -> NoRetur
     for name in (
         "numpy.random",
         "torch",
-    ):  # as Python's own generator: no worker draws what another does
+    ):  # reseed, as Python does its own generator: workers must not draw the same numbers
         if module := sys.modules.get(name):
             module.seed()
-    atexit._clear()  # what was registered before the fork is the template's to do
+    atexit._clear()  # exit handlers from before the fork belong to the template
     try:
         serving.serve(Channel(data_fd), handler, timeout_s)
         atexit._run_exitfuncs()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        os._exit(0)  # no teardown: what the template made is not the worker's to destroy
+        os._exit(0)  # no teardown of objects that the template made
 
 
 def _split(life_fd: int, others: tuple[int, ...]) -> None:
-    """Forks: the parent becomes the guardian and does not return, the child returns with its output going there.
+    """Forks: the parent becomes the guardian and never returns; the child returns, its output piped to the guardian.
 
-    `others` are descriptors that the guardian has no use for.
+    The guardian closes the descriptors `others`.
     """
     _linux_prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned grandchildren come to the guardian
     guardian = os.getpid()
     wake_read, wake_write = os.pipe()
     printed_read, printed_write = os.pipe()
-    # Shared with the guardian, which writes the number of a call here before it signals.
+    # Shared with the guardian, which writes the number of a call here before it sends SIGUSR2.
     interrupted = mmap.mmap(-1, wire.INTERRUPT.size)
     interrupted[:] = wire.INTERRUPT.pack(-1)
     os.set_blocking(wake_write, False)
@@ -157,7 +159,7 @@ def _split(life_fd: int, others: tuple[int, ...]) -> None:
 
 
 class _Output:
-    """What a worker prints: its beginning for the screen, its end for the error of a crash."""
+    """What a worker prints: the start is shown, the end is kept for the message of a crash."""
 
     def __init__(self, printed_fd: int, life_fd: int):
         self._printed_fd, self._life_fd = printed_fd, life_fd
@@ -167,7 +169,7 @@ class _Output:
         os.set_blocking(printed_fd, False)
 
     def pass_on(self) -> bool:
-        """Passes on what is there now, at most one block; says whether there was any."""
+        """Forwards one block of output; returns whether there was any."""
         try:
             data = os.read(self._printed_fd, 2**16)
         except BlockingIOError:
@@ -191,7 +193,7 @@ def _tell(life_fd: int, kind: bytes, number: int, body: bytes) -> None:
 def _guard(
     worker: int, life_fd: int, wake_fd: int, printed_fd: int, interrupted: mmap.mmap
 ) -> NoReturn:
-    """Outlives the worker by a moment, tells its exit status (negative: the signal that ended it) and ends."""
+    """Waits for the worker, kills its descendants, reports its exit status (negative: the signal) and exits."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -221,7 +223,7 @@ def _guard(
                 status = ended if pid == worker else status
         except ChildProcessError:
             break
-        _kill_descendants(worker)  # orphans arrive here one generation at a time
+        _kill_descendants(worker)  # orphans become children here one generation at a time
         time.sleep(0.002)
     for _ in range(32):  # a pipe holds less
         if not output.pass_on():
@@ -252,7 +254,7 @@ def _reap(raise_if_none: bool = False) -> list[tuple[int, int]]:
 
 
 def _kill_descendants(worker: int) -> None:
-    """Kills the worker's process group and, on Linux, what left the group but came back as an orphan."""
+    """Kills the worker's process group and, on Linux, orphans that left the group."""
     with contextlib.suppress(OSError):
         os.killpg(worker, signal.SIGKILL)
     own = os.getpid()
@@ -277,7 +279,7 @@ def _open_files() -> set[tuple[int, str]]:
 
 
 def _threads() -> list[str]:
-    """Names of this process's threads, but for one that starts again by itself after a fork."""
+    """Names of this process's threads, except one that restarts by itself after a fork."""
     found = []
     with contextlib.suppress(OSError):
         for entry in os.listdir("/proc/self/task"):
@@ -287,7 +289,7 @@ def _threads() -> list[str]:
 
 
 def _why_not_forked(before: set[tuple[int, str]]) -> str:
-    """Returns what the imported code has that a fork would lose or share, "" where there is nothing."""
+    """Returns why the imported code cannot be forked, "" where it can."""
     if len(sys._current_frames()) > 1 or len(_threads()) > 1:
         return "starts threads"
     opened = [

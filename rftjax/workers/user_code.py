@@ -1,6 +1,6 @@
 """Finds user code by name: "package.module:name" or "path/to/file.py:name".
 
-This module imports the standard library only: worker processes that run user code load it.
+Worker processes import this module: standard library only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from rftjax.workers import user_files
 
 
 def load_function(spec: str, *, field: str = "") -> Callable[..., Any]:
-    """Imports the callable that `spec` names; a file is found from the current directory.
+    """Imports the callable that `spec` names; a relative path starts at the current directory.
 
-    A file's folder goes to the front of sys.path, as when Python runs the file. `field` is the config field to name in
-    the ValueError that says what is wrong: form, missing file, failed import, missing or uncallable name.
+    A file's folder goes to the front of sys.path, as when Python runs the file. Raises UserError, which names the
+    config field `field`, for a wrong form, a missing file, a failed import and a missing or uncallable name.
     """
     place = f"{field}={spec!r}" if field else repr(spec)
     module_name, colon, name = spec.rpartition(":")
@@ -107,10 +107,9 @@ def _load_file(path: str, place: str) -> types.ModuleType:
 
 
 def _module_name(path: str) -> str:
-    """Returns a name by which every process that has this one's sys.path can import the file.
+    """Returns a module name by which every process with this sys.path can import the file.
 
-    It is the file's own, except where that is not free: a file called like an installed package must not take that
-    package's place.
+    It is the file's stem, unless that is taken: a file must not replace an installed package of the same name.
     """
     name, folder = os.path.splitext(os.path.basename(path))[0], os.path.dirname(path)
     loaded = sys.modules.get(name)

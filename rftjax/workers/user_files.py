@@ -1,7 +1,7 @@
-"""A package whose modules are the user's files: `rftjax.workers.user_files.NAME_HEX` is the file at path HEX.
+"""A package whose modules are user files: `rftjax.workers.user_files.NAME_HEX` is the file at path HEX.
 
-A file that cannot be imported by its own name gets such a name, so that other processes (multiprocessing's, for
-example) that unpickle its functions and classes find it. Standard library only.
+A file whose own name is taken is imported under such a name. Other processes, such as those of multiprocessing, can
+then unpickle its functions and classes. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-__path__: list[
-    str
-] = []  # which makes this module a package, with the finder below as its only source
+__path__: list[str] = []  # makes this module a package; the finder below finds its modules
 
 
 def module_name(path: str) -> str:
@@ -27,7 +25,7 @@ def module_name(path: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Shortens the names of such modules to the files' own."""
+    """Replaces the names of such modules by the stems of their files."""
     return re.sub(rf"{re.escape(__name__)}\.(\w+)_[0-9a-f]+", r"\1", text)
 
 
