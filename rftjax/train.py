@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from rftjax.monitor.recorder import Recorder
 from rftjax.monitor.step_metrics import histograms, rollout_metrics
-from rftjax.run.build import Job
-from rftjax.run.interruption import Interrupted, Interruption
+from rftjax.run.build import Parts, build
+from rftjax.run.interruption import Interruption
+from rftjax.run.prefetch import make_prefetch
 from rftjax.run.saving import Saving, check_updates
+from rftjax.run.schedule import Schedule
+from rftjax.run.startup import compile_ahead, step_counts
+from rftjax.run.training import make_learner
+from rftjax.run.workdir import open_binding, open_checkpoints, open_recorder
 from rftjax.scoring import answered
 from rftjax.tasks.curriculum import task_stream
 from rftjax.types import TrainState
-
-log = logging.getLogger(__name__)
 
 
 def train(
@@ -33,79 +35,66 @@ def train(
     complete. The last finished step is saved whatever ends the run. Raises EvaluatorError where too many samples cannot
     be scored, and Interrupted.
     """
-    with Job.build(config, workdir) as job, Interruption() as interruption:
-        stream = task_stream(job.train_tasks, config.seed, config.tasks.sampling)
-        learner = job.learner()
-        checkpoints = job.checkpoints()
-        binding = job.binding(stream, accepted)
+    with build(config, workdir) as parts, Interruption() as interruption:
+        stream = task_stream(parts.train_tasks, config.seed, config.tasks.sampling)
+        learner = make_learner(parts)
+        checkpoints = open_checkpoints(parts)
+        binding = open_binding(parts, stream, accepted)
         start = step = binding.start(checkpoints, restart_from)
         if start:
             stream.restore(checkpoints.restore_host(start)["stream"])
-        recorder = job.recorder(start)
-        sampling = job.sampling(stream)
-        last = min(config.steps, stop_after or config.steps)
-
-        def goes_on() -> bool:
-            return step < last and not (interruption.received or job.stop_reason(recorder.lines))
-
-        def heldout_missing() -> bool:
-            return job.heldout_missing(step, recorder.lines) and not interruption.received
-
-        def heldout() -> None:
-            with recorder.time("eval", in_step=False):
-                job.set_weights(state)
-                metrics, sampled = job.evaluate()
-            for name, trajectories in sampled.items():
-                recorder.write(step, metrics, trajectories=trajectories, stream=name)
-            saving.evaluated(step, metrics)
-
+        recorder = open_recorder(parts, start)
+        prefetch = make_prefetch(parts, stream)
+        schedule = Schedule(config, stop_after, parts.heldout, checkpoints, recorder, interruption)
         with Saving(
-            checkpoints, interruption, recorder, sampling.close, bind=binding.bind
+            checkpoints, interruption, recorder, prefetch.close, bind=binding.bind
         ) as saving:
-            ahead = job.compiling(learner, stream, recorder)
-            with ahead if goes_on() else contextlib.nullcontext():
-                state = job.state_builder.state(checkpoints, start)
-            if job.heldout_due(step) and heldout_missing():
-                heldout()
+            with compile_ahead(parts, learner, stream, recorder, needed=schedule.goes_on(step)):
+                state = parts.state_builder.state(checkpoints, start)
+            if schedule.evaluates(step):
+                saving.evaluated(step, evaluate_heldout(parts, step, state, recorder))
                 recorder.flush(step)
-            while goes_on():
+            while schedule.goes_on(step):
                 trajectories = []
                 while wanted := learner.wanted(trajectories):
                     with recorder.time("sample"):
-                        sampled = sampling.take(state, wanted)
+                        sampled = prefetch.take(state, wanted)
                     with recorder.time("evaluate"):
-                        job.scorer.gather(sampled)
+                        parts.scorer.gather(sampled)
                         trajectories += sampled
-                job.scorer.check(answered(trajectories))
-                pauses = job.heldout_due(step + 1) or checkpoints.due(step + 1)
+                parts.scorer.check(answered(trajectories))
                 with recorder.time("update"), interruption.hold():
                     step += 1
                     stream.observe(trajectories)
-                    ends = step == last or interruption.received
-                    sampling.begin(state, last=ends or pauses)
+                    prefetch.begin(state, last=schedule.pauses(step))
                     batches, choice = learner.batch(state, trajectories, step)
                     state, metrics = learner.update(state, batches, step)
-                    saving.finished(step, state, {"stream": sampling.position()})
+                    saving.finished(step, state, {"stream": prefetch.position()})
                     metrics |= binding.bind(step)
-                metrics |= choice | rollout_metrics(trajectories) | job.counts()
+                metrics |= choice | rollout_metrics(trajectories) | step_counts(parts)
                 recorder.write(step, metrics, histograms(trajectories), trajectories)
-                recorder.write(step, job.hook(step, metrics, trajectories, state))
-                if job.heldout_due(step) and heldout_missing():
-                    heldout()
+                recorder.write(step, parts.hook(step, metrics, trajectories, state))
+                if schedule.evaluates(step):
+                    saving.evaluated(step, evaluate_heldout(parts, step, state, recorder))
                 with interruption.hold():
                     recorder.flush(step)
                     check_updates(recorder.lines, start, config.optim.max_nonfinite)
                     if checkpoints.due(step):
                         saving.save()
-            reason = job.stop_reason(recorder.lines)
-            ended = step >= config.steps or bool(reason)
-            if ended and heldout_missing():
-                heldout()
+            if schedule.evaluates(step):  # where the metrics of this step end the run early
+                saving.evaluated(step, evaluate_heldout(parts, step, state, recorder))
                 recorder.flush(step)
             saving.save()
-            if reason:
-                log.warning("ended early after step %d: %s", step, reason)
-    complete = ended and not job.heldout_missing(step, recorder.lines)
-    if interruption.received and not complete and (ended or step < last):
-        raise Interrupted(step, config.steps)
-    return state, complete
+    return state, schedule.complete(step)
+
+
+def evaluate_heldout(
+    parts: Parts, step: int, state: TrainState, recorder: Recorder
+) -> dict[str, float]:
+    """Evaluates and records the held-out sets with the weights of a state; returns their metrics."""
+    with recorder.time("eval", in_step=False):
+        parts.sampler_weights.load(state)
+        metrics, sampled = parts.heldout.evaluate()
+    for name, trajectories in sampled.items():
+        recorder.write(step, metrics, trajectories=trajectories, stream=name)
+    return metrics

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from rftjax import config as configs
 from rftjax.run import memory
-from rftjax.run.build import Job, complete_config
+from rftjax.run.build import build, complete_config
 
 ROOT = Path(__file__).parents[1]
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 1e6}
@@ -56,7 +56,7 @@ def estimate(name: str, layers: int, rank: int) -> tuple[float, float]:
         config.tasks.train = str(folder / "rows.jsonl")
         config.evaluator = "rftjax.evaluators.contains:evaluate"
         config.scoring.workers, config.lora.rank = 1, rank
-        with Job.build(complete_config(config), folder / "run", read_ahead=False) as parts:
+        with build(complete_config(config), folder / "run", read_ahead=False) as parts:
             found = memory.estimate(parts)
     return found[memory.SAMPLING], found[memory.UPDATE]
 

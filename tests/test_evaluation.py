@@ -403,11 +403,14 @@ def test_sets_take_the_split_behind_the_mark_and_the_limit_of_tasks(many_sets, t
 def test_a_prompt_of_a_set_that_leaves_no_room_is_named(config, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "w1 " * 20, "id": "big"}) + "\n")
     long = changed(config, eval__sets=(f"long={tmp_path / 'long.jsonl'}",))
-    with pytest.raises(
-        ValueError,
-        match=r"no prompt of eval.sets\[long\] leaves room .*\n.*task 'big'.*: 20 tokens",
+    with (
+        pytest.raises(
+            UserError,
+            match=r"no prompt of eval.sets\[long\] leaves room .*\n.*task 'big'.*: 20 tokens",
+        ),
+        job.build(job.complete_config(long), tmp_path),
     ):
-        job.Job.build(job.complete_config(long), tmp_path)
+        pytest.fail("it was built")
 
 
 def test_check_mode_tries_the_held_out_sets_and_their_evaluator(many_sets, tmp_path, capsys):

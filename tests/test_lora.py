@@ -364,14 +364,14 @@ def test_two_halves_of_a_run_with_adapters_are_the_whole(spec, whole, tmp_path):
 def test_a_run_starts_from_an_earlier_run_or_its_peft_directory(spec, whole, model, source):
     config = spec.copy_and_resolve_references()
     config.lora.path, config.lora.alpha = str(whole / source), 5.0
-    with job.Job.build(job.complete_config(config), whole) as parts:
+    with job.build(job.complete_config(config), whole) as parts:
         started = parts.state_builder.adapters
         state = parts.state_builder.initial_state()
         assert state.reference == ()  # the base is one, and nothing is measured against it here
         moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
         adapted = [leaf.shape for leaf in jax.tree.leaves(started)]
         assert sorted(moments) == sorted(adapted * 2)
-        scaled = update.scale_adapters(started, parts.lora_scale)
+        scaled = update.scale_adapters(started, job.lora_scale(parts.config))
     exported = rftjax.load(str(whole / "export"))
     np.testing.assert_allclose(
         exported.logits(TOKENS_BT), logits(model.config, model.params, scaled), atol=1e-5

@@ -8,7 +8,6 @@ import pytest
 from rftjax import config as configs
 from rftjax.run import build as job
 from rftjax.run import memory
-from rftjax.run.build import Job
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +41,7 @@ def test_an_estimate_needs_no_weights(tiny_dir, tmp_path, init):
     config.model.init = init
     gc.collect()
     before = {id(array) for array in jax.live_arrays()}
-    with Job.build(job.complete_config(config), tmp_path / "run", read_ahead=False) as parts:
+    with job.build(job.complete_config(config), tmp_path / "run", read_ahead=False) as parts:
         table = memory.estimate(parts)
         made = [one for one in jax.live_arrays() if id(one) not in before]
         assert sum(one.nbytes for one in made) < table["trained parameters"] / 10
@@ -61,7 +60,7 @@ def test_the_estimate_is_linear_in_the_number_of_layers(tiny_dir, tmp_path):
         (folder / "config.json").write_text(json.dumps(fields))
         config = small_spec(folder, folder)
         config.model.init, config.model.remat = "random", True
-        with Job.build(job.complete_config(config), folder / "run", read_ahead=False) as parts:
+        with job.build(job.complete_config(config), folder / "run", read_ahead=False) as parts:
             found.append(memory.estimate(parts))
     for half in (memory.SAMPLING, memory.UPDATE):
         two, four, eight = (table[half] for table in found)
@@ -73,14 +72,14 @@ def test_the_table_counts_what_a_device_holds(tiny_dir, tmp_path):
     config = small_spec(tiny_dir, tmp_path)
     config.lora.rank, config.grpo.kl_weight, config.grpo.kl_refresh_steps = 4, 0.1, 5
     config.mesh.fsdp, config.mesh.data = 4, 2
-    with Job.build(job.complete_config(config), tmp_path / "run") as parts:
+    with job.build(job.complete_config(config), tmp_path / "run") as parts:
         table = memory.estimate(parts)
         state = parts.state_builder.initial_state()
         assert table["trained parameters"] == size(state.trainable)
         assert table["optimizer"] == size(state.opt_state)
         assert table["frozen base"] == size(state.frozen)
         assert table["reference of the KL"] == size(state.reference)
-        parts.set_weights(state)
+        parts.sampler_weights.load(state)
         engine = parts.rollout.engine
         assert table["sampler's weights"] == size(engine._params)
         engine._pool.reserve(config.rollout.max_length)

@@ -11,8 +11,9 @@ import rftjax
 from rftjax import config as configs
 from rftjax import modes
 from rftjax.run import build as job
-from rftjax.run.build import Job
 from rftjax.run.checkpoint import Checkpoints
+from rftjax.run.prefetch import make_prefetch
+from rftjax.run.workdir import open_checkpoints
 from rftjax.sampler import device
 from rftjax.tasks import TaskStream
 from rftjax.weights import lora
@@ -86,7 +87,7 @@ SMALL = 20_000  # bytes: stop ids, seeds, steps; the tiny model has 0.4 MB
 )
 def test_a_start_holds_its_state_and_nothing_beside_it(spec, tmp_path, fields):
     live = Live()
-    with Job.build(job.complete_config(variant(spec, **fields)), tmp_path) as parts:
+    with job.build(job.complete_config(variant(spec, **fields)), tmp_path) as parts:
         state = parts.state_builder.initial_state()
         assert size(state) <= live.bytes() <= size(state) + SMALL
         if "lora__rank" in fields:
@@ -111,17 +112,17 @@ def test_a_resume_makes_nothing_of_step_0_but_what_never_changes(spec, tmp_path,
             return super().restore(step, example)
 
     config = job.complete_config(variant(spec, **fields))
-    with Job.build(config, tmp_path) as parts:
+    with job.build(config, tmp_path) as parts:
         state = parts.state_builder.initial_state()
-        checkpoints = parts.checkpoints()
+        checkpoints = open_checkpoints(parts)
         checkpoints.save(1, state)
         checkpoints.close()
         fixed = size(state.frozen) + size(state.reference)
     wanted = jax.device_get(state)
     del state, parts
     live = Live()
-    with Job.build(config, tmp_path) as parts:
-        checkpoints = Watched(tmp_path / "checkpoints", fixed=parts.checkpoints().fixed)
+    with job.build(config, tmp_path) as parts:
+        checkpoints = Watched(tmp_path / "checkpoints", fixed=open_checkpoints(parts).fixed)
         state = parts.state_builder.state(checkpoints, 1)
         checkpoints.close()
         assert fixed <= found[0] <= fixed + SMALL
@@ -132,25 +133,25 @@ def test_a_resume_makes_nothing_of_step_0_but_what_never_changes(spec, tmp_path,
 def test_the_samplers_weights_go_before_the_update_and_before_new_ones_are_made(
     spec, tmp_path, monkeypatch
 ):
-    with Job.build(job.complete_config(variant(spec, model__dtype="bfloat16")), tmp_path) as parts:
+    with job.build(job.complete_config(variant(spec, model__dtype="bfloat16")), tmp_path) as parts:
         state = parts.state_builder.initial_state()
         engine = parts.rollout.engine
-        sampling = parts.sampling(TaskStream(parts.train_tasks, seed=0))
+        sampling = make_prefetch(parts, TaskStream(parts.train_tasks, seed=0))
 
         def current():
             gc.collect()
             return weakref.ref(engine._params["layers"][0]["mlp"]["up"]["kernel"])
 
-        parts.set_weights(state)
+        parts.sampler_weights.load(state)
         first = current()
         seen = []
-        make = parts.sampler_weights
+        make = parts.sampler_weights.program
         monkeypatch.setattr(
-            parts,
-            "sampler_weights",
+            parts.sampler_weights,
+            "program",
             lambda *rest: (gc.collect(), seen.append(first()), make(*rest))[-1],
         )
-        parts.set_weights(state)
+        parts.sampler_weights.load(state)
         assert seen == [None]
         second = current()
         assert second() is not None

@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 
 import rftjax
 from rftjax import config as configs
-from rftjax import modes
+from rftjax import modes, train
 from rftjax.errors import UserError
 from rftjax.run import build as job
-from rftjax.run.build import Job
 from rftjax.run.checkpoint import Checkpoints
 from rftjax.run.interruption import Interrupted
+from rftjax.run.startup import step_counts
 from rftjax.sampler.engine import Counters
 from rftjax.scoring import EvaluatorError
 from rftjax.weights import hf
@@ -297,14 +297,14 @@ def test_a_failing_evaluator_stops_the_run_after_a_checkpoint(config, tmp_path):
 def test_a_run_interrupted_before_its_first_step_says_so_and_goes_on_from_there(
     config, whole, tmp_path, monkeypatch, capsys
 ):
-    ahead = Job.compiling
+    ahead = train.compile_ahead
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **settings):
         signal.raise_signal(signal.SIGINT)
-        return ahead(*arguments)
+        return ahead(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "compiling", interrupted)
+        patch.setattr(train, "compile_ahead", interrupted)
         with pytest.raises(Interrupted, match=f"interrupted at 0/{STEPS}"):
             modes.run("train", config, {}, tmp_path, 0)
     assert not lines_of(tmp_path) and "gain" not in capsys.readouterr().out
@@ -390,19 +390,21 @@ def test_attention_that_the_devices_do_not_have_is_refused(config, tmp_path):
             modes.run("train", config, {}, tmp_path / form, 0)
 
 
-def test_evicted_rows_are_counted_from_step_to_step(config):
+def test_evicted_rows_are_counted_from_step_to_step():
     counters = Counters(evicted_rows=3)
-    engine = types.SimpleNamespace(counters=counters)
-    rollout = types.SimpleNamespace(engine=engine)
-    environment = {"environment": "file.py:name"}
-    compilations = types.SimpleNamespace(take=lambda: {"compile/programs": 1.0})
     part = types.SimpleNamespace(
-        config=ConfigDict(environment), rollout=rollout, compilations=compilations
+        config=ConfigDict({"environment": "file.py:name"}),
+        rollout=types.SimpleNamespace(engine=types.SimpleNamespace(counters=counters)),
+        compilations=types.SimpleNamespace(take=lambda: {"compile/programs": 1.0}),
+        environments=types.SimpleNamespace(bystanders=2),
+        scorer=types.SimpleNamespace(bystanders=1),
     )
-    assert Job.counts(part) == {"compile/programs": 1.0, "throughput/evicted_rows": 3}
-    assert Job.counts(part) == {"compile/programs": 1.0, "throughput/evicted_rows": 0}
+    always = {"compile/programs": 1.0, "evaluator/bystanders": 1.0}
+    found = {**always, "throughput/evicted_rows": 3.0, "environment/bystanders": 2.0}
+    assert step_counts(part) == found
+    assert step_counts(part) == {**found, "throughput/evicted_rows": 0.0}
     part.config.environment = ""
-    assert Job.counts(part) == {"compile/programs": 1.0}
+    assert step_counts(part) == always
 
 
 def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tmp_path):
@@ -420,7 +422,7 @@ def test_a_flag_that_contradicts_the_stored_config_is_an_error(config, whole, tm
 def test_the_abstract_state_is_that_of_the_state(config, tmp_path, rank, kl):
     one = config.copy_and_resolve_references()
     one.lora.rank, one.grpo.kl_weight, one.mesh.fsdp = rank, kl, 2
-    with Job.build(job.complete_config(one), tmp_path) as parts:
+    with job.build(job.complete_config(one), tmp_path) as parts:
         abstract, state = parts.state_builder.abstract_state, parts.state_builder.initial_state()
     for shape, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (shape.shape, shape.dtype, shape.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
@@ -451,15 +453,15 @@ def test_a_step_compiles_nothing_that_was_not_compiled_before_it(
         if event.endswith("backend_compile_duration") and steps:
             compiled.append(facts.get("fun_name", ""))
 
-    ahead = Job.compiling
+    ahead = train.compile_ahead
 
     @contextlib.contextmanager
-    def compile_and_note(*arguments):
-        with ahead(*arguments):
+    def compile_and_note(*arguments, **settings):
+        with ahead(*arguments, **settings):
             yield
         steps.append("compiled")
 
-    monkeypatch.setattr(Job, "compiling", compile_and_note)
+    monkeypatch.setattr(train, "compile_ahead", compile_and_note)
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(note)
     try:

@@ -14,9 +14,10 @@ from rftjax.compare import table
 from rftjax.errors import UserError
 from rftjax.monitor.rollouts import encode, to_json, trajectory_record
 from rftjax.run import checkpoint
-from rftjax.run.build import Job
+from rftjax.run.build import build
 from rftjax.run.heldout import MAIN
 from rftjax.run.results import choose_step
+from rftjax.run.workdir import open_checkpoints
 from rftjax.types import Trajectory
 
 
@@ -34,19 +35,19 @@ def evaluate(config: ConfigDict, workdir: Path, wanted: str = "last") -> list[st
 
     `wanted` is a step, "last" or "best".
     """
-    with Job.build(config, workdir) as parts:
-        if not parts.heldout:
+    with build(config, workdir) as parts:
+        if not parts.heldout.sets:
             raise UserError(
                 "tasks.heldout: no held-out tasks to evaluate; name some, set tasks.heldout_count or eval.sets"
             )
-        checkpoints = parts.checkpoints(read_only=True)
+        checkpoints = open_checkpoints(parts, read_only=True)
         try:
             step = choose_step(checkpoints, wanted)
             state = parts.state_builder.state(checkpoints, step)
         finally:
             checkpoints.close()
-        parts.set_weights(state)
-        metrics, sampled = parts.evaluate()
+        parts.sampler_weights.load(state)
+        metrics, sampled = parts.heldout.evaluate()
     result = {"step": step, **metrics}
     path = keep(workdir, step, result, config, sampled)
     text = [f"step {step} of {workdir}", tabulate(metrics, list(sampled)), f"kept in {path}"]

@@ -6,20 +6,88 @@ of one task are not independent.
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from rftjax.errors import UserError
 from rftjax.monitor.rollouts import commonest, mean_by_name
 from rftjax.rollout import Rollout
+from rftjax.run.sampling import sampling_params
 from rftjax.scoring import Scorer, answered
 from rftjax.types import SamplingParams, Score, Task, Trajectory
+
+log = logging.getLogger(__name__)
 
 MAIN = "heldout"  # the set of `tasks.heldout`, whose metrics carry no name
 
 
-def evaluate(
+def set_field(name: str) -> str:
+    """Returns how errors name a held-out set."""
+    return "tasks.heldout" if name == MAIN else f"eval.sets[{name}]"
+
+
+class HeldOut:
+    """The held-out sets of a run by name, when they are due, and their evaluation with the sampler's weights."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        sets: Mapping[str, Sequence[Task]],
+        rollout: Rollout,
+        scorer: Scorer,
+    ) -> None:
+        self.sets = sets
+        self._config, self._rollout, self._scorer = config, rollout, scorer
+        self._on = bool(sets) and config.eval.every > 0
+
+    def due(self, step: int) -> bool:
+        """Whether the sets are evaluated after this step: at the start, the end, and every `eval.every` steps."""
+        at = step == self._config.steps
+        return self._on and (at or step % self._config.eval.every == 0)
+
+    def missing(self, step: int, lines: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the metrics `lines` lack the evaluation after this step; False where a run evaluates nothing."""
+        names = [name for line in lines if line["step"] == step for name in line]
+        return self._on and not any(name.startswith("eval/") for name in names)
+
+    def evaluate(
+        self, *, samples: int = 0, tasks_at_most: int = 0
+    ) -> tuple[dict[str, float], dict[str, list[Trajectory]]]:
+        """Returns the metrics of all sets and the trajectories of each.
+
+        `samples` a task and `tasks_at_most` a set are the config's and all where they are 0.
+        """
+        section = self._config.eval
+        metrics: dict[str, float] = {}
+        trajectories: dict[str, list[Trajectory]] = {}
+        for name, found in self.sets.items():
+            measured, trajectories[name] = evaluate_set(
+                name,
+                found[: tasks_at_most or None],
+                samples or section.samples,
+                sampling_params(self._config, heldout=True),
+                self._rollout,
+                self._scorer,
+                pass_k=section.pass_k,
+                pass_reward=section.pass_reward,
+            )
+            metrics |= measured
+        best = self._config.checkpoint.best_metric
+        if self.sets and best not in metrics:
+            log.warning(
+                "checkpoint.best_metric=%r: this evaluation has no such metric, only %s",
+                best,
+                ", ".join(metrics),
+            )
+        return metrics, trajectories
+
+
+def evaluate_set(
     name: str,
     tasks: Sequence[Task],
     samples: int,

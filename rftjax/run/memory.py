@@ -9,14 +9,15 @@ from typing import Any
 import jax
 
 from rftjax.devices import sharding
-from rftjax.run.build import Job
+from rftjax.run.build import Parts
+from rftjax.run.training import batch_shape, make_learner
 from rftjax.sampler.pool import cache_length
 
 SAMPLING = "at most while it samples"
 UPDATE = "at most in an update"
 
 
-def estimate(parts: Job) -> dict[str, float]:
+def estimate(parts: Parts) -> dict[str, float]:
     """Returns bytes on one device by purpose, and the sums of the two halves of a step under SAMPLING and UPDATE.
 
     Compiles the update, which the job then finds in its cache. Not counted: compiled programs, Python and libraries,
@@ -31,8 +32,8 @@ def estimate(parts: Job) -> dict[str, float]:
     }
     sampling = {"sampler's weights": _weights(parts)} | _cache(parts)
     sampling[f"logits of {parts.rollout.engine.slots} rows"] = _decoding(parts)
-    update = parts.learner().programs(state)[0].lower().compile().memory_analysis()
-    length = max(parts.batch_shape["pack_tokens"], parts.config.rollout.max_length)
+    update = make_learner(parts).programs(state)[0].lower().compile().memory_analysis()
+    length = max(batch_shape(parts)["pack_tokens"], parts.config.rollout.max_length)
     updating = {
         f"gradient, activations and logits of rows of up to {length} tokens": float(
             update.temp_size_in_bytes
@@ -57,9 +58,9 @@ def _bytes(tree: Any) -> float:
     )
 
 
-def _weights(parts: Job) -> float:
+def _weights(parts: Parts) -> float:
     """Returns the bytes of the sampler's weights on one device."""
-    shapes = jax.eval_shape(parts.sampler_weights(parts.state_builder.abstract_state).run)
+    shapes = jax.eval_shape(parts.sampler_weights.program(parts.state_builder.abstract_state).run)
     if parts.policy.mesh is None:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
     places = sharding.decode_shardings(parts.policy.mesh, shapes)
@@ -69,7 +70,7 @@ def _weights(parts: Job) -> float:
     return _bytes(sized)
 
 
-def _cache(parts: Job) -> dict[str, float]:
+def _cache(parts: Parts) -> dict[str, float]:
     """Returns the bytes of the KV cache once its rows have their full length."""
     model, rows = parts.policy.config, parts.rollout.engine.rows
     length = cache_length(parts.config.rollout.max_length)
@@ -79,7 +80,7 @@ def _cache(parts: Job) -> dict[str, float]:
     return {f"cache of {here[0]} rows of up to {length} tokens": size}
 
 
-def _decoding(parts: Job) -> float:
+def _decoding(parts: Parts) -> float:
     """Returns the bytes of a decode step's float32 logits and of one temporary array of their size."""
     slots = parts.rollout.engine.slots // sharding.row_multiple(parts.mesh)
     return 2.0 * 4 * slots * parts.policy.config.vocab

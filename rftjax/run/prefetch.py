@@ -1,4 +1,4 @@
-"""Where a step's samples come from: sampled when they are asked for, or begun while the step before still trained."""
+"""Samples the batch of a step: when it is asked for, or ahead, while the step before it still trains."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
+from rftjax.run.build import Parts
+from rftjax.run.sampling import sampling_params
 from rftjax.tasks import TaskStream
 from rftjax.types import Task, TrainState, Trajectory
 
@@ -62,3 +64,17 @@ class Prefetch:
     def close(self) -> None:
         """Waits for what was begun and gives it up."""
         self._thread.shutdown(cancel_futures=True)
+
+
+def make_prefetch(parts: Parts, stream: TaskStream) -> Prefetch:
+    """Returns what samples the training batches of the stream."""
+    config, params = parts.config, sampling_params(parts.config)
+
+    def sample(draws: list[tuple[int, Task]]) -> list[Trajectory]:
+        size = config.batch.group_size
+        return parts.rollout(draws, size, params, on_finish=parts.scorer.submit)
+
+    weights = parts.sampler_weights
+    return Prefetch(
+        stream, config.batch.prompts, weights.load, sample, weights.release, **config.overlap
+    )

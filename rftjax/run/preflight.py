@@ -16,8 +16,9 @@ from rftjax.monitor import reasons, rollout_files, transcripts
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.monitor.step_metrics import rollout_metrics
 from rftjax.run import memory
-from rftjax.run.build import Job, complete_config
+from rftjax.run.build import Parts, build, complete_config
 from rftjax.run.heldout import MAIN
+from rftjax.run.sampling import sampling_params
 from rftjax.scoring import answered
 from rftjax.tasks.curriculum import task_stream
 from rftjax.text import chat
@@ -74,7 +75,7 @@ def check(given: Any, workdir: Path) -> None:
 
     Leaves what it found in the folder `check` of the workdir, and nothing else.
     """
-    with Job.build(complete_config(given), workdir) as parts, Report(workdir / "check") as report:
+    with build(complete_config(given), workdir) as parts, Report(workdir / "check") as report:
         _say_parts(parts, report)
         _say_prompt(parts, report)
         _say_tools(parts, report)
@@ -92,10 +93,10 @@ def check(given: Any, workdir: Path) -> None:
         report.say("check", "passed")
 
 
-def _say_parts(parts: Job, report: Report) -> None:
-    heldout = len(parts.heldout.get(MAIN, ()))
+def _say_parts(parts: Parts, report: Report) -> None:
+    heldout = len(parts.heldout.sets.get(MAIN, ()))
     report.say("tasks", f"{len(parts.train_tasks)} to train on, {heldout} held out")
-    for name, found in parts.heldout.items():
+    for name, found in parts.heldout.sets.items():
         if name != MAIN:
             report.say("", f"{len(found)} in held-out set {name}")
     shape = ", ".join(f"{name}={size}" for name, size in parts.mesh.shape.items())
@@ -107,7 +108,7 @@ def _say_parts(parts: Job, report: Report) -> None:
         report.say("memory", f"{size / 2**30:7.2f} GiB{each}  {name}")
 
 
-def _say_prompt(parts: Job, report: Report) -> None:
+def _say_prompt(parts: Parts, report: Report) -> None:
     """Shows the first task as the model will see it, special tokens and all, and what ends the model's turn."""
     tokenizer, task = parts.policy.tokenizer, parts.train_tasks[0]
     ids = chat.prompt(tokenizer, task, tools=parts.environments.tools or None)
@@ -120,7 +121,7 @@ def _say_prompt(parts: Job, report: Report) -> None:
     report.say("stops", ", ".join(names) + more + texts)
 
 
-def _say_tools(parts: Job, report: Report) -> None:
+def _say_tools(parts: Parts, report: Report) -> None:
     """Shows whether the model sees the environment's tools, and whether a call as its template writes it is read."""
     task = next((task for task in parts.train_tasks if task.prompt is None), None)
     if parts.environments.tools and task is not None:
@@ -160,10 +161,10 @@ def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
     return found
 
 
-def _sample(parts: Job) -> list[Trajectory]:
+def _sample(parts: Parts) -> list[Trajectory]:
     """Returns scored samples of the base model, of a few prompts or more until a group's rewards differ."""
     config, scorer = parts.config, parts.scorer
-    parts.set_weights(parts.state_builder.initial_policy())
+    parts.sampler_weights.load(parts.state_builder.initial_policy())
     stream = task_stream(parts.train_tasks, config.seed, config.tasks.sampling)
     trajectories: list[Trajectory] = []
     left = min(config.batch.prompts, len(parts.train_tasks))
@@ -171,7 +172,7 @@ def _sample(parts: Job) -> list[Trajectory]:
     while left and not any(map(has_variance, by_draw(trajectories))):
         draws: list[tuple[int, Task]] = stream.next(min(CHECK_PROMPTS, left))
         left -= len(draws)
-        size, params = config.batch.group_size, parts.sampling_params()
+        size, params = config.batch.group_size, sampling_params(config)
         sampled = parts.rollout(draws, size, params, on_finish=scorer.submit)
         scorer.gather(sampled)
         trajectories += sampled
@@ -179,7 +180,7 @@ def _sample(parts: Job) -> list[Trajectory]:
     return trajectories
 
 
-def _say_samples(parts: Job, trajectories: list[Trajectory], report: Report) -> None:
+def _say_samples(parts: Parts, trajectories: list[Trajectory], report: Report) -> None:
     """Shows the best sample, the worst and one of the middle whole, why others have no score, and means."""
     ranked = sorted(trajectories, key=reward_of, reverse=True)
     valid = [one for one in ranked if reward_of(one) > -math.inf] or ranked
@@ -211,7 +212,7 @@ def all_cut(trajectories: Sequence[Trajectory], config: Any) -> str:
     )
 
 
-def _say_rollout_size(parts: Job, trajectories: list[Trajectory], report: Report) -> None:
+def _say_rollout_size(parts: Parts, trajectories: list[Trajectory], report: Report) -> None:
     """Says how much disk the run's rollouts will take, judged by the samples."""
     config = parts.config
     kept = config.logging.keep_rollouts
@@ -221,7 +222,7 @@ def _say_rollout_size(parts: Job, trajectories: list[Trajectory], report: Report
     size = rollout_files.size(trajectories, compress=config.logging.compress_rollouts)
     each = size / len(trajectories)
     step = each * config.batch.prompts * config.batch.group_size
-    evaluated = each * config.eval.samples * sum(map(len, parts.heldout.values()))
+    evaluated = each * config.eval.samples * sum(map(len, parts.heldout.sets.values()))
     count = config.steps // config.eval.every + 1 if config.eval.every else 0
     steps = config.steps if kept < 0 else min(config.steps, kept)
     total = step * steps + evaluated * count
@@ -232,11 +233,11 @@ def _say_rollout_size(parts: Job, trajectories: list[Trajectory], report: Report
     )
 
 
-def _check_heldout(parts: Job, report: Report) -> None:
+def _check_heldout(parts: Parts, report: Report) -> None:
     """Shows that the held-out sets can be sampled and scored, and that `checkpoint.best_metric` will be there."""
-    if not (parts.heldout and parts.config.eval.every):
+    if not (parts.heldout.sets and parts.config.eval.every):
         return
-    metrics, trajectories = parts.evaluate(samples=1, tasks_at_most=CHECK_PROMPTS)
+    metrics, trajectories = parts.heldout.evaluate(samples=1, tasks_at_most=CHECK_PROMPTS)
     for name, sampled in trajectories.items():
         reward = metrics["eval/reward" if name == MAIN else f"eval/{name}/reward"]
         report.say("held out", f"{name}: reward {reward:.3f} in {len(sampled)} samples")

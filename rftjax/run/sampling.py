@@ -1,17 +1,25 @@
-"""Builds the sampler of a config, and the loop over conversations that it serves."""
+"""Builds the sampler of a config and the loop over conversations that it serves, and hands weights to it."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rftjax import policy
+from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
+from rftjax.learning import update
+from rftjax.learning.learner import GUARD
+from rftjax.models.decoder import Config
 from rftjax.rollout import Rollout
+from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
 from rftjax.text import chat
+from rftjax.types import SamplingParams, TrainState
 
 
 def make_rollout(config: ConfigDict, model: policy.Policy, environments: Environments) -> Rollout:
@@ -53,3 +61,48 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
         prefill_chunk=section.prefill_chunk,
         mesh=model.mesh,
     )
+
+
+def sampling_params(config: ConfigDict, *, heldout: bool = False) -> SamplingParams:
+    """Returns the sampling settings of training or of held-out evaluation."""
+    section = config.eval if heldout else config.sampler
+    return SamplingParams(
+        config.sampler.max_new_tokens,
+        config.rollout.max_turns,
+        section.temperature,
+        section.top_p,
+        section.top_k,
+        config.rollout.truncated_turns,
+    )
+
+
+class SamplerWeights:
+    """Hands the weights of a training state to the sampler, in the sampler's dtype and shardings."""
+
+    def __init__(self, rollout: Rollout, model: Config, mesh: Mesh, lora_scale: float) -> None:
+        self._rollout, self._model, self._mesh = rollout, model, mesh
+        self._lora_scale = lora_scale
+
+    def load(self, state: TrainState, *, keep: bool = False) -> None:
+        """Gives the sampler the state's weights; `keep` copies them, so that they outlive a donated state.
+
+        The sampler's previous weights are freed first.
+        """
+        self.release()
+        with jax.transfer_guard(GUARD):
+            weights = self.program(state, self._lora_scale).run()
+            weights = jax.tree.map(jnp.copy, weights) if keep else weights
+        self._rollout.engine.set_params(weights)
+        self._rollout.policy_version = int(jax.device_get(state.step))
+
+    def release(self) -> None:
+        """Frees the sampler's weights and its cache."""
+        self._rollout.engine.set_params(None)
+
+    def program(self, state: TrainState, lora_scale: float = 1.0) -> Program:
+        """Returns the call that makes the sampler's weights of a state; the state may be abstract at a scale of 1."""
+        params, adapters = update.weights(state, lora_scale)
+        return Program(_sampler_params, (self._model, params, adapters), {"mesh": self._mesh})
+
+
+_sampler_params = jax.jit(device.sampler_params, static_argnames=("config", "mesh"))

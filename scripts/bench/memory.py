@@ -27,7 +27,9 @@ from rftjax import config as configs
 from rftjax.config.fields import field_type
 from rftjax.run import build as job
 from rftjax.run import memory
-from rftjax.run.build import Job
+from rftjax.run.build import Parts
+from rftjax.run.prefetch import make_prefetch
+from rftjax.run.training import make_learner
 from rftjax.tasks import TaskStream
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = spec(flags, Path(folder))
-        with Job.build(config, Path(folder) / "run") as parts:
+        with job.build(config, Path(folder) / "run") as parts:
             table = memory.estimate(parts)
             measured = measure(parts)
     predicted = {name: table[name] for name in (memory.SAMPLING, memory.UPDATE)}
@@ -112,11 +114,11 @@ def main() -> None:
     workload.report(flags, results)
 
 
-def measure(parts: Job) -> dict[str, float]:
+def measure(parts: Parts) -> dict[str, float]:
     """Returns the peaks of the two halves of the second step above what stays without a state, and what that is."""
     state = parts.state_builder.initial_state()
-    learner = parts.learner()
-    sampling = parts.sampling(TaskStream(parts.train_tasks, seed=0))
+    learner = make_learner(parts)
+    sampling = make_prefetch(parts, TaskStream(parts.train_tasks, seed=0))
     peaks: dict[str, float] = {}
     for step in (1, 2):
         reset_peak()
