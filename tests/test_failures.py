@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from rftjax.config.resume import may_change
+from rftjax.config.stored import may_change
 from rftjax.errors import UserError
 from rftjax.run import failures
 from rftjax.run.interruption import Interrupted

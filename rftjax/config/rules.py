@@ -1,8 +1,7 @@
-"""Checks a config before anything is loaded, and keeps it as config.json over the restarts of a run."""
+"""The rules of a config: types, ranges, and what must fit together, checked before anything is loaded."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,7 +11,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rftjax.config.fields import (
-    assign,
     base_config,
     embedded_model,
     field_type,
@@ -21,16 +19,6 @@ from rftjax.config.fields import (
     suggest,
 )
 from rftjax.errors import UserError
-
-__all__ = [
-    "base_config",
-    "check",
-    "embedded_model",
-    "flatten",
-    "from_json",
-    "heldout_set",
-    "to_json",
-]
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
@@ -412,36 +400,3 @@ def _mesh_problems(
             f"must divide by the {processes} processes, each of which samples its share; "
             "start another number of processes, or give a new run other prompts",
         )
-
-
-# ---- config.json
-
-
-def to_json(config: ConfigDict) -> str:
-    """Returns the text of config.json; a value that JSON cannot hold raises ValueError."""
-    try:
-        return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"the config cannot be stored as JSON ({error}); use plain values"
-        ) from error
-
-
-def from_json(text: str, name: str = "config.json") -> ConfigDict:
-    """Returns the config that `to_json` wrote, locked; fields that it lacks have their defaults."""
-    try:
-        stored = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{name}: is not valid JSON ({error}); start in a new workdir") from error
-    if not isinstance(stored, dict):
-        raise UserError(f"{name}: must hold an object; start in a new workdir")
-    config = base_config()
-    with config.unlocked():
-        for field, value in flatten(stored).items():
-            try:
-                assign(config, field, value)
-            except (TypeError, ValueError) as error:
-                raise UserError(
-                    f"{name}: {field}={value!r}: {error}; start in a new workdir"
-                ) from error
-    return config

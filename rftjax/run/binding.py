@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rftjax import config as configs
 from rftjax.config.fields import flatten
-from rftjax.config.resume import CODE, RECORDED
+from rftjax.config.stored import CODE, RECORDED
 from rftjax.errors import UserError
 from rftjax.run.checkpoint import Checkpoints, step_directories
 from rftjax.run.inputs import Fingerprint

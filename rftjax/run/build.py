@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rftjax import config as configs
 from rftjax import grpo, policy, tasks
 from rftjax.config.fields import expand_home, expand_value, flatten
-from rftjax.config.resume import merge_resume
+from rftjax.config.stored import merge_resume
 from rftjax.devices import sharding
 from rftjax.devices.compilation import Compilations
 from rftjax.environments import Environments

@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rftjax.config.fields import flatten
-from rftjax.config.resume import CODE
+from rftjax.config.stored import CODE
 from rftjax.run.checkpoint import step_directories
 from rftjax.tasks import TaskStream
 from rftjax.types import Task

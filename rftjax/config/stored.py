@@ -1,8 +1,12 @@
-"""What a resumed run may change: whatever cannot alter its results, or is compared or recorded instead."""
+"""The stored form of a config: config.json, and what a resumed run may change of it.
+
+A resume may change what cannot alter results, and what is compared by its contents or recorded instead.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from rftjax.config.fields import assign, flatten
+from rftjax.config.fields import assign, base_config, flatten
 from rftjax.errors import UserError
 
 # Fields and, where they end in "." or "_", beginnings of fields.
@@ -56,6 +60,36 @@ INPUTS = (
 CODE = ("grpo.baseline", "grpo.loss", "tasks.sampling")
 # These alter results: the change stands in the metrics.
 RECORDED = ("optim.lr", "rollout.max_length")
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the text of config.json; a value that JSON cannot hold raises ValueError."""
+    try:
+        return json.dumps(config.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the config cannot be stored as JSON ({error}); use plain values"
+        ) from error
+
+
+def from_json(text: str, name: str = "config.json") -> ConfigDict:
+    """Returns the config that `to_json` wrote, locked; fields that it lacks have their defaults."""
+    try:
+        stored = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name}: is not valid JSON ({error}); start in a new workdir") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"{name}: must hold an object; start in a new workdir")
+    config = base_config()
+    with config.unlocked():
+        for field, value in flatten(stored).items():
+            try:
+                assign(config, field, value)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{name}: {field}={value!r}: {error}; start in a new workdir"
+                ) from error
+    return config
 
 
 def merge_resume(stored: ConfigDict, given: ConfigDict, flags: Mapping[str, Any]) -> ConfigDict:

@@ -3,7 +3,7 @@ from ml_collections import config_dict
 
 from rftjax import config as config_lib
 from rftjax.config.fields import flatten
-from rftjax.config.resume import may_change, merge_resume
+from rftjax.config.stored import may_change, merge_resume
 from rftjax.errors import UserError
 
 
