@@ -1,7 +1,7 @@
 """Reward 1.0 for a completion that contains `answer` as words, apart from case and amount of white space.
 
-"1420", "42nd" and "4.42" do not contain "42". For final answers `number`, `math` and `choice` are better: what contains
-the answer may say others too.
+"1420", "42nd" and "4.42" do not contain "42". For final answers use `number`, `math` or `choice`: a text that contains
+the answer may contain others too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rftjax.types import Task, Trajectory
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> float:
-    """Looks for the row's `answer`; a list of answers means that any of them is enough."""
+    """Looks for the row's `answer`, or for any one of a list of answers."""
     answer = task.data.get("answer")
     accepted = answer if isinstance(answer, (list, tuple)) else [answer]
     wanted = [_folded(str(one)) for one in accepted if one is not None]

@@ -6,7 +6,7 @@ from rftjax.types import Task, Trajectory
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> float:
-    """Compares with the row's `answer`; a list of answers means that any of them is right."""
+    """Compares with the row's `answer`, or with each of a list of answers."""
     answer = task.data.get("answer")
     if answer is None or answer in ([], ()):
         raise ValueError(f"task {task.id!r} has no field 'answer', which exact_match compares with")

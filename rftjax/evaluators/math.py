@@ -10,7 +10,7 @@ from typing import Any
 
 from rftjax.types import Score, Task, Trajectory
 
-LIMIT_S = 2  # of parsing one text, and of one comparison; what takes longer is not equal
+LIMIT_S = 2  # for parsing one text and for one comparison; a timeout counts as not equal
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> Score:
@@ -56,5 +56,7 @@ def _package() -> Any:
             "evaluator='rftjax.evaluators.math:evaluate' needs the package math-verify: "
             f"pip install 'rftjax[math]' ({error})"
         ) from error
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # else a line for every odd answer
+    logging.getLogger("math_verify").setLevel(
+        logging.CRITICAL
+    )  # it logs a line for every answer it cannot parse
     return package

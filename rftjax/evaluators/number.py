@@ -29,7 +29,7 @@ _NUMBER = re.compile(
     rf"|(?P<plain>{_PLAIN}))(?:\s?(?P<many>thousand|million|billion|trillion)\b)?"
 )
 _MANY = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NEAR = 60  # characters on each side that decide whether a number is part of something else
+_NEAR = 60  # characters on each side searched for signs that a number is part of something else
 
 # What makes a number no candidate at all: exponents, indices, ordinals, and what an answer is said not to be.
 _SKIPPED_BEFORE = re.compile(r"(?:[\^_]\{?|\bnot\s+)$")
@@ -108,7 +108,7 @@ def _first(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """The text behind the thinking, without the LaTeX and Markdown that numbers are dressed in."""
+    """The text after the thinking, without LaTeX and Markdown around numbers."""
     text = text.rpartition("</think>")[2]
     text = text.replace("\u2212", "-").replace("\u2044", "/").replace("\u00f7", "/")
     text = re.sub(r"(?<=[0-9)])\*\*(?=[0-9(])", "^", text)

@@ -1,1 +1,1 @@
-"""What a run writes down, and what in it asks for a look."""
+"""Records of a run: metrics, rollouts, progress, loggers, and alarms on the metrics."""

@@ -1,4 +1,4 @@
-"""What in a run's metrics asks for a look: each alarm has a threshold in the section `alarms`, 0 switches it off."""
+"""Alarms on a run's metrics; each has a threshold in the section `alarms`, and 0 switches it off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = (
     "truncation",
     "same_answer",
 )
-FULL = 0.99  # a part from here on is as good as reached
+FULL = 0.99  # a part with at least this mean counts as reached
 
 
 def find(
@@ -33,7 +33,7 @@ def find(
     truncated_rise: float = 0.2,
     same_answer_share: float = 0.5,
 ) -> dict[str, str]:
-    """Returns what is wrong at the last of the metrics' lines, a sentence by name; means are over `window` steps."""
+    """Returns the alarms at the last line of the metrics, a sentence by name; means are over `window` steps."""
     found = (
         _heldout_falls(lines, window, heldout_fall),
         _length_runs_away(lines, window, length_factor),
@@ -50,10 +50,10 @@ def find(
 def stop_reason(
     lines: Sequence[Mapping[str, Any]], *, metric: str, patience: int = 0, dead_steps: int = 0
 ) -> str:
-    """Returns why a run should end before its last step, "" where it should not; 0 switches a reason off.
+    """Returns why a run should end early, "" where it should go on; 0 switches a reason off.
 
-    `patience` is how many evaluations in a row may bring no new best of `metric`, `dead_steps` how many steps in a row
-    may have no group with variance.
+    A run ends after `patience` evaluations in a row without a new best `metric`, and after `dead_steps` steps in a row
+    without a group with variance.
     """
     values = _values(lines, metric)
     if patience and len(values) > patience and max(values[-patience:]) <= max(values[:-patience]):
@@ -107,10 +107,7 @@ def _duplicates(lines: Sequence[Mapping[str, Any]], window: int, share: float) -
 
 
 def _entropy_collapses(lines: Sequence[Mapping[str, Any]], window: int, share: float) -> str:
-    """Says that the policy became certain of answers that are not the best there were.
-
-    A low entropy of right answers is what training is for.
-    """
+    """Tells of a policy certain of answers below the best reward; a low entropy of right answers is fine."""
     values = _values(lines, "entropy")
     if not share or len(values) < 2 * window:
         return ""
@@ -142,7 +139,7 @@ def _truncation(lines: Sequence[Mapping[str, Any]], window: int, share: float, r
 
 
 def _same_answer(lines: Sequence[Mapping[str, Any]], share: float) -> str:
-    """Says that one text answers most tasks, although it does not fit them: by held-out tasks, else by training's."""
+    """Tells of one wrong text that answers most held-out tasks, or training tasks where none are held out."""
     for prefix, kind in (("eval/", "held-out"), ("rollout/", "training")):
         found = [line for line in lines if line.get(f"{prefix}commonest_share") is not None]
         if not found or not share:
@@ -161,14 +158,14 @@ def _same_answer(lines: Sequence[Mapping[str, Any]], share: float) -> str:
 
 
 def _near_best(lines: Sequence[Mapping[str, Any]], reward: float) -> bool:
-    """Says whether a reward is within a tenth of the best sample of the run, measured from its lowest mean."""
+    """Whether a reward is within a tenth of the run's best sample, on the scale from its lowest mean."""
     best = max(_values(lines, "reward/max"), default=1.0)
     lowest = min(_values(lines, "reward/mean"), default=0.0)
     return best - reward <= 0.1 * (best - min(lowest, 0.0))
 
 
 def _part_without_the_rest(lines: Sequence[Mapping[str, Any]], window: int, fall: float) -> str:
-    """Says which part of the reward is reached while another one, or the reward itself, falls."""
+    """Tells of a reached part of the reward while another part, or the reward itself, falls."""
     names = sorted({name for line in lines for name in line if name.startswith("reward/part/")})
     series = {name: _values(lines, name) for name in names}
     full = [

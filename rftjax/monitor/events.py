@@ -1,4 +1,4 @@
-"""TensorBoard's files, written with the `tensorboard` package alone: no TensorFlow, no PyTorch."""
+"""Writes TensorBoard's files with only the `tensorboard` package: no TensorFlow, no PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rftjax.config.fields import base_config, flatten
 from rftjax.monitor.rollouts import encode
 from rftjax.presets import preset_fields
 
-# TensorBoard opens on the group whose name comes first: what a run is for is shown there a second time.
+# TensorBoard opens on the first group by name: show the main metrics there as well.
 OVERVIEW = {"eval/reward": "_overview/heldout_reward", "reward/mean": "_overview/training_reward"}
 ALWAYS = (
     "seed",
@@ -30,7 +30,7 @@ NEVER = ("alarms.", "logging.", "checkpoint.", "scoring.", "environments.")
 
 
 def hyperparameters(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Returns the fields that tell runs apart: a few, and all that have another value than the general spec's."""
+    """Returns the fields in ALWAYS, and all others that differ from the defaults of the general spec."""
     defaults = flatten(base_config())
     preset = preset_fields(str(values.get("grpo.preset", "grpo")))
     defaults |= {f"grpo.{name}": value for name, value in preset.items()}
@@ -47,9 +47,9 @@ def hyperparameters(values: Mapping[str, Any]) -> dict[str, bool | int | float |
 
 
 class Events:
-    """One file in TensorBoard's format, written without a thread, so that a full disk is seen.
+    """One file in TensorBoard's format, written in the caller's thread so that a full disk raises.
 
-    Points of earlier files from `purge_step` on are hidden by TensorBoard.
+    TensorBoard hides points of earlier files from `purge_step` on.
     """
 
     def __init__(self, directory: Path, *, purge_step: int) -> None:
@@ -77,7 +77,7 @@ class Events:
         self._file.flush()
 
     def config(self, step: int, name: str, values: Mapping[str, Any]) -> None:
-        """Shows the fields of a run as a table in the text tab, and those that tell runs apart among the hparams.
+        """Shows all fields as a table in the text tab, and those of `hyperparameters` in the hparams tab.
 
         `values` are the fields by path, `name` is the run's.
         """
@@ -104,7 +104,7 @@ class Events:
         self._tensor(step, tag, encoded, metadata.create_summary_metadata(None, None))
 
     def histogram(self, step: int, tag: str, values: np.ndarray) -> None:
-        """Thirty equal buckets, each (left edge, right edge, count); nothing where all is NaN."""
+        """Writes thirty equal buckets, each (left edge, right edge, count); nothing without a finite value."""
         from tensorboard.plugins.histogram import metadata
 
         flat = np.asarray(values, np.float64).ravel()

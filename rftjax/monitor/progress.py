@@ -11,9 +11,9 @@ from typing import Any
 
 
 class Progress:
-    """The run's state on one line: redrawn in a terminal, printed once a step elsewhere.
+    """The state of the run on one line: redrawn in a terminal, printed once a step elsewhere.
 
-    `lines` are the metrics of the steps before a resume: what they show is shown until it is new.
+    `lines` are the metrics before a resume, shown until a step replaces them.
     """
 
     def __init__(self, steps: int, lines: Iterable[dict[str, Any]] = (), *, quiet: bool) -> None:
@@ -43,14 +43,14 @@ class Progress:
         sys.stdout.flush()
 
     def say(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Prints a separate line."""
         self.close()
         if not self._quiet:
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Leaves the line standing, so that what is printed next starts on a new one."""
+        """Ends the redrawn line, so that the next output starts on a new one."""
         if self._drawn:
             sys.stdout.write("\n")
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Groups the reasons why samples got no score, so that a hundred texts that differ in a number are one line."""
+"""Groups the reasons why samples have no score: texts that differ only in numbers or quotes become one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def first_line(reason: str) -> str:
 
 
 def general(reason: str) -> str:
-    """Returns the first line of a reason without what differs from sample to sample: quoted texts, numbers, places."""
+    """Returns the first line of a reason with quoted texts, addresses and numbers replaced."""
     text = first_line(reason)
     for pattern, replacement in _VARYING:
         text = pattern.sub(replacement, text)
@@ -28,9 +28,9 @@ def general(reason: str) -> str:
 
 
 def commonest(reasons: Iterable[str], most: int = 3) -> list[str]:
-    """Returns lines "COUNT x REASON", the commonest first, and one that counts what is left out.
+    """Returns lines "COUNT x REASON", commonest first, and a line that counts the rest.
 
-    What reasons of one kind have in common is shown of them, all of it where they are the same.
+    A group shows its full text where all its reasons are equal, else the general form.
     """
     groups: dict[str, list[str]] = {}
     for reason in reasons:

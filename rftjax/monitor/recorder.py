@@ -43,14 +43,11 @@ Alarms = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, str]]
 class Recorder:
     """Writes a run's metrics and rollouts below `workdir`, and its progress to the terminal.
 
-    `steps` is the run's length. With `resume_step` N everything beyond step N is removed first: the
-    run that wrote it went on past its last checkpoint. `every` is the number of steps between
-    histograms and rollout texts in TensorBoard, `rollouts` the number of conversations in a text
-    (0: none); metrics.jsonl has every step whatever these say, and rollouts/ what `RolloutFiles` keeps
-    with `keep_rollouts` and `compress_rollouts`. `alarms` says of the
-    metrics' lines what is wrong at the last one, a sentence by name. `config` has the run's fields by
-    path, for TensorBoard; `loggers` get every line as well. A process that is not `primary`
-    keeps the timers and writes nothing.
+    `steps` is the length of the run. `resume_step` N first removes all records after step N, which the earlier run
+    wrote after its last checkpoint. TensorBoard gets histograms and rollout texts every `every` steps, with `rollouts`
+    conversations a text (0: none); metrics.jsonl has every step. `RolloutFiles` takes `keep_rollouts` and
+    `compress_rollouts`. `alarms` maps the metrics' lines to sentences by name. `config` holds the run's fields by path,
+    for TensorBoard; `loggers` also get every line. A process that is not `primary` keeps timers and writes nothing.
     """
 
     def __init__(
@@ -106,10 +103,10 @@ class Recorder:
         texts: Mapping[str, str] = NO_TEXTS,
         stream: str = "train",
     ) -> None:
-        """Adds to a step, whose line in metrics.jsonl `flush` writes.
+        """Adds to a step; `flush` writes its line in metrics.jsonl.
 
-        `stream` says whose the trajectories are: "train", "heldout" or the name of a further
-        held-out set. `texts` are Markdown for TensorBoard's text tab.
+        `stream` is that of the trajectories: "train", "heldout" or the name of a further held-out set. `texts` are
+        Markdown for TensorBoard's text tab.
         """
         self._pending.setdefault(step, {}).update(metrics)
         if stream == "train":
@@ -133,7 +130,7 @@ class Recorder:
 
     @contextmanager
     def time(self, name: str, *, in_step: bool = True) -> Iterator[None]:
-        """Adds the seconds spent inside to `time/<name>_s` of the step that is flushed next.
+        """Adds the seconds spent inside to `time/<name>_s` of the next flushed step.
 
         With `in_step=False` (held-out evaluation, saves) they do not count in `time/step_s`.
         """
@@ -146,10 +143,10 @@ class Recorder:
             self._outside_s += 0.0 if in_step else elapsed_s
 
     def flush(self, step: int) -> None:
-        """Ends a step: its line in metrics.jsonl, the same scalars in TensorBoard, progress.
+        """Ends a step: writes its line to metrics.jsonl, TensorBoard and the terminal.
 
-        Call it before the step's checkpoint is saved, so that a resume from there finds the line.
-        Flushing the last step again (an evaluation at the end) adds to its line.
+        Call it before saving the step's checkpoint, so that a resume finds the line. A second flush of the last step,
+        after an evaluation at the end, adds to its line.
         """
         old = self._lines[-1] if self._lines else {"step": -1}
         if step < old["step"]:
@@ -184,21 +181,21 @@ class Recorder:
         self._progress.show(line)
 
     def say(self, text: str) -> None:
-        """Prints a line of its own beside the progress."""
+        """Prints a separate line."""
         self._progress.say(text)
 
     @property
     def lines(self) -> Sequence[Mapping[str, Any]]:
-        """The metrics of every step that was flushed, those before a resume too."""
+        """The metrics of all flushed steps, including those before a resume."""
         return self._lines
 
     def wait(self) -> None:
-        """Returns when the rollouts that were given are on disk; call it before the step's checkpoint is saved."""
+        """Waits until all rollouts are on disk; call it before saving the step's checkpoint."""
         with self._writing():
             self._files.wait()
 
     def close(self) -> None:
-        """Flushes the steps that still wait and closes the files; harmless a second time."""
+        """Flushes pending steps and closes the files; a second call does nothing."""
         with contextlib.ExitStack() as closing:
             closing.enter_context(self._writing())
             if self._primary:
@@ -210,7 +207,7 @@ class Recorder:
                 self.flush(step)
 
     def _end_timers(self, step: int, again: bool) -> dict[str, float]:
-        """The seconds and the throughput of the step that ends now; step 0 only evaluates."""
+        """Returns times and throughput of the step that ends now; step 0 only evaluates."""
         now_s = time.monotonic()
         metrics: dict[str, float] = dict(self._times_s)
         if step > 0 and not again:
@@ -225,7 +222,7 @@ class Recorder:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns an OSError into one that says where and what to do."""
+        """Adds the path and the way out to an OSError."""
         try:
             yield
         except OSError as error:
@@ -238,7 +235,7 @@ class Recorder:
 
 
 def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
-    """Makes the directory and proves that files can be written there; raises ValueError if not."""
+    """Makes the directory and writes a test file there; raises UserError if that fails or space is short."""
     workdir = Path(path).absolute()
     probe = workdir / f".probe-{os.getpid()}"
     try:
@@ -262,7 +259,7 @@ def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
 
 
 def _without_nan(step: int, metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Puts None (null) for NaN and infinity, which JSON cannot say, with a warning."""
+    """Replaces NaN and infinity by None, which JSON can represent, with a warning."""
     broken = [name for name, value in metrics.items() if not math.isfinite(value)]
     if broken:
         log.warning("step %d: not a finite number, written as null: %s", step, ", ".join(broken))
@@ -274,7 +271,7 @@ def _encoded(lines: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
 
 
 def _cut_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drops lines beyond a step, and ones that a kill left half written; returns what stays."""
+    """Drops lines after a step and lines that a kill left partial; returns the rest."""
     if not path.exists():
         return []
     kept, dropped = [], 0

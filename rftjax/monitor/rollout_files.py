@@ -1,4 +1,4 @@
-"""The files of `rollouts/`: every trajectory whole, written by a thread of its own while the run goes on."""
+"""Writes every trajectory to files in `rollouts/`, in a background thread."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rftjax.monitor import transcripts
 from rftjax.monitor.rollouts import encode, to_json, trajectory_record
 from rftjax.types import Trajectory
 
-PENDING = 2  # writes that may wait; the next one waits for the first of them
+PENDING = 2  # writes in the queue; a further one blocks until the first is done
 
 
 class RolloutFiles:
-    """Writes trajectories to `folder`: one file a step and stream, whole or not at all.
+    """Writes trajectories to `folder`, one file a step and stream; each write is atomic.
 
-    `keep` is how many of the latest training steps stay (-1: all, 0: nothing is written); of held-out sets all do. With
-    `compress` the files are gzipped, and their names end in .gz. An error of a write is raised by a later call.
+    `keep` is the number of latest training steps to keep (-1: all, 0: write nothing); held-out files are all kept. With
+    `compress` the files are gzipped and end in .gz. A later call raises the error of a failed write.
     """
 
     def __init__(self, folder: Path, *, keep: int = -1, compress: bool = False) -> None:
@@ -29,7 +29,7 @@ class RolloutFiles:
         self._pending: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     def write(self, step: int, trajectories: Sequence[Trajectory], stream: str) -> None:
-        """Begins to write a step's trajectories, which must not change any more."""
+        """Queues a step's trajectories for writing; do not change them afterwards."""
         if not self._keep:
             return
         while len(self._pending) >= PENDING:
@@ -37,19 +37,19 @@ class RolloutFiles:
         self._pending.append(self._thread.submit(self._write, step, list(trajectories), stream))
 
     def wait(self) -> None:
-        """Returns when all that was given is on disk; raises the first error."""
+        """Waits until all queued trajectories are on disk; raises the first error."""
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
-        """Waits, and ends the thread."""
+        """Waits as `wait` does, then ends the thread."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
     def cut(self, last_step: int) -> None:
-        """Deletes what is beyond a step, and what a kill left half written."""
+        """Deletes files of later steps, and partial files that a kill left."""
         for path in [*self.folder.iterdir()]:
             match = transcripts.NAME.fullmatch(path.name)
             left = path.name.startswith(".") and transcripts.NAME.fullmatch(
@@ -69,9 +69,9 @@ class RolloutFiles:
 
 
 def write_whole(path: Path, lines: Iterator[bytes], *, compress: bool = False) -> Path:
-    """Replaces a file at once: whoever reads it sees the old lines or the new ones; returns its path.
+    """Replaces a file atomically, so that readers see the old or the new lines; returns its path.
 
-    With `compress` the name gets .gz.
+    `compress` gzips it and appends .gz to the name.
     """
     path = path.with_name(f"{path.name}.gz") if compress else path
     partial = path.with_name(f".{path.name}.tmp")
@@ -86,6 +86,6 @@ def write_whole(path: Path, lines: Iterator[bytes], *, compress: bool = False) -
 
 
 def size(trajectories: Sequence[Trajectory], *, compress: bool = False) -> int:
-    """Returns how many bytes the trajectories take in a file."""
+    """Returns the size of the trajectories in a file, in bytes."""
     text = b"".join(encode(to_json(trajectory_record(0, one))) for one in trajectories)
     return len(gzip.compress(text) if compress else text)

@@ -1,4 +1,4 @@
-"""How trajectories are written down: whole as JSON lines, readable as Markdown."""
+"""Formats trajectories: complete as JSON lines, readable as Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from rftjax.monitor import reasons
 from rftjax.types import Message, Trajectory
 
-SHOWN_CHARACTERS = 4000  # of one message in Markdown; the JSON lines have the whole
+SHOWN_CHARACTERS = 4000  # of one message in Markdown; JSON lines are not cut
 SHOWN_GROUPS = 8  # rows of the table of groups
 
 
@@ -24,7 +24,7 @@ def sampled_tokens(trajectory: Trajectory) -> int:
 
 
 def trajectory_record(step: int, trajectory: Trajectory, stream: str = "train") -> dict[str, Any]:
-    """One trajectory whole, as a line of rollouts/ has it; the reward is None before scoring.
+    """Returns one trajectory as a record of rollouts/; the reward is None before scoring.
 
     `stream` is "train", "heldout" or the name of a further held-out set.
     """
@@ -73,8 +73,8 @@ def rollouts_markdown(trajectories: Sequence[Trajectory], count: int) -> str:
 
 
 def commonest(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Returns the share of the commonest answer among all as `commonest_share`, and its mean reward where it has one as
-    `commonest_reward`; nothing of no trajectories."""
+    """Returns the share of the commonest answer as `commonest_share`, and its mean reward, where it has valid ones, as
+    `commonest_reward`; {} without trajectories."""
     texts = collections.Counter(one.completion.strip() for one in trajectories)
     if not texts:
         return {}
@@ -87,7 +87,7 @@ def commonest(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def dropped(trajectories: Sequence[Trajectory]) -> str:
-    """Returns how many samples have no score, with the commonest reason, or an empty text."""
+    """Returns a text with the number of samples without a score and the commonest reason; "" without any."""
     lost = [one for one in trajectories if one.score and not one.score.valid]
     if not lost:
         return ""
@@ -117,7 +117,7 @@ def policy_versions(trajectory: Trajectory) -> set[int]:
 
 
 def reward_of(trajectory: Trajectory) -> float:
-    """The reward, lowest of all where there is no valid one."""
+    """The reward, -inf without a valid score."""
     score = trajectory.score
     return float(score.reward) if score is not None and score.valid else -math.inf
 
@@ -136,7 +136,7 @@ def mean_by_name(prefix: str, records: Iterable[Mapping[str, float]]) -> dict[st
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON: NaN becomes null, what JSON does not know becomes text."""
+    """Returns one line of strict JSON: NaN becomes null, unsupported types become text."""
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, default=_plain)
     except ValueError:
@@ -151,7 +151,7 @@ def _plain(value: Any) -> Any:
 
 
 def encode(text: str) -> bytes:
-    """UTF-8; a lone surrogate, which UTF-8 cannot say, becomes its JSON escape."""
+    """Encodes as UTF-8; a lone surrogate becomes its JSON escape."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -201,7 +201,7 @@ def _text_of(message: Message) -> str:
 
 
 def _fenced(text: str) -> str:
-    """A code block whose fence is longer than any in the text, so that no text can leave it."""
+    """A code block whose fence is longer than any in the text, so that no text can close it."""
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}\n... ({len(text) - SHOWN_CHARACTERS} more characters)"
     longest = max(map(len, re.findall("`+", text)), default=0)

@@ -27,10 +27,10 @@ GROUPS = 4  # the commonest answer is measured from this many draws on
 def rollout_metrics(
     trajectories: Sequence[Trajectory], *, right_reward: float = RIGHT
 ) -> dict[str, float]:
-    """The metrics that follow from scored trajectories; rewards count where the score is valid.
+    """Returns the metrics of scored trajectories; only valid scores count in the rewards.
 
-    A completion is right from `right_reward` on. Groups are draws; one with fewer than two valid
-    samples counts among those without variance: it teaches nothing either.
+    A completion is right from `right_reward` on. A group is a draw; with fewer than two valid samples it counts as one
+    without variance.
     """
     if not trajectories:
         return {}
@@ -77,7 +77,7 @@ def rollout_metrics(
 
 
 def histograms(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
-    """Returns rewards and advantages of the valid samples, and sampled tokens of all, as histograms show them."""
+    """Returns rewards and advantages of valid samples, and sampled tokens of all samples, for histograms."""
     valid = [one for one in trajectories if is_valid(one)]
     return {
         "histogram/reward": np.asarray([reward_of(one) for one in valid]),
@@ -87,13 +87,13 @@ def histograms(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
 
 
 def _odd_copies(group: Sequence[Trajectory]) -> int:
-    """Number of a group's samples that copy another one, without right answers and short ones: these must repeat."""
+    """Number of samples that copy another one of the group, except right and short answers, which repeat anyway."""
     kept = [one for one in group if reward_of(one) < RIGHT and sampled_tokens(one) >= SHORT_TOKENS]
     return len(kept) - len({_completion_key(one) for one in kept})
 
 
 def _completion_key(trajectory: Trajectory) -> Any:
-    """What makes two completions identical: sampled ids, or the text where there are no ids."""
+    """Key of identical completions: the sampled ids, or the text without ids."""
     ids = tuple(
         token
         for sequence in trajectory.sequences

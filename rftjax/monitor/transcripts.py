@@ -1,4 +1,4 @@
-"""Conversations as plain text, and the files of `rollouts/` read back."""
+"""Reads the files of `rollouts/` and formats conversations as plain text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAME = re.compile(r"(step|heldout(?:-.+)?)_(\d+)\.jsonl(?:\.gz)?")
 
 
 def stem(stream: str) -> str:
-    """Returns how the names of a stream's files begin."""
+    """Returns the prefix of the names of a stream's files."""
     return STREAMS.get(stream, f"heldout-{stream}")
 
 
@@ -41,13 +41,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def completion(record: Mapping[str, Any]) -> str:
-    """Returns what the policy said last."""
+    """Returns the text of the last assistant message."""
     said = [one for one in record["messages"] if one.get("role") == "assistant"]
     return text_of(said[-1]) if said else ""
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """Returns a message's text, with its tool calls as JSON behind it."""
+    """Returns a message's text, followed by its tool calls as JSON."""
     content = message.get("content") or ""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     calls = message.get("tool_calls")
@@ -55,7 +55,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def heading(record: Mapping[str, Any]) -> str:
-    """Returns a line that says which sample it is, what it earned and how it ended."""
+    """Returns a line with the sample's task, reward, parts, length and finish reason."""
     earned = f"reward {record['reward']:.3g}" if record.get("valid") else "no valid reward"
     parts = [f"{name} {value:.3g}" for name, value in (record.get("parts") or {}).items()]
     tokens = sum(sum(one["sampled"]) for one in record.get("sequences") or ())
@@ -64,7 +64,7 @@ def heading(record: Mapping[str, Any]) -> str:
 
 
 def transcript(record: Mapping[str, Any], most: int = 4000) -> str:
-    """Returns a whole conversation as indented text, at most so many characters of each message."""
+    """Returns a conversation as indented text, with at most `most` characters of each message."""
     lines = [heading(record)]
     lines += [f"  ! {one}" for one in (record.get("reason"), record.get("error")) if one]
     for message in record["messages"]:
@@ -73,13 +73,13 @@ def transcript(record: Mapping[str, Any], most: int = 4000) -> str:
 
 
 def indented(text: str, most: int = 4000, by: int = 4) -> list[str]:
-    """Returns a text's lines, indented and cut after so many characters; control characters are escaped."""
+    """Returns a text's lines, indented by `by`, cut after `most` characters, control characters escaped."""
     more = f"\n... ({len(text) - most} more characters)" if len(text) > most else ""
     return [" " * by + printable(line) for line in f"{text[:most]}{more}".split("\n")]
 
 
 def printable(text: str) -> str:
-    """Escapes what would move the cursor or cannot be written to a terminal."""
+    """Escapes characters that would move the cursor or that a terminal cannot show."""
     return "".join(one if one.isprintable() or one == "\t" else ascii(one)[1:-1] for one in text)
 
 
@@ -92,7 +92,7 @@ def short(text: str, width: int = 60) -> str:
 def series(
     workdir: Path, stream: str, steps: Sequence[int] = ()
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yields the steps of a stream with their records, all or those of `steps`."""
+    """Yields (step, records) of a stream, for all steps or those in `steps`."""
     for step, path in files(workdir, stream).items():
         if not steps or step in steps:
             yield step, read(path)

@@ -1,4 +1,4 @@
-"""Rows of a dataset to a seeded, resumable stream of tasks."""
+"""Turns rows of a dataset into a seeded, resumable stream of tasks."""
 
 from rftjax.tasks.stream import TaskStream, check_overlap, load, overlap, read, split
 

@@ -1,4 +1,4 @@
-"""Opens files that may be compressed, whatever their name says, and reads text in lines."""
+"""Opens compressed and plain files, told apart by their first bytes, and reads lines of text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def open_file(path: str) -> BinaryIO:
-    """Opens a file for its bytes after decompression: gzip, Zstandard, bzip2 or xz by its first bytes."""
+    """Opens a file and decompresses it if its first bytes are those of gzip, Zstandard, bzip2 or xz."""
     with open(path, "rb") as file:
         start = file.read(6)
     if start.startswith(b"\x1f\x8b"):
@@ -33,13 +33,13 @@ def open_file(path: str) -> BinaryIO:
 
 
 def head(path: str, count: int = 4096) -> bytes:
-    """Returns the first bytes after decompression."""
+    """Returns the first `count` bytes after decompression."""
     with open_file(path) as file:
         return file.read(count)
 
 
 def lines(path: str) -> Iterator[tuple[int, str, str]]:
-    """Yields number, text with its line end, and what is wrong with it, of each line; a byte order mark is left out."""
+    """Yields (number, text with line end, problem or "") for each line, without a byte order mark."""
     utf16 = head(path, 2) in UTF16
     with contextlib.ExitStack() as opened:
         file: Any = opened.enter_context(open_file(path))

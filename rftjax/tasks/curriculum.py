@@ -1,4 +1,4 @@
-"""A task stream whose order the user's code chooses: `tasks.sampling` names weights or a curriculum."""
+"""A task stream ordered by user code: `tasks.sampling` names a weight function or a curriculum class."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Weigh = Callable[[Sequence[Task], int, list[list[float]]], Sequence[float]]
 
 
 def task_stream(tasks: Sequence[Task], seed: int, sampling: str = "") -> TaskStream:
-    """Returns the stream that `sampling` names: "" for each task once an epoch, in a seeded order.
+    """Returns the stream that `sampling` names; "" is each task once an epoch, in a seeded order.
 
-    "file.py:name" is a class, made once as `Name(tasks, seed)`, with `next(count)` (the places in `tasks` of the next
-    draws), `state()` and `restore(state)` (anything that JSON can say), and, if wanted, `observe(places, rewards)` (the
-    draws of a step, each with the rewards of its group); or a function `weights(tasks, draw, rewards)`, called before a
-    step with the number of its first draw and each task's mean rewards so far, that returns a number a task.
+    "file.py:name" names a class or a function. The class is instantiated as `Name(tasks, seed)` and has `next(count)`,
+    which returns indices into `tasks`, `state()` and `restore(state)` with JSON data, and optionally `observe(places,
+    rewards)`, which gets the indices drawn in a step and the rewards of each group. The function `weights(tasks, draw,
+    rewards)` is called before each step with the number of its first draw and each task's mean rewards so far, and
+    returns one weight a task.
     """
     return (
         ChosenStream(tasks, seed=seed, sampling=sampling)
@@ -34,12 +35,12 @@ def task_stream(tasks: Sequence[Task], seed: int, sampling: str = "") -> TaskStr
 
 
 class ChosenStream(TaskStream):
-    """Numbers the draws, whose tasks the object of `tasks.sampling` chooses; its state is part of the stream's."""
+    """A stream whose tasks the object of `tasks.sampling` chooses; the stream's state includes the object's."""
 
     def __init__(self, tasks: Sequence[Task], *, seed: int, sampling: str) -> None:
         super().__init__(tasks, seed=seed)
         self._name = f"tasks.sampling={sampling!r}"
-        self._chosen: dict[int, int] = {}  # draw -> place of its task, until its rewards are there
+        self._chosen: dict[int, int] = {}  # draw -> index of its task, until its rewards are known
         found = load_function(sampling, field="tasks.sampling")
         if inspect.isclass(found):
             self._chooser = self._call(found, self.tasks, seed)
@@ -57,7 +58,7 @@ class ChosenStream(TaskStream):
             )
 
     def task(self, draw: int) -> Task:
-        """Task of a draw whose rewards are not there yet."""
+        """Task of a draw whose rewards are not yet known."""
         return self.tasks[self._chosen[draw]]
 
     def next(self, count: int) -> list[tuple[int, Task]]:
@@ -69,14 +70,14 @@ class ChosenStream(TaskStream):
         return [(draw, self.task(draw)) for draw in draws]
 
     def upcoming(self, count: int) -> list[Task]:
-        """Tasks that `next` would draw now; the object goes back to its state."""
+        """Tasks that `next` would draw now; the object's state is restored."""
         before = self._stored()
         places = self._choose(count)
         self._call(self._chooser.restore, before)
         return [self.tasks[place] for place in places]
 
     def observe(self, trajectories: Iterable[Trajectory]) -> None:
-        """Tells the object the rewards of the draws, in their order; samples without a valid score are left out."""
+        """Passes the rewards of each draw to the object, in order of draws and without invalid scores."""
         rewards: dict[int, list[float]] = {}
         for one in trajectories:
             found = rewards.setdefault(one.draw, [])
@@ -92,7 +93,7 @@ class ChosenStream(TaskStream):
         return {**super().state(), "sampling": self._stored()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`, the object too; raises UserError if that is of other tasks or another seed."""
+        """Restores the stream and the object; raises UserError for the state of other tasks or another seed."""
         super().restore(state)
         self._call(self._chooser.restore, state["sampling"])
         self._chosen.clear()
@@ -111,7 +112,7 @@ class ChosenStream(TaskStream):
         return places
 
     def _stored(self) -> Any:
-        """A copy of the object's state as JSON keeps it, which later steps do not change."""
+        """A copy of the object's state as JSON data, which later steps do not change."""
         state = self._call(self._chooser.state)
         try:
             return json.loads(json.dumps(state, allow_nan=False))
@@ -132,7 +133,7 @@ class ChosenStream(TaskStream):
 
 
 class _Weighted:
-    """Draws tasks with the weights of the user's function, each at most once a call while there are enough."""
+    """Draws tasks by the weights of the user's function, without repeats in a call while enough tasks remain."""
 
     def __init__(self, weigh: Weigh, tasks: Sequence[Task], seed: int) -> None:
         self._weigh, self._tasks, self._seed = weigh, tasks, seed

@@ -1,4 +1,4 @@
-"""Checks one row and makes a task of it; a digest of rows and other values that is equal in every process."""
+"""Checks rows and makes tasks of them; digests of values that are equal in every process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN_FIELDS = 12
 
 
 class Checker:
-    """Makes tasks of the rows of one source; `weight` and `temperature` name the fields that hold a task's own."""
+    """Makes tasks of the rows of one source; `weight` and `temperature` name the row fields for these settings."""
 
     def __init__(self, *, weight: str = "", temperature: str = "") -> None:
         self._names = {"weight": weight, "temperature": temperature}
@@ -33,7 +33,7 @@ class Checker:
         self._fields: list[str] = []
 
     def task(self, row: Any) -> tuple[Task | None, list[str]]:
-        """Returns the task of one row, or None and its faults as "field: rule"."""
+        """Returns the task of a row and no faults, or None and its faults as "field: rule"."""
         if not isinstance(row, dict):
             return None, [f"row: must be an object with messages or prompt, is a {_kind(row)}"]
         self._fields = self._fields or [str(name) for name in row]
@@ -69,7 +69,7 @@ class Checker:
         return Task(self._unique(name), messages, data, prompt, **own), []
 
     def unused_field(self) -> str:
-        """Returns what is wrong where no row has a field that holds a task's own weight or temperature."""
+        """Returns an error text where no row has the named weight or temperature field, else ""."""
         return "; ".join(
             f"tasks.{own}={name!r}: must name a field of the rows, which have {', '.join(self._fields)}, "
             "and is in none"
@@ -77,7 +77,7 @@ class Checker:
         )
 
     def _own(self, row: Mapping[str, Any], own: str, problems: list[str]) -> float:
-        """Reads the weight or temperature of a row; one without it, or with an empty cell, has the default."""
+        """Reads the weight or temperature of a row; a missing or empty field gives the default."""
         default = 1.0 if own == "weight" else 0.0
         name = self._names[own]
         value = row.get(name) if name else None
@@ -99,7 +99,7 @@ class Checker:
         return number
 
     def _unique(self, name: str) -> str:
-        """Numbers a name that an earlier row has."""
+        """Appends a number to an id that an earlier row has."""
         unique = name
         while unique in self._ids:
             self._ids[name] += 1
@@ -109,10 +109,10 @@ class Checker:
 
 
 def mapped(mapping: Callable[[Any], Any], row: Any, name: str) -> tuple[Any, str]:
-    """Returns a row after the user's mapping function, and what went wrong in it."""
+    """Applies the user's mapping function; returns the new row and a problem, "" for none."""
     try:
         value = mapping(row)
-    except Exception as error:  # any fault of user code is a fault of this row, told with its place
+    except Exception as error:  # reported as a fault of this row
         fields = f" (the row's fields: {_fields(row)})" if isinstance(row, dict) else ""
         return None, f"map: {name} raised {type(error).__name__}: {error}{fields}"
     if value is not None and not isinstance(value, dict):
@@ -141,7 +141,7 @@ def _prompt_problems(prompt: Any) -> list[str]:
 
 
 def _checked_messages(messages: Any) -> tuple[list[Message], list[str]]:
-    """Returns the messages as the model's template takes them, and their faults."""
+    """Returns the messages as chat templates take them, and their faults."""
     if not isinstance(messages, (list, tuple)):
         way_out = "; tasks.map can parse it" if isinstance(messages, str) else ""
         return [], [f"messages: must be a list of messages, is a {_kind(messages)}{way_out}"]
@@ -171,7 +171,7 @@ def _checked_messages(messages: Any) -> tuple[list[Message], list[str]]:
 
 
 def _message(message: Mapping[str, Any]) -> Message:
-    """Leaves out what says nothing (None, no calls, empty names) and joins the text parts of a content."""
+    """Drops empty fields (None, no calls, empty names) and joins the text parts of the content."""
     kept = {key: value for key, value in message.items() if value is not None}
     for key in ("tool_calls", "name", "tool_call_id"):
         if key in kept and isinstance(kept[key], (str, list, tuple)) and not kept[key]:
@@ -234,7 +234,7 @@ def _text_problems(name: str, text: str) -> list[str]:
 
 
 def _deeper(value: Any, limit: int) -> bool:
-    """Whether lists and records lie in one another more than `limit` times."""
+    """Whether lists and records are nested more than `limit` levels deep."""
     level = [value]
     for _ in range(limit + 1):
         level = [
@@ -260,7 +260,7 @@ def digest(value: Any) -> str:
 
 def _canonical(value: Any, inside: tuple[int, ...] = ()) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 10_000:
-        return hex(value)  # as decimals Python writes no number of so many digits
+        return hex(value)  # Python refuses to write so many decimal digits
     if value is None or isinstance(value, (str, int, float)):
         return json.dumps(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -284,7 +284,7 @@ def _canonical(value: Any, inside: tuple[int, ...] = ()) -> str:
 
 
 def _canonical_object(value: Any, of: Callable[[Any], str]) -> str:
-    """Text of an object by its contents: its repr may show its address, which differs from process to process."""
+    """Text of an object from its contents, because its repr may hold an address that differs between processes."""
     name = type(value).__qualname__
     images = sys.modules.get("PIL.Image")
     if images is not None and isinstance(value, images.Image):

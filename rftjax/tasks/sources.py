@@ -1,7 +1,7 @@
-"""Reads the rows of files, directories, datasets and Python functions, each with the place where it stands.
+"""Reads rows, each with its place, from files, directories, datasets and Python functions.
 
-Text files (JSON, CSV) are read here, so that every cell and value is what the file says; `datasets` reads Parquet,
-saved and hub datasets, and is imported for those only.
+JSON and CSV are parsed here, so that no value is converted; `datasets` reads Parquet, saved and hub datasets, and is
+imported only for those.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rftjax.errors import UserError
 from rftjax.tasks import compressed
 from rftjax.workers.user_code import load_function
 
-# A row as read: where it stands, its value, and what was wrong with reading it ("" for nothing).
+# A row as read: its place, its value, and the problem with reading it ("" for none).
 Read = tuple[str, Any, str]
 JSON, CSV = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 SUFFIXES = (*JSON, *CSV, ".parquet")
 KINDS = "JSONL, JSON, CSV, TSV or Parquet"
-# Words of a file's path that say which split it is of, as `datasets` knows them.
+# Words in a path that name its split, as in `datasets`.
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -39,9 +39,9 @@ _ANY_CELL_BYTES = 2**31 - 1
 
 
 def read(source: str, split: str, field: str) -> Iterator[Read]:
-    """Yields the rows of an existing path, a Python function, or else a dataset by its name.
+    """Yields the rows of an existing path, a Python function or a named dataset, tried in this order.
 
-    `split` is a name, with a slice if wanted ("train[:100]", "train[10%:]"); of a single file the slice alone counts.
+    `split` is a name with an optional slice ("train[:100]", "train[10%:]"); a single file uses the slice only.
     """
     path = os.path.expanduser(source)
     if not os.path.exists(path):
@@ -66,7 +66,7 @@ def read(source: str, split: str, field: str) -> Iterator[Read]:
 
 
 def kind_of(path: str) -> str:
-    """Returns a path's suffix in small letters, without that of a compression."""
+    """Returns a path's suffix in lower case, without a compression suffix."""
     stem, suffix = os.path.splitext(path.lower())
     return os.path.splitext(stem)[1] if suffix in compressed.SUFFIXES else suffix
 
@@ -85,7 +85,7 @@ def _sliced(rows: Iterator[Read], first: str | None, last: str | None) -> Iterat
 
 
 def _told(rows: Iterator[Read], source: str, split: str, field: str) -> Iterator[Read]:
-    """Yields the rows; what a library raises while they are read becomes one line that names the source."""
+    """Yields the rows; turns an exception of a library into a UserError that names the source."""
     try:
         yield from rows
     except UserError:
@@ -168,7 +168,7 @@ def _read_path(path: str, split: str, field: str, source: str) -> Iterator[Read]
 
 
 def _read_directory(path: str, split: str, field: str, source: str) -> Iterator[Read]:
-    """Reads a directory's text files here, and leaves every other kind of directory to `datasets`."""
+    """Reads JSON and CSV files of a directory; `datasets` reads every other kind of directory."""
     if os.path.exists(parts := os.path.join(path, "dataset_dict.json")):
         names = json.loads(Path(parts).read_text())["splits"]
         if split not in names:
@@ -229,11 +229,11 @@ def _read_dataset(source: str, rows: Iterable[Any]) -> Iterator[Read]:
 
 
 class Padded(dict):
-    """A row from Arrow, which gives every record the keys of all others with None."""
+    """A row from Arrow, which pads every record with None for the keys that only others have."""
 
 
 def unpadded(value: Any) -> Any:
-    """Returns the value without the keys of None, at every depth."""
+    """Removes keys whose value is None, at every depth."""
     if isinstance(value, dict):
         return {key: unpadded(one) for key, one in value.items() if one is not None}
     return [unpadded(one) for one in value] if isinstance(value, list) else value
@@ -243,7 +243,7 @@ def unpadded(value: Any) -> Any:
 
 
 def _read_json(path: str, split: str) -> Iterator[Read]:
-    """Yields the lines of a JSONL file, or the elements of a file that is one array or one object as a whole."""
+    """Yields the lines of a JSONL file, or the rows of a file that is one JSON array or object."""
     whole = _whole(path, split) if kind_of(path) == ".json" else None
     if whole is not None:
         yield from whole
@@ -267,7 +267,7 @@ def _read_json(path: str, split: str) -> Iterator[Read]:
 
 
 def _whole(path: str, split: str) -> Iterator[Read] | None:
-    """Rows of a file that is one JSON value: an array, an object that holds one (under the split's name), or a row."""
+    """Rows of a file that is one JSON value: an array, an object that holds one (by the split's name), or a row."""
     try:
         with compressed.open_file(path) as file:
             value = json.loads(file.read())
@@ -288,10 +288,10 @@ def _are_objects(value: Any) -> bool:
 
 
 def _read_csv(path: str, delimiter: str = "") -> Iterator[Read]:
-    """Yields the rows of a file whose first line names the fields; every cell is a text, as it is written.
+    """Yields the rows of a file whose first line names the fields; every cell is the text in the file.
 
-    Without `delimiter` it is the one of comma, semicolon, tab and bar that the first line has most of. A column without
-    a name, as of a written index, is left out.
+    The default delimiter is the most frequent of comma, semicolon, tab and bar in the first line. Columns without a
+    name, such as a saved index, are dropped.
     """
     csv.field_size_limit(_ANY_CELL_BYTES)
     torn: list[Read] = []

@@ -1,6 +1,6 @@
-"""Rows of a dataset become tasks, and tasks a seeded stream that can be resumed at any draw.
+"""Tasks of a dataset, and a seeded stream of them that can resume at any draw.
 
-Nothing here needs a device. `sources` reads the rows, `rows` checks them.
+`sources` reads the rows, `rows` checks them. Nothing here needs a device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load(
     temperature: str = "",
     field: str = "tasks.train",
 ) -> list[Task]:
-    """Returns the tasks of `read`; raises a plain ValueError for what it refuses, as notebooks expect."""
+    """Returns the tasks of `read`; raises a plain ValueError instead of UserError, for notebooks."""
     options = {"weight": weight, "temperature": temperature, "field": field}
     try:
         return read(source, map=map, split=split, limit=limit, **options)
@@ -49,14 +49,14 @@ def read(
     temperature: str = "",
     field: str = "tasks.train",
 ) -> list[Task]:
-    """Reads the rows of `source` (the first `limit`) and raises one UserError for all bad ones.
+    """Reads the first `limit` rows of `source` (0: all) and raises one UserError for all bad ones.
 
     `source` is a file (JSONL, JSON, CSV, TSV, Parquet, also compressed), a directory of such files or one that
     `datasets` reads, "module:name" or "file.py:name" of a function that returns rows (called with the keyword `split`
     if it has one), or the name of a dataset on the hub, "name" or "name:config". `map` names a function that turns one
-    row into a dict with `messages` or `prompt`, or into None to leave the row out. Of `split` a single file takes the
-    slice only. `weight` and `temperature` name the rows' fields for a task's own. `field` is the config field that
-    errors name.
+    row into a dict with `messages` or `prompt`, or into None to drop the row. A single file uses only the slice of
+    `split`. `weight` and `temperature` name row fields that hold these settings of a task. Errors name the config field
+    `field`.
     """
     where = f"{field}={source!r}"
     if limit < 0:
@@ -107,13 +107,13 @@ def _bad_rows_message(where: str, bad: list[str]) -> str:
 
 
 def text_hash(task: Task) -> str:
-    """Hash of the user's and system's texts without regard to case and white space."""
+    """Hash of the user, system and developer texts, ignoring case and white space."""
     texts = [m["content"] for m in task.messages if m["role"] in ("user", "system", "developer")]
     return digest([" ".join(text.split()).casefold() for text in texts])
 
 
 def overlap(train: Sequence[Task], heldout: Sequence[Task]) -> list[tuple[Task, Task]]:
-    """Pairs of a training and a held-out task of the same text, at most one a held-out task."""
+    """Pairs of a training and a held-out task with the same text, at most one pair a held-out task."""
     by_text: dict[str, Task] = {}
     for task in train:
         by_text.setdefault(text_hash(task), task)
@@ -127,7 +127,7 @@ def check_overlap(
     allow: bool = False,
     field: str = "tasks.heldout",
 ) -> list[tuple[Task, Task]]:
-    """Returns the pairs of `overlap`, which raise ValueError unless `allow` is true."""
+    """Returns the pairs of `overlap`; raises UserError if there are any, unless `allow` is true."""
     pairs = overlap(train, heldout)
     if pairs and not allow:
         examples = "; ".join(
@@ -146,10 +146,9 @@ def check_overlap(
 def split(
     tasks: Sequence[Task], heldout_count: int, seed: int, field: str = "tasks.heldout_count"
 ) -> tuple[list[Task], list[Task]]:
-    """Parts tasks into training and exactly `heldout_count` held-out ones, both in their old order.
+    """Splits tasks into training tasks and exactly `heldout_count` held-out ones, both in the given order.
 
-    Tasks of one text stay together. Which texts are held out depends on the seed and the texts
-    alone, not on their order.
+    Tasks with the same text stay together. Which texts are held out depends on the seed and the texts, not on order.
     """
     if not 0 <= heldout_count < len(tasks):
         raise UserError(
@@ -176,12 +175,11 @@ def split(
 
 
 class TaskStream:
-    """Endless stream over epochs, in which the task of draw n depends on seed and n alone.
+    """Endless stream over epochs; the task of draw n depends only on seed and n.
 
-    Draw n is place n % len(tasks) of the permutation of epoch n // len(tasks), so that an epoch has
-    each task once; without `shuffle` every epoch is in the order given. The permutation sorts raw
-    64-bit words of NumPy's PCG64 seeded by SeedSequence, which NumPy promises never to change; of
-    Generator's methods it does not promise that.
+    Draw n is index n % len(tasks) of the permutation of epoch n // len(tasks), so an epoch has each task once; without
+    `shuffle` every epoch keeps the given order. The permutation sorts raw 64-bit words of NumPy's PCG64, seeded by
+    SeedSequence: NumPy guarantees that stream for all versions, but not the results of Generator's methods.
     """
 
     def __init__(self, tasks: Sequence[Task], *, seed: int, shuffle: bool = True) -> None:
@@ -200,7 +198,7 @@ class TaskStream:
         return len(self.tasks)
 
     def task(self, draw: int) -> Task:
-        """Task of draw number `draw`, whatever has been drawn before."""
+        """Task of draw number `draw`, independent of earlier draws."""
         epoch, place = divmod(draw, len(self.tasks))
         if not self.shuffle:
             return self.tasks[place]
@@ -217,18 +215,18 @@ class TaskStream:
         return [(draw, self.task(draw)) for draw in draws]
 
     def upcoming(self, count: int) -> list[Task]:
-        """Tasks of the next `count` draws, which stay the next ones."""
+        """Tasks of the next `count` draws, without drawing them."""
         return [self.task(draw) for draw in range(self.draw, self.draw + count)]
 
     def observe(self, trajectories: Iterable[Trajectory]) -> None:
-        """Hears how a step's trajectories were scored, on which this order does not depend."""
+        """Receives a step's scored trajectories; this order does not depend on them."""
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here, as JSON-able values."""
+        """State for `restore`, as JSON data."""
         return {"draw": self.draw, **self._identity()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`; raises ValueError if that is of other tasks, seed or order."""
+        """Continues from `state`; raises UserError if that has other tasks, seed or order."""
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(

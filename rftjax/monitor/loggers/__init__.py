@@ -1,7 +1,7 @@
-"""Services that a run reports its metrics to beside TensorBoard: `logging.to` names them, one module each.
+"""Reports metrics to further services: `logging.to` names them, one module each.
 
-A module has `Service(workdir, fields, project, name, identity)` with `identity`, by which a resumed run goes on as the
-same one, `log(step, metrics)` and `close()`. Nothing that a service does ends or holds up a run.
+A module has a class `Service(workdir, fields, project, name, identity)` with `log(step, metrics)`, `close()` and
+`identity`, by which a resumed run continues the same record. No fault or hang of a service stops or delays a run.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from rftjax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-WAITING = 1000  # lines that wait for a service at most; further ones are dropped
-CLOSE_S = 60.0  # seconds that the end of a run waits for a service
+WAITING = 1000  # lines queued for a service; further ones are dropped
+CLOSE_S = 60.0  # seconds to wait for a service at the end of a run
 
 
 class Loggers:
-    """Gives metrics to services, each in a thread of its own; `services` are functions that connect, by name."""
+    """Sends metrics to services, one thread each; `services` maps names to functions that connect."""
 
     def __init__(self, services: Mapping[str, Callable[[], Any]]) -> None:
         self._threads = [_Thread(name, connect) for name, connect in services.items()]
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Reports the metrics of a step; returns at once. Values that are no finite numbers (None) are left out."""
+        """Queues the metrics of a step, without None values, and returns at once."""
         found = {name: value for name, value in metrics.items() if value is not None}
         for thread in self._threads:
             thread.put((step, found))
 
     def close(self) -> None:
-        """Waits, not for ever, until the services have everything; harmless a second time."""
+        """Waits up to CLOSE_S for each service to send its queue; a second call does nothing."""
         for thread in self._threads:
             thread.put(None)
         for thread in self._threads:
@@ -49,10 +49,9 @@ class Loggers:
 def open_loggers(
     names: Sequence[str], workdir: Path, fields: Mapping[str, Any], *, project: str, name: str
 ) -> Loggers:
-    """Returns the loggers of a run, connecting to services that have it as the run of before; raises UserError where a
-    service's package is missing.
+    """Returns the loggers of a run, which continue its earlier records; raises UserError for a missing package.
 
-    `fields` is the run's config by path. A run is called `name`, or as its workdir.
+    `fields` is the run's config by path. The run is called `name`, or like its workdir.
     """
     missing = [one for one in names if importlib.util.find_spec(one) is None]
     if missing:
@@ -76,13 +75,13 @@ def open_loggers(
 
 
 class _Thread:
-    """One service; after its first fault it gets nothing more, and the log says so once."""
+    """One service; after its first fault it gets no more metrics, which is logged once."""
 
     def __init__(self, name: str, connect: Callable[[], Any]) -> None:
         self._name, self._connect = name, connect
         self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING)
         self._full = False
-        # Not waited for when Python ends: a service that hangs holds nothing up.
+        # A daemon, so that a service that hangs does not keep Python from exiting.
         self._thread = threading.Thread(target=self._run, name=f"logging.to {name}", daemon=True)
         self._thread.start()
 
@@ -105,7 +104,7 @@ class _Thread:
             while (line := self._waiting.get()) is not None:
                 service.log(*line)
             service.close()
-        # Whatever the library or the network does: the run has its own files.
+        # Any fault of a library or the network: the run has its own files.
         except (Exception, SystemExit) as error:
             log.warning(
                 "logging.to: %s failed and gets no more metrics of this run: %s: %s",
