@@ -1,4 +1,4 @@
-"""What `--mode` chooses: a run with its export and summary, an evaluation, or a check before anything costs time."""
+"""What `--mode` chooses: a run with its export and summary, an evaluation, or a check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a job that need its model: what the devices can run, and prompts that fit, before anything costs time."""
+"""Checks that need the model, before training: what the devices can run, and whether prompts fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says of an exception, and what it leaves in the workdir of one that nobody foresaw."""
+"""Messages for exceptions on the command line, and a record of unforeseen ones in the workdir."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop."""
+"""Signals: the step under way ends, a second signal ends the run at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tries a job before anything costs time: what the model sees, whether it can be scored, what fits in memory."""
+"""`--mode=check`: shows what the model sees, whether samples can be scored, and what fits in memory."""
 
 from __future__ import annotations
 

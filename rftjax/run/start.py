@@ -1,4 +1,4 @@
-"""What training starts from: the state of step 0, its shapes and places before it is made, or a checkpoint's state."""
+"""Builds the training state: of step 0, in its abstract form, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from rftjax.weights import lora
 
 
 class StateBuilder:
-    """A base model, whose parameters are read once they are needed, and the adapters that are trained, None in full
-    fine-tuning."""
+    """Builds states from a base model, whose parameters are read when they are needed, and from adapters."""
 
     def __init__(self, config: ConfigDict, model: Policy, mesh: Mesh) -> None:
         self.config, self.policy, self.mesh = config, model, mesh
 
     @functools.cached_property
     def adapters(self) -> Params | None:
-        """The adapters of step 0; raises ValueError where those of `lora.path` cannot be used."""
+        """The adapters of step 0, None in full fine-tuning; raises UserError where those of `lora.path` do not fit."""
         return first_adapters(self.config, self.policy, self.mesh)
 
     @functools.cached_property
@@ -47,9 +46,9 @@ class StateBuilder:
         return optim.make_optimizer(steps=horizon, **settings)
 
     def state(self, checkpoints: Checkpoints, step: int) -> TrainState:
-        """Returns the state after a step: its checkpoint's, with what never changes from the base model.
+        """Returns the state after a step: from its checkpoint, and what never changes from the base model.
 
-        Nothing else of step 0 is made for it.
+        A resume makes no other part of step 0.
         """
         if step == 0:
             return self.initial_state()
@@ -65,7 +64,7 @@ class StateBuilder:
         return checkpoints.restore(step, example)[0]
 
     def initial_state(self) -> TrainState:
-        """Returns step 0, every leaf where an update leaves it: else the second update would compile again."""
+        """Returns step 0 with the shardings that an update returns: with others the second update would compile again."""
         adapters = self.adapters
         params = self.policy.take(masters=adapters is None)
         return sharding.shard_tree(self.mesh, self._make(params, adapters))
@@ -79,7 +78,7 @@ class StateBuilder:
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes and places of the state, which is not made for it."""
+        """The abstract state: shapes, dtypes and shardings without data."""
         adapters = jax.eval_shape(lambda: new_adapters(self.config, self.policy))
         shapes = jax.eval_shape(self._make, self.policy.abstract_params, adapters)
         return sharding.abstract_tree(self.mesh, shapes)
