@@ -64,7 +64,7 @@ class StateBuilder:
         return checkpoints.restore(step, example)[0]
 
     def initial_state(self) -> TrainState:
-        """Returns step 0 with the shardings that an update returns: with others the second update would compile again."""
+        """Returns step 0 with the shardings that an update returns: others would compile the second update again."""
         adapters = self.adapters
         params = self.policy.take(masters=adapters is None)
         return sharding.shard_tree(self.mesh, self._make(params, adapters))
