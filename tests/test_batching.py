@@ -67,6 +67,13 @@ def test_every_sampled_token_is_scored_once_from_the_token_before_it(share_prefi
     )
 
 
+def test_what_two_samples_both_answered_is_no_common_prefix():
+    made = [trajectory(0, sample, [5, 6], [7, 8], [4], [9]) for sample in range(2)]
+    batch = make_batch(made, rows=2, max_length=8, pack_tokens=128)
+    wanted = [(2, 7, 6), (3, 8, 7), (5, 9, 4)]
+    assert scored_tokens(batch) == {0: wanted, 1: wanted}
+
+
 def test_one_end_token_is_trained_on_where_it_is_also_the_padding():
     made = [
         trajectory(0, 0, [5, EOS, 6], [7, 8, EOS]),

@@ -148,17 +148,23 @@ def fifth(tokens, start):
 
 def test_what_was_sampled_behind_a_stop_string_leaves_nothing_behind(params, weights):
     found = {}
-    for steps, bridge, parked in ((1, 0, 6), (16, 0, 3), (16, 4, 0)):
+    # With a row for each and no delay, the next turn begins while the device samples behind the string.
+    for steps, bridge, parked, slots, delay in (
+        (1, 0, 6, 3, 1),
+        (16, 0, 3, 3, 1),
+        (16, 4, 0, 3, 1),
+        (8, 0, 0, 6, 0),
+    ):
         engine = new_engine(
             weights,
-            slots=3,
+            slots=slots,
             parked=parked,
             stops=[STOP],
             find_stop=fifth,
             dispatch_steps=steps,
             bridge_steps=bridge,
         )
-        found[steps, bridge] = converse(engine, random_prompts(6), turns=4)
+        found[steps, bridge] = converse(engine, random_prompts(6), turns=4, delay=delay)
     first, *others = found.values()
     assert all(
         {i: s[0] for i, s in one.items()} == {i: s[0] for i, s in first.items()} for one in others
@@ -563,6 +569,16 @@ def test_a_conversation_closed_while_it_samples_leaves_nothing_behind(weights, s
     assert {key: turn.tokens for key, turn in found.items()} == {
         key: turn.tokens for key, turn in expected.items()
     }
+
+
+def test_no_step_is_decoded_for_a_closed_conversation_alone(weights):
+    engine = new_engine(weights, slots=2, dispatch_steps=4)
+    for index, budget in enumerate((60, 10)):
+        engine.open((index, 0), [5, 6, 7], budget, noise_key(0, index, 0))
+    engine.step()
+    engine.close((0, 0))
+    finish(engine)
+    assert engine.counters.decode_steps == 10
 
 
 def test_a_conversation_outgrows_its_first_cache(params, weights):
