@@ -1,1 +1,1 @@
-"""Model weights in and out: Hugging Face directories, GGUF files, adapters."""
+"""Reads and writes weights: Hugging Face directories, GGUF files (read only), adapters."""

@@ -1,4 +1,4 @@
-"""A model's directory: where it lies, its JSON files, and what is wrong with a file that is not what its name says."""
+"""Finds a model's directory, reads its JSON files, and detects files that are not what their names say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATTERNS = [
     "*.jinja",
     "*.txt",
     "*.model",
-]  # what is read of a hub repository
+]  # files to download from a hub repository
 SPLIT_GGUF = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 # First bytes of files that are not what their names say.
 LFS_POINTER = b"version https://git-lfs"
@@ -24,7 +24,7 @@ PAGES = (b"<!doctype", b"<html")
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Returns the local file or directory of a path or hub name, which is downloaded if need be."""
+    """Returns the local file or directory of a path or hub name; downloads the latter if necessary."""
     local = Path(path).expanduser()
     if local.exists():
         return local
@@ -51,7 +51,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 
 def config_file(path: Path) -> Path:
-    """Returns the config.json that `path` is or holds; raises UserError that says what it is instead."""
+    """Returns the config.json that `path` is or holds; raises a UserError that says what the path is instead."""
     if path.is_dir():
         config = path / "config.json"
         if not config.exists():
@@ -108,7 +108,7 @@ def check_content(path: Path, field: str = "model.path") -> None:
 
 
 def check_split(path: Path) -> None:
-    """Raises UserError for one part of a GGUF file that was split."""
+    """Raises UserError for one part of a split GGUF file."""
     split = SPLIT_GGUF.search(path.name)
     if split and int(split[2]) > 1:
         whole = SPLIT_GGUF.sub(".gguf", path.name)
@@ -119,7 +119,7 @@ def check_split(path: Path) -> None:
 
 
 def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
-    """Returns a JSON file's object, with or without a byte order mark; raises UserError where there is none."""
+    """Returns the object in a JSON file, with or without a byte order mark; raises UserError for anything else."""
     try:
         check_content(path, field)
         value = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -135,5 +135,5 @@ def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object for people to read."""
+    """Writes an indented JSON object."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
-"""Folders of results: written whole or not at all, and only in place of what an export wrote.
+"""Writes export folders atomically, and replaces only empty folders and earlier exports.
 
-Each holds `rftjax_export.json`, which lists the files of the export and says which run and step they are of. Other
-programs ignore it.
+Each holds `rftjax_export.json`, which lists the files of the export, its run and its step. Other programs ignore it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 
 def check_replaceable(out: str | os.PathLike[str]) -> Path:
-    """Returns the absolute path of a folder to write; raises UserError where it holds what no export wrote."""
+    """Returns the absolute path of a folder to write; raises UserError if it holds files that no export wrote."""
     out = Path(out).expanduser().resolve()
     if not out.exists():
         return out
@@ -41,7 +40,7 @@ def check_replaceable(out: str | os.PathLike[str]) -> Path:
 
 
 def facts_of(out: Path) -> dict[str, Any]:
-    """Returns what the export in a folder says of itself (run, step, ...), {} where there is none."""
+    """Returns the facts of the export in a folder (run, step, ...), {} without one."""
     try:
         found = json.loads((out / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,9 +52,9 @@ def facts_of(out: Path) -> dict[str, Any]:
 def replacing(
     out: str | os.PathLike[str], facts: Mapping[str, Any] = NO_FACTS
 ) -> Iterator[tuple[Path, Path]]:
-    """Yields an empty folder to write into and the one whose place it takes once the body has ended without an error.
+    """Yields an empty folder to write into and the target, which it replaces if the body ends without an error.
 
-    `facts` are stored beside the files. The folder and its files get the permissions of the umask.
+    `facts` go into the marker file. Folder and files get the permissions of the umask.
     """
     out = check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +67,10 @@ def replacing(
         (work / MARKER).write_text(text, encoding="utf-8")
         permissions = (
             work.stat().st_mode & 0o666
-        )  # libraries write some files for their owner alone
+        )  # some libraries write files that only the owner can read
         for path in work.iterdir():
             path.chmod(permissions)
-        check_replaceable(out)  # minutes have passed
+        check_replaceable(out)  # it may have changed meanwhile
         if out.exists():
             old = work.with_name(work.name + ".old")
             out.rename(old)
@@ -85,6 +84,6 @@ def replacing(
 
 
 def _files_of(out: Path) -> list[str]:
-    """Returns the names of the files that the export in a folder wrote, none without a marker."""
+    """Returns the names of the files that the export in a folder wrote, [] without a marker."""
     files = facts_of(out).get("files", [])
     return [name for name in files if isinstance(name, str) and not (out / name).is_dir()]

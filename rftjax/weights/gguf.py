@@ -1,4 +1,4 @@
-"""GGUF files: metadata as a Hugging Face config, tensors dequantised under Hugging Face names."""
+"""Reads GGUF files: metadata as a Hugging Face config, tensors dequantised under Hugging Face names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from rftjax.errors import UserError
 from rftjax.weights.directories import check_content, check_split
 
-# Metadata keys (after `ARCHITECTURE.`) that become one config field each.
+# Metadata keys (after `ARCHITECTURE.`) and the config field of each.
 FIELDS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -29,7 +29,7 @@ FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
-# Keys that are read apart, or say how the file was made and not what it computes.
+# Keys that are read separately, or do not affect what the model computes.
 OTHERS = {
     "attention.value_length",
     "rope.dimension_count",
@@ -41,7 +41,7 @@ OTHERS = {
 }
 NEEDED = ("block_count", "feed_forward_length", "embedding_length", "attention.head_count")
 ARCHITECTURES = ("llama", "qwen2")
-# GGUF keeps Llama 3's rotary scaling as a table of factors, which comes from these settings.
+# GGUF stores Llama 3's rotary scaling as a table of factors, computed from these settings.
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_SETTINGS = {
     "low_freq_factor": 1.0,
@@ -49,7 +49,7 @@ LLAMA3_SETTINGS = {
     "original_max_position_embeddings": 8192,
 }
 
-BLOCKS = 512  # of a quantised tensor that make a row while it is dequantised
+BLOCKS = 512  # of a quantised tensor in one row for dequantisation
 
 TENSORS = {
     "model.embed_tokens": "token_embd",
@@ -69,7 +69,7 @@ TENSORS = {
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """An open GGUF file: `metadata(key)` returns a value or None, a reader a float32 array."""
+    """An open GGUF file: `metadata(key)` returns a value or None, each reader in `tensors` a float32 array."""
 
     path: Path
     keys: tuple[str, ...]
@@ -78,7 +78,7 @@ class File:
 
 
 def read(path: str | os.PathLike[str]) -> File:
-    """Opens a GGUF file; raises ValueError where it is truncated or no GGUF file at all."""
+    """Opens a GGUF file; raises UserError for a truncated file or another kind of file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"model.path={path}: no such file")
@@ -89,7 +89,7 @@ def read(path: str | os.PathLike[str]) -> File:
 
 
 def _in_long_rows(entry: Any) -> np.ndarray:
-    """Returns a tensor's bytes in rows of up to BLOCKS blocks: the gguf package dequantises 16 rows at a time."""
+    """Returns a tensor's bytes in rows of up to BLOCKS blocks; the gguf package dequantises 16 rows at a time."""
     import gguf
 
     values, type_bytes = gguf.GGML_QUANT_SIZES[entry.tensor_type]
@@ -100,7 +100,7 @@ def _in_long_rows(entry: Any) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
-    # Parsing takes seconds, and weights and tokenizer are asked for in turn: keep the last file.
+    # Parsing takes seconds, and weights and tokenizer each need it: cache the last file.
     del modified_ns
     try:
         import gguf
@@ -110,7 +110,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
         ) from error
 
     class Reader(gguf.GGUFReader):
-        """Reads through a plain view of the mapped file: slices of a memmap itself take three times as long."""
+        """Reads through an ndarray view of the mapped file, whose slices take a third of the time of a memmap's."""
 
         @property
         def data(self) -> np.ndarray:
@@ -121,7 +121,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
             self._view = np.asarray(mapped)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            """Reads a list, such as a vocabulary, in a tenth of the time that its own way takes, entry by entry."""
+            """Reads a list, such as a vocabulary, in a tenth of the time of the base class."""
             view, at = self._view, orig_offs + 12
             if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
                 return super()._get_field_parts(orig_offs, raw_type)
@@ -147,7 +147,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
 
     try:
         reader = Reader(path)
-    except Exception as error:  # the reader raises whatever NumPy meets in a damaged file
+    except Exception as error:  # on a damaged file the reader raises any exception of NumPy
         raise UserError(
             f"model.path={path}: not a whole GGUF file of {size_bytes} bytes ({error});"
             " download it again"
@@ -174,7 +174,7 @@ def _read(path: Path, modified_ns: int, size_bytes: int) -> File:
 
 
 def hf_fields(file: File) -> dict[str, Any]:
-    """Returns the Hugging Face config that says the same; refuses what is not implemented."""
+    """Returns the equivalent Hugging Face config; raises UserError for what is not implemented."""
     arch = file.metadata("general.architecture")
     kind = file.metadata("general.type") or "model"
     if kind == "adapter" or file.metadata("adapter.type"):
@@ -237,7 +237,7 @@ def hf_fields(file: File) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    # Floats are stored as float32: the shortest decimal that rounds to it is what was meant.
+    # Floats are stored as float32: take the shortest decimal that rounds to the same float32.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
@@ -301,13 +301,13 @@ def tensors(file: File, fields: dict[str, Any]) -> dict[str, Callable[[], np.nda
             continue  # read as a setting
         if fields["model_type"] == "llama" and stem in heads:
             reader = functools.partial(_unpermuted, reader, heads[stem])
-        # Unknown tensors keep their own name, so that the loader refuses them by it.
+        # Unknown tensors keep their GGUF name, with which the loader then refuses them.
         found[f"{layer}{theirs[stem]}.{kind}" if stem in theirs else name] = reader
     return found
 
 
 def _unpermuted(reader: Callable[[], np.ndarray], heads: int) -> np.ndarray:
-    # A Llama file interleaves the two halves of each head's rotary channels.
+    # GGUF files of Llama interleave the two halves of each head's rotary channels.
     rows = reader()
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

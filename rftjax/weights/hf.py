@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out; one name table a family serves both directions."""
+"""Reads and writes Hugging Face checkpoints, both with the same name table of the model family."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ Leaves = Iterator[tuple[tuple[str, ...], np.ndarray]]
 
 
 class Model(NamedTuple):
-    """A model whose files are open: its shape, its Hugging Face config, and what reads its float32 parameters.
+    """An open model: its config, its Hugging Face config, and a reader of its float32 parameters.
 
-    `read(place)` reads leaf after leaf, the next one while `place(path, array)` puts the last on devices.
+    `read(place)` prefetches the next leaf while `place(path, array)` puts the last one on devices.
     """
 
     config: Config
@@ -64,7 +64,7 @@ def load(
     seed: int = 0,
     place: Place | None = None,
 ) -> tuple[Config, Params, dict[str, Any]]:
-    """Returns config, float32 parameters and Hugging Face fields of what `open_model` opens."""
+    """Returns config, float32 parameters and Hugging Face fields; see `open_model`."""
     model = open_model(path, dtype=dtype, init=init, seed=seed)
     return model.config, model.read(place), model.fields
 
@@ -72,9 +72,9 @@ def load(
 def open_model(
     path: str | os.PathLike[str], *, dtype: str = "float32", init: str = "pretrained", seed: int = 0
 ) -> Model:
-    """Opens a directory, hub name or GGUF; raises ValueError where its tensors are not those of its config.
+    """Opens a directory, hub name or GGUF file; raises UserError where its tensors do not match its config.
 
-    `dtype` is what the model computes in. `init="random"` needs a config.json alone.
+    The model computes in `dtype`. `init="random"` needs only a config.json.
     """
     fields = read_fields(path)
     config = read_config(fields, dtype)
@@ -130,7 +130,7 @@ def _placed(leaves: Callable[[], Leaves], place: Place | None) -> Params:
 
 
 def _prefetched(leaves: Leaves) -> Leaves:
-    """Yields the same; one more is read while the caller works on the last."""
+    """Yields the leaves and reads the next one while the caller uses the last."""
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         pending = reader.submit(next, leaves, None)
         while (leaf := pending.result()) is not None:
@@ -197,10 +197,10 @@ def save(
     dtype: str = "float32",
     facts: Mapping[str, Any] = NO_FACTS,
 ) -> Path:
-    """Writes a Hugging Face directory, whole or not at all, in place of an earlier export.
+    """Writes a Hugging Face directory atomically; it may replace an earlier export.
 
-    Raises UserError where the folder holds anything else, and NotFinite where a parameter is no finite number. `facts`
-    are stored beside the weights, in a file that other programs ignore.
+    Raises UserError where the folder holds other files, and NotFinite for a parameter that is not finite. `facts` go
+    into a file beside the weights that other programs ignore.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: an export is 'float32' or 'bfloat16'")
@@ -217,10 +217,10 @@ def _write_tokenizer(work: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(str(work))
     settings = read_json(work / "tokenizer_config.json")
     if settings.get("tokenizer_class") == "TokenizersBackend":
-        # The name that transformers 4 and 5 both know for the same class.
+        # The name of this class in both transformers 4 and 5.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
-        # Version 4 takes a list by its older name alone, and version 5 reads that too.
+        # Version 4 accepts a list only under the older name, which version 5 also reads.
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     for how_it_was_read in ("is_local", "local_files_only"):
         settings.pop(how_it_was_read, None)
@@ -228,7 +228,7 @@ def _write_tokenizer(work: Path, tokenizer: Any) -> None:
 
 
 def read_generation(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns a model's generation config, or one made of its config's token ids."""
+    """Returns a model's generation config, or one from the token ids of its config."""
     found = locate(path)
     if found.is_dir() and (found / "generation_config.json").exists():
         return read_json(found / "generation_config.json")

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021): made, read and written; the model applies them, `device.merge` adds them in.
 
-An adapter of a linear layer is a (L, inputs, rank) and b (L, rank, outputs); a @ b times alpha / rank is what it adds
-to the kernel. In the directories of the peft package the same matrices are transposed, one pair a layer.
+The adapter of a linear layer is a (L, inputs, rank) and b (L, rank, outputs); it adds a @ b * alpha / rank to the
+kernel. Directories of the peft package hold the matrices transposed, one pair a layer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rftjax.weights import hf
 from rftjax.weights.exporting import NO_FACTS, replacing
 
 TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
-PREFIX = "base_model.model."  # what peft puts before the names of a causal language model
-# Fields of an adapter_config.json that are read, and those that change nothing once an adapter is trained.
+PREFIX = "base_model.model."  # of tensor names in peft
+# Fields of adapter_config.json that are read, and fields without effect on a trained adapter.
 READ = {"lora_alpha", "r", "use_rslora"}
 HARMLESS = {
     "auto_mapping",
@@ -44,7 +44,7 @@ HARMLESS = {
     "runtime_config",
     "target_modules",
 }
-# Fields with the values under which reading an adapter is exact. Any other field must be empty: None, False, {} or [].
+# Fields with the values that are implemented. Every other field must be empty: None, False, {} or [].
 EXACT = {
     "bias": ("none",),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
@@ -64,7 +64,7 @@ WAY_OUT = {
 
 
 def parse_targets(targets: str) -> tuple[str, ...]:
-    """Returns the linear layers that "all" or a comma list names; raises ValueError for others."""
+    """Parses "all" or a comma list into names of linear layers; raises UserError for unknown names."""
     names = TARGETS if targets == "all" else tuple(name.strip() for name in targets.split(","))
     wrong = [name for name in names if name not in TARGETS]
     if wrong:
@@ -81,7 +81,7 @@ def scale(rank: int, alpha: float) -> float:
 
 
 def init(config: Config, *, rank: int, targets: str = "all", seed: int = 0) -> Params:
-    """Returns float32 adapters: a uniform within 1 / sqrt(inputs) (as peft does), b zero, so that nothing is added."""
+    """Returns float32 adapters: a uniform within 1 / sqrt(inputs), as in peft, and b zero, so that they add nothing."""
     tree: Params = {}
     key = jax.random.key(seed)
     for index, name in enumerate(_kernels(config, parse_targets(targets))):
@@ -105,9 +105,9 @@ def save_peft(
     base: str = "",
     facts: Mapping[str, Any] = NO_FACTS,
 ) -> Path:
-    """Writes a directory that the peft package loads, in place of an earlier export.
+    """Writes a directory that the peft package loads; it may replace an earlier export.
 
-    `base` is the name of the model to put it on, "" for one that peft cannot load; `facts` are stored beside.
+    `base` is the name of the base model, "" for one that peft cannot load; `facts` go into a file beside the weights.
     """
     tensors: dict[str, np.ndarray] = {}
     used = []
@@ -147,9 +147,9 @@ def save_peft(
 
 
 def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
-    """Reads a directory that peft wrote, its own alpha / rank put into b so that `alpha` gives the same product.
+    """Reads a directory of peft and rescales b, so that `alpha` gives the same product as the directory's own alpha.
 
-    Raises ValueError for every setting whose effect is not implemented and for tensors that do not fit the model.
+    Raises UserError for settings that are not implemented and for tensors that do not fit the model.
     """
     path = Path(path).expanduser()
     fields = hf.read_json(path / "adapter_config.json", "lora.path")
@@ -191,7 +191,7 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
 
 
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
-    """Raises UserError for each setting of peft whose effect is not implemented."""
+    """Raises UserError for a setting of peft that is not implemented."""
     for name, value in fields.items():
         if name in READ | HARMLESS:
             continue
@@ -222,7 +222,7 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
 
 
 def instead_of_adapter(path: Path) -> str:
-    """Returns what a path without adapter_config.json is, and what to give in its place."""
+    """Returns what a path without adapter_config.json is, and what to give instead."""
     expected = "give a directory that peft wrote (adapter_config.json), or the workdir of a run with adapters"
     if not path.exists():
         return f"no such directory; {expected} (an adapter of the hub: hf download OWNER/NAME --local-dir DIR)"
@@ -234,7 +234,7 @@ def instead_of_adapter(path: Path) -> str:
 
 
 def check_like(path: str, found: Params, wanted: Params) -> None:
-    """Raises ValueError where adapters to start from have other layers or another rank than the config's."""
+    """Raises UserError where the adapters to start from differ from the config in layers or rank."""
 
     def describe(tree: Params) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)

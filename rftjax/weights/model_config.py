@@ -1,4 +1,4 @@
-"""A Hugging Face config.json in terms of our decoder; every field is read, known to be harmless, or refused by name."""
+"""Converts a Hugging Face config.json to a decoder config; each field is read, known as harmless, or refused."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ HARMLESS = {
     "_from_model_config",
     "_name_or_path",
 }
-# How transformers' generate() samples: older versions wrote this into every config.json. rftjax samples by its own
-# config alone.
+# Settings of transformers' generate(), which older versions wrote into every config.json. rftjax samples by its own
+# config only.
 GENERATION = {
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -92,9 +92,9 @@ GENERATION = {
     "top_p",
     "typical_p",
 }
-# What tools leave behind; each begins the names of fields that say nothing about the model.
+# Prefixes of fields that tools add and that do not describe the model.
 MARKS = ("unsloth_", "transformers.js")
-# Fields of every family, each with the values under which the port is exact.
+# Fields of every family with the values that are implemented.
 EXACT = {
     "add_cross_attention": (False, None),
     "attn_pdrop": (0, None),
@@ -181,7 +181,7 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
 
 
 def _check_types(fields: dict[str, Any], kind: str) -> None:
-    """Raises UserError for a size that is missing and for a field that holds another kind of value than it should."""
+    """Raises UserError for a missing size and for a field with a value of the wrong type."""
     for name in REQUIRED:
         value = fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -198,7 +198,7 @@ def _check_types(fields: dict[str, Any], kind: str) -> None:
 
 
 def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:
-    """Returns the config of an export, which transformers 4 and 5 read alike.
+    """Returns the config of an export, for both transformers 4 and 5.
 
     Version 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`, version 5 `dtype` and `rope_parameters`.
     """

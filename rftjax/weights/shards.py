@@ -1,4 +1,4 @@
-"""The safetensors files of a directory: which ones hold the weights, and what reads their tensors."""
+"""Finds the safetensors files that hold a directory's weights, and reads their tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OTHERS = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.ckpt")  # weights in
 def open_directory(directory: Path) -> Readers:
     """Returns readers of every tensor by name.
 
-    As in transformers one whole file goes before an index, and an index before files that none names; of a tensor
-    that two files of an index hold the last file's is taken.
+    As in transformers, a whole file has priority over an index, and an index over files that it does not name. If two
+    files of an index hold a tensor, the last file counts.
     """
     index = directory / INDEX
     if (directory / WHOLE).exists():
@@ -109,7 +109,7 @@ def _instead(directory: Path) -> str:
 
 
 def open_file(path: Path, field: str = "model.path") -> Readers:
-    """Returns readers of one file's tensors; raises UserError for a damaged file and a dtype that is not read."""
+    """Returns readers of one file's tensors; raises UserError for a damaged file and an unsupported dtype."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -133,7 +133,7 @@ def open_file(path: Path, field: str = "model.path") -> Readers:
 
 
 def read_safetensors(path: Path, field: str = "model.path") -> dict[str, np.ndarray]:
-    """Returns every tensor of one file; raises UserError where it is missing or damaged."""
+    """Returns all tensors of one file; raises UserError for a missing or damaged file."""
     return {name: read() for name, read in open_file(path, field).items()}
 
 
