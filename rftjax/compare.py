@@ -30,6 +30,8 @@ TRAINING = (
     "groups/zero_variance_share",
     "time/step_s",
 )
+# Inputs that a resume may change and that held-out rewards depend on.
+MEASURES = ("evaluator", "environment", "tasks.heldout", "eval.evaluator", "eval.sets")
 
 
 @dataclasses.dataclass
@@ -65,6 +67,18 @@ class Run:
             if record["valid"]:
                 found.setdefault(record["task_id"], []).append(record["reward"])
         return {task: math.fsum(values) / len(values) for task, values in found.items()}
+
+    def remeasured(self) -> str:
+        """Says which inputs of the evaluation a resume changed, so that earlier rewards are of another measure."""
+        own = bool(self.fields.get("eval.evaluator"))  # then the evaluator scores training only
+        marks = {f"changed/{field}": field for field in MEASURES[own:]}
+        found = [
+            f"{marks[name]} (step {line['step']})"
+            for line in self.lines
+            for name in line
+            if name in marks
+        ]
+        return f"earlier rewards are not comparable: changed {', '.join(found)}" if found else ""
 
     def streams(self) -> list[str]:
         """Returns the names of the held-out sets that were evaluated, the main one first."""
@@ -181,6 +195,9 @@ def _gains(names: Sequence[str], runs: Sequence[Run]) -> Iterator[str]:
         yield f"\nheld-out reward, set {stream} (± standard error)"
         yield table(["run", "before", "after", "gain", "error", "tasks"], rows)
         yield from _against_first(names, runs, stream)
+    for name, run in zip(names, runs, strict=True):
+        if note := run.remeasured():
+            yield f"  {name}: {note}"
 
 
 def _against_first(names: Sequence[str], runs: Sequence[Run], stream: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ import pytest
 
 from rftjax import compare
 from rftjax.errors import UserError
+from rftjax.run import results
 
 
 def record(task, reward, said, valid=True, step=0):
@@ -60,6 +61,20 @@ def test_differing_fields_gains_answers_and_alarms_are_shown(runs):
     assert "B: the best (heldout, step 4)" in text and "B: the worst (heldout, step 4)" in text
     assert "A: answers to task t0 over the steps" in text
     assert "0     0.000   wrong\n  4     1.000   right" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "own", "told"),
+    [("evaluator", "", 1), ("eval.sets", "", 1), ("evaluator", "e.py:f", 0), ("optim.lr", "", 0)],
+)
+def test_a_gain_over_a_changed_evaluator_is_marked(runs, field, own, told):
+    run = runs[0]
+    (run.path / "config.json").write_text(json.dumps({"steps": 4, "eval": {"evaluator": own}}))
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 3, f"changed/{field}": 1.0}) + "\n")
+    note = f"earlier rewards are not comparable: changed {field} (step 3)"
+    assert "\n".join(compare.compare([run])).count(note) == told
+    assert "\n".join(results.held_out(run, "heldout")).count(note) == told
 
 
 def test_a_gain_without_the_rollouts_of_both_evaluations_adds_the_errors(runs):

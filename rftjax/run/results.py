@@ -175,4 +175,5 @@ def held_out(run: Run, stream: str) -> list[str]:
     else:
         error = math.hypot(*(line.get(f"{prefix}reward_stderr") or 0.0 for line in (first, last)))
         how = "not paired"
-    return [*text, f"gain                    {gain:+.3f} ± {error:.3f}  ({how})"]
+    text.append(f"gain                    {gain:+.3f} ± {error:.3f}  ({how})")
+    return [*text, f"note                    {note}"] if (note := run.remeasured()) else text
