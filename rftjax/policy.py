@@ -21,7 +21,7 @@ from rftjax import types
 from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.learning import update
-from rftjax.models import decoder
+from rftjax.models import decoder, logical_axes
 from rftjax.models.decoder import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
@@ -81,7 +81,7 @@ class Policy:
         """Begins to read the parameters while the caller does something else."""
 
         def read() -> Params:
-            # Reading takes Python's lock thousands of times, and waits each time until others give it up.
+            # Reading acquires the GIL thousands of times: let other threads hand it over sooner.
             before_s = sys.getswitchinterval()
             sys.setswitchinterval(1e-4)
             try:
@@ -101,7 +101,9 @@ class Policy:
     def abstract_params(self) -> Params:
         """The abstract masters: shapes, dtypes and shardings without data."""
         shapes = hf.abstract_params(self.config)
-        return shapes if self.mesh is None else sharding.abstract_tree(self.mesh, shapes)
+        if self.mesh is None:
+            return shapes
+        return sharding.abstract_tree(self.mesh, logical_axes(self.config), shapes)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -317,14 +319,16 @@ def load(
     without `masters` they are kept in the dtype in which the forward pass reads them.
     """
     closed = threading.Event()
-    put = sharding.placer(mesh) if mesh is not None else lambda _, leaf: jnp.asarray(leaf)
 
     def place(masters: bool, at: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
         if closed.is_set():
             raise concurrent.futures.CancelledError
         wanted = "float32" if masters else decoder.reading_dtype(at[-1], dtype)
         # On the host, a leaf at a time: no device ever holds a float32 base that nothing reads.
-        return put(at, leaf.astype(jnp.dtype(wanted), copy=False))
+        read = leaf.astype(jnp.dtype(wanted), copy=False)
+        if mesh is None:
+            return jnp.asarray(read)
+        return sharding.put_parameter(mesh, logical_axes(model.config), at, read)
 
     def read(masters: bool) -> Params:
         return model.read(functools.partial(place, masters))

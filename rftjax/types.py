@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as in OpenAI's chat format
 Params = Any  # a nested dict of arrays
-NOWHERE = 2**31 - 1  # a place beyond every array
+NOWHERE = 2**31 - 1  # an index beyond every array, which a scatter drops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +212,4 @@ class Batch(NamedTuple):
     advantages_B: Any
     weights_B: Any
     temperatures_B: Any = None  # of sampling; None: all rows have the spec's
-    shares_B: Any = (
-        None  # of a row in the trained tokens of its trajectory; None: each row is a trajectory
-    )
+    shares_B: Any = None  # a row's share of its trajectory's trained tokens; None: one row each

@@ -1,4 +1,6 @@
+import cProfile
 import math
+import pstats
 
 import numpy as np
 import pytest
@@ -241,3 +243,17 @@ def test_a_sequence_whose_first_token_was_sampled_is_refused():
 def test_the_longest_are_packed_first_so_that_rows_are_few():
     made = [trajectory(i, 0, [5], [6] * (n - 1)) for i, n in enumerate((50, 50, 80, 80))]
     assert make_batch(made, rows=4, max_length=128, pack_tokens=130).micro_batches == 2
+
+
+def test_host_work_on_a_shared_prompt_does_not_grow_with_its_tokens():
+    def calls_of(length):
+        prompt = [7] * length
+        members = [trajectory(0, i, prompt + [i], [8, 9]) for i in range(4)]
+        profile = cProfile.Profile()
+        batch = profile.runcall(make_batch, members, rows=4, max_length=4096, pack_tokens=4096)
+        segments_RX = batch.pack.segments_RX[0]
+        assert (segments_RX == 0).sum() == segments_RX.size - 4 * 3  # the prompt is laid out once
+        return pstats.Stats(profile).total_calls
+
+    make_batch([trajectory(0, 0, [5], [6])], rows=4, max_length=4096)
+    assert calls_of(4000) <= calls_of(40) + 20

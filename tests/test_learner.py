@@ -14,6 +14,7 @@ from rftjax import grpo, modes
 from rftjax.devices import sharding
 from rftjax.devices.compilation import compiling
 from rftjax.learning import learner, optim, update
+from rftjax.models import FAMILIES
 from rftjax.run.checkpoint import Checkpoints
 from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
 
@@ -116,6 +117,7 @@ def test_two_draws_of_one_task_are_two_groups():
 
 # ---- One learner without sampling
 
+LOGICAL = FAMILIES["qwen2"].LOGICAL_AXES
 MESH = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
 SHAPE = {"rows": 8, "max_length": 16, "pack_tokens": 128}
 
@@ -297,8 +299,8 @@ def test_answers_of_mixed_lengths_compile_nothing_that_was_not_compiled_ahead(mo
     one = real_learner(apply, score, updates_per_batch=2)
     one.shape = SHAPE | {"max_length": 100, "pack_tokens": 40, "pack_scored": 36}
     # Placed as an update leaves it.
-    state = sharding.shard_tree(MESH, fresh_state(model, optimizer))
-    programs = one.programs(sharding.abstract_tree(MESH, state))
+    state = sharding.shard_tree(MESH, LOGICAL, fresh_state(model, optimizer))
+    programs = one.programs(sharding.abstract_tree(MESH, LOGICAL, state))
     assert len(programs) == 2 * 3  # updates and old log-probabilities, of 40, 80 and 128 tokens
     with compiling(programs):
         pass

@@ -11,7 +11,7 @@ import pytest
 from rftjax import policy
 from rftjax.devices import sharding
 from rftjax.errors import NotFinite
-from rftjax.models import decoder
+from rftjax.models import decoder, logical_axes
 from rftjax.models.decoder import FULL, Config, Rope
 from rftjax.models.distribution import GONE, RowSettings, adjust, draw, uniforms
 from rftjax.sampler import device
@@ -36,6 +36,7 @@ CONFIG = Config(
     windows=(10, FULL),
     init_std=0.4,
 )
+LOGICAL = logical_axes(CONFIG)
 STOP = 1
 
 
@@ -328,7 +329,9 @@ def mesh_of(data, fsdp, tensor):
 def engine_on(mesh, params, config=CONFIG, **settings):
     settings = {"slots": 6, "parked": 6, "max_length": 120, "prefill_chunk": 8} | settings
     engine = Engine(config, mesh=mesh, **settings)
-    engine.set_params(device.sampler_params(config, sharding.shard_tree(mesh, params), mesh=mesh))
+    engine.set_params(
+        device.sampler_params(config, sharding.shard_tree(mesh, LOGICAL, params), mesh=mesh)
+    )
     return engine
 
 
@@ -366,11 +369,12 @@ def test_no_device_computes_or_fetches_the_rows_of_others(params):
     def decode_of(mesh):
         engine = engine_on(mesh, params, slots=32, parked=0)
         rows = device.idle_rows(32, mesh)
-        given_B, stops_E = np.zeros(32, bool), np.zeros(16, np.int32)
+        given_B9, stops_E = np.zeros((32, 9), np.int32), np.zeros(16, np.int32)
+        bounds_2 = np.array([16, 0], np.int32)
         cache = device.new_cache(CONFIG, 32, 256, mesh)
         return device.decode.lower(
-            CONFIG, engine._params, cache, rows, rows, given_B, stops_E, np.uint32(0), np.int32(16),
-            np.int32(0), steps=16, filtered=False, limit=0, mesh=mesh,
+            CONFIG, engine._params, cache, rows, given_B9, stops_E, np.uint32(0), bounds_2,
+            steps=16, filtered=False, limit=0, mesh=mesh,
         ).compile()  # fmt: skip
 
     alone, shared = decode_of(mesh_of(1, 1, 1)), decode_of(mesh_of(4, 2, 1))
@@ -379,6 +383,25 @@ def test_no_device_computes_or_fetches_the_rows_of_others(params):
     assert "all-gather" not in text and "all-to-all" not in text and "permute" not in text
     # How many rows are active is all that the devices tell each other.
     assert set(re.findall(r"= (\S+) all-reduce", text)) == {"s32[]"}
+
+
+def test_rows_reach_the_device_in_one_array_without_losing_a_bit():
+    settings = RowSettings(
+        np.array([0.7, 0.0], np.float32), np.array([0.95, 1.0], np.float32), np.array([0, 2**30])
+    )
+    noise_B3 = np.array([[1, 2**31 - 1, 3], [4, 5, 6 + (7 << 16)]])
+    rows = device.Rows(np.array([5, 63]), np.array([8, 9]), np.array([-1, 12]), noise_B3, settings)
+    found = device.unpack_rows(jnp.asarray(device.pack_rows(rows)))
+    jax.tree.map(np.testing.assert_array_equal, found, rows)
+
+
+@pytest.mark.parametrize("prompt", [[5], [5, 6, 7]])
+def test_a_transfer_that_the_code_does_not_ask_for_is_refused_in_a_dispatch(weights, prompt):
+    # A prompt of one token is decoded without a prefill.
+    engine = new_engine(jax.device_get(weights))
+    engine.open((0, 0), prompt, 4, noise_key(0, 0, 0))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        engine.step()
 
 
 def test_noise_differs_by_seed_stream_draw_and_sample(weights):

@@ -7,6 +7,10 @@ from jax.sharding import Mesh, PartitionSpec
 import rftjax
 from rftjax.devices import sharding
 from rftjax.learning.batching import make_batch
+from rftjax.models import FAMILIES, logical_axes
+from rftjax.models.decoder import Config, Rope
+
+LOGICAL = FAMILIES["qwen2"].LOGICAL_AXES
 
 
 def mesh_of(data, fsdp, tensor):
@@ -43,13 +47,13 @@ def test_parameters_lie_on_the_mesh_by_the_rules(tiny_dir):
     assert params["layers"]["mlp"]["down"]["kernel"].sharding.spec == PartitionSpec(
         None, "tensor", "fsdp"
     )
-    assert sharding.replicated_axes(mesh, params) == []
+    assert sharding.replicated_axes(mesh, LOGICAL, params) == []
 
 
 def test_optimizer_state_lies_where_its_parameters_lie(tiny_dir):
     mesh = mesh_of(1, 2, 2)
     params = rftjax.load(str(tiny_dir), mesh=mesh).params
-    state = sharding.shard_tree(mesh, optax.adam(1e-3).init(params))
+    state = sharding.shard_tree(mesh, LOGICAL, optax.adam(1e-3).init(params))
     for moments in (state[0].mu, state[0].nu):
         jax.tree.map(
             lambda one, two: one.sharding == two.sharding or pytest.fail(), moments, params
@@ -62,7 +66,7 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     attention = params["layers"]["attention"]
     assert attention["query"]["kernel"].sharding.spec == PartitionSpec(None, None, "tensor")
     assert attention["key"]["kernel"].sharding.is_fully_replicated
-    found = sharding.replicated_axes(mesh, params)
+    found = sharding.replicated_axes(mesh, LOGICAL, params)
     assert len(found) == 4  # kernel and bias of key and value
     assert (
         "layers/attention/key/kernel: 2 kv_heads do not divide over mesh.tensor=4; replicated"
@@ -70,10 +74,34 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     )
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "message"),
+    [
+        (("router", "kernel"), (4, 8), "layers/router/kernel of shape .* declares the axes None"),
+        (("down", "kernel"), (2, 3, 4, 8), r"declares the axes \('ffn', 'width'\)"),
+        (("expert", "kernel"), (4, 8), r"no rule says where the axes \['experts'\] lie"),
+    ],
+)
+def test_a_family_with_an_undeclared_axis_is_refused(path, shape, message):
+    declared = {**LOGICAL, ("expert", "kernel"): ("experts", "width")}
+    tree = {"layers": {path[0]: {path[1]: np.zeros(shape, np.float32)}}}
+    with pytest.raises(ValueError, match=message):
+        sharding.shard_tree(mesh_of(1, 2, 2), declared, tree)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_family_declares_the_axes_of_all_that_its_name_table_has(family):
+    biased = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    config = Config(family, 8, 8, 2, 4, 2, 2, 8, 64, 1e-6, Rope(), False, **biased)
+    for name in FAMILIES[family].names(config):
+        axes = logical_axes(config)[name.path[-2], name.path[-1]]
+        assert len(axes) == len(name.shape), name.path
+
+
 def test_decoding_finds_its_weights_whole_but_for_the_tensor_axis(tiny_dir):
     mesh = mesh_of(2, 2, 2)
     params = rftjax.load(str(tiny_dir), mesh=mesh).params
-    places = sharding.decode_shardings(mesh, params)
+    places = sharding.decode_shardings(mesh, LOGICAL, params)
     assert places["layers"]["attention"]["query"]["kernel"].spec == PartitionSpec(
         None, None, "tensor"
     )

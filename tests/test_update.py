@@ -12,7 +12,7 @@ from rftjax import grpo, policy
 from rftjax.devices import sharding
 from rftjax.learning import optim, update
 from rftjax.learning.batching import make_batch
-from rftjax.models import decoder
+from rftjax.models import decoder, logical_axes
 from rftjax.models.decoder import Config, Rope
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
@@ -35,6 +35,7 @@ CONFIG = Config(
     windows=(24,),
     init_std=0.3,
 )
+LOGICAL = logical_axes(CONFIG)
 LOSS = grpo.LossSettings.of(grpo.preset_fields("dapo"))
 
 
@@ -107,8 +108,8 @@ def gradient(
     """The gradient as an update with plain descent at a rate of 1 applies it, its metrics too."""
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     optimizer = optax.sgd(1.0)
-    placed = sharding.shard_tree(mesh, jax.tree.map(jnp.array, params))
-    step = sharding.shard_tree(mesh, jnp.zeros((), jnp.int32))
+    placed = sharding.shard_tree(mesh, LOGICAL, jax.tree.map(jnp.array, params))
+    step = sharding.shard_tree(mesh, LOGICAL, jnp.zeros((), jnp.int32))
     state = TrainState(step, placed, {}, optimizer.init(placed))
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     apply = update.make_update(
@@ -206,7 +207,7 @@ def test_the_attention_kernel_for_tpus_does_not_change_the_gradient(
 def test_an_update_on_a_mesh_of_tpus_is_lowered_for_them(params, uneven):
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
     config = dataclasses.replace(CONFIG, attention="splash")
-    placed = sharding.shard_tree(mesh, jax.tree.map(jnp.array, params))
+    placed = sharding.shard_tree(mesh, LOGICAL, jax.tree.map(jnp.array, params))
     batch = sharding.put_batch(mesh, batch_of(uneven, pack_rows=4))
     optimizer = optax.sgd(1.0)
     state = TrainState(jnp.zeros((), jnp.int32), placed, {}, optimizer.init(placed))

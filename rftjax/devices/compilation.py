@@ -1,4 +1,4 @@
-"""Programs that JAX compiles: a run's own all at once before its first step, and how many there were and how long."""
+"""Compiles a run's programs side by side before its first step, and counts compilations."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Program(NamedTuple):
 
 @contextlib.contextmanager
 def compiling(programs: Iterable[Program]) -> Iterator[None]:
-    """Compiles the programs, the largest best first, side by side and beside what the caller does meanwhile.
+    """Compiles the programs in threads while the caller does other work; name the largest first.
 
-    The calls that they stand for find them compiled. Nothing is waited for where the caller fails.
+    Calls with the same shapes find them compiled. Where the caller raises, nothing is waited for.
     """
     threads = concurrent.futures.ThreadPoolExecutor(MOST)
-    # Tracing holds Python, compiling does not.
+    # Tracing holds the GIL, compiling releases it.
     traced = threads.submit(lambda: [threads.submit(one.lower().compile) for one in programs])
     try:
         yield

@@ -1,4 +1,4 @@
-"""The device mesh and the logical axis rules: which array axis lies on which mesh axis, in one place."""
+"""The device mesh and the rules from logical axes, which each model family declares, to axes of the mesh."""
 
 from __future__ import annotations
 
@@ -12,31 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rftjax.errors import UserError
 from rftjax.types import Batch, Params
 
+# For `jax.transfer_guard` around device work: an implicit transfer between host and devices would wait for them.
+GUARD = "disallow"
 AXES = ("data", "fsdp", "tensor")
 ROWS = (
     "data",
     "fsdp",
 )  # the axes that share out rows: of a micro-batch, and of the sampler's cache
 
-# Logical axes by the end of a parameter's path; a leading "layers" axis is put in front where the tree is stacked.
-LOGICAL: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("embed", "embedding"): ("vocab", "width"),
-    ("head", "kernel"): ("width", "vocab"),
-    ("query", "kernel"): ("width", "heads", "channels"),
-    ("query", "bias"): ("heads", "channels"),
-    ("key", "kernel"): ("width", "kv_heads", "channels"),
-    ("key", "bias"): ("kv_heads", "channels"),
-    ("value", "kernel"): ("width", "kv_heads", "channels"),
-    ("value", "bias"): ("kv_heads", "channels"),
-    ("output", "kernel"): ("heads", "channels", "width"),
-    ("output", "bias"): ("width",),
-    ("gate", "kernel"): ("width", "ffn"),
-    ("gate", "bias"): ("ffn",),
-    ("up", "kernel"): ("width", "ffn"),
-    ("up", "bias"): ("ffn",),
-    ("down", "kernel"): ("ffn", "width"),
-    ("down", "bias"): ("width",),
-}
+# What a family's file declares: the logical axes of each parameter, by the last two names of its path.
+LogicalAxes = Mapping[tuple[str, str], tuple[str, ...]]
+ADAPTERS = ("a", "b")  # the factors of a LoRA product: small, replicated
 
 Rules = Mapping[str, str | None]
 RULES: Rules = {
@@ -45,6 +31,8 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "ffn": "tensor",
     "width": "fsdp",
+    "channels": None,
+    "gain": None,  # of a norm
 }
 # Decoding reads every weight in each of its steps: too often to gather them from other devices.
 DECODE_RULES: Rules = {**RULES, "width": None}
@@ -73,10 +61,14 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def partition(
-    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
+    mesh: Mesh,
+    logical: LogicalAxes,
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    rules: Rules = RULES,
 ) -> PartitionSpec:
     """Returns the partition of one parameter; an axis that the mesh does not divide is replicated."""
-    return _spec([axis for axis, _ in _axes(path, shape, mesh, rules)])
+    return _spec([axis for axis, _ in _axes(mesh, logical, path, shape, rules)])
 
 
 def _spec(axes: list[Any]) -> PartitionSpec:
@@ -86,25 +78,27 @@ def _spec(axes: list[Any]) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def replicated_axes(mesh: Mesh, params: Params) -> list[str]:
+def replicated_axes(mesh: Mesh, logical: LogicalAxes, params: Params) -> list[str]:
     """Returns, in words, every axis of the parameters that the mesh should divide and cannot."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = tuple(key.key for key in path)
-        problems = [problem for _, problem in _axes(names, leaf.shape, mesh) if problem]
+        problems = [problem for _, problem in _axes(mesh, logical, names, leaf.shape) if problem]
         found += [f"{'/'.join(names)}: {problem}" for problem in problems]
     return found
 
 
 def _axes(
-    path: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES
+    mesh: Mesh,
+    logical: LogicalAxes,
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    rules: Rules = RULES,
 ) -> list[tuple[str | None, str]]:
     """Returns for each axis of a parameter the mesh axis that divides it, and why there is none against the rules."""
-    logical = LOGICAL.get(path[-2:], ())
-    logical = ("",) * (len(shape) - len(logical)) + logical
     axes: list[tuple[str | None, str]] = []
-    for name, size in zip(logical, shape, strict=True):
-        axis = rules.get(name)
+    for name, size in zip(_logical(logical, path, shape), shape, strict=True):
+        axis = rules[name] if name else None
         devices = mesh.shape[axis] if axis else 1
         problem = ""
         if size % devices:
@@ -113,38 +107,67 @@ def _axes(
     return axes
 
 
-def placer(mesh: Mesh) -> Callable[..., jax.Array]:
-    """Returns `place(path, array)`, which puts one parameter on the mesh by the rules."""
+def _logical(
+    logical: LogicalAxes, path: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[str, ...]:
+    """Returns the logical axes of a parameter, "" for one that no rule divides (of layers, of adapters).
 
-    def place(path: tuple[str, ...], array: Any) -> jax.Array:
-        spec = partition(path, array.shape, mesh)
-        return jax.device_put(array, NamedSharding(mesh, spec))
+    Raises ValueError where the family declares none, or one without a rule.
+    """
+    if not shape or path[-1] in ADAPTERS:
+        return ("",) * len(shape)
+    end = path[-2], path[-1]
+    names = logical.get(end)
+    # Parameters of layers are stacked along a leading axis, but for the sampler.
+    if names is None or len(shape) - len(names) not in (0, 1):
+        raise ValueError(
+            f"{'/'.join(path)} of shape {shape}: the model family declares the axes {names} for {end};"
+            " LOGICAL_AXES in its file must name one for each"
+        )
+    if unknown := set(names) - set(RULES):
+        raise ValueError(
+            f"{'/'.join(path)}: no rule says where the axes {sorted(unknown)} lie; must be of {', '.join(RULES)}"
+        )
+    return ("",) * (len(shape) - len(names)) + names
 
-    return place
+
+def put_parameter(mesh: Mesh, logical: LogicalAxes, path: tuple[str, ...], array: Any) -> jax.Array:
+    """Returns one parameter on the mesh by the rules."""
+    return jax.device_put(array, NamedSharding(mesh, partition(mesh, logical, path, array.shape)))
 
 
-def shard_tree(mesh: Mesh, tree: Params) -> Params:
+def shard_tree(mesh: Mesh, logical: LogicalAxes, tree: Params) -> Params:
     """Returns the tree with every leaf on the mesh; optimizer state follows the parameters that it mirrors."""
-    return jax.device_put(tree, shardings(mesh, tree))
+    return jax.device_put(tree, shardings(mesh, logical, tree))
 
 
-def abstract_tree(mesh: Mesh, tree: Params) -> Params:
+def abstract_tree(mesh: Mesh, logical: LogicalAxes, tree: Params) -> Params:
     """Returns the abstract form of what `shard_tree` returns: shapes, dtypes and shardings without data."""
     return jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
         tree,
-        shardings(mesh, tree),
+        shardings(mesh, logical, tree),
     )
 
 
-def shardings(mesh: Mesh, tree: Params, rules: Rules = RULES) -> Params:
+def shardings(mesh: Mesh, logical: LogicalAxes, tree: Params, rules: Rules = RULES) -> Params:
     """Returns where each leaf lies by the rules; what is around the trees of parameters makes no difference."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return NamedSharding(mesh, partition(names, leaf.shape, mesh, rules))
+        return NamedSharding(mesh, partition(mesh, logical, names, leaf.shape, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_rows(mesh: Mesh | None, tree: Any) -> Any:
+    """Returns host arrays, whose first axis is one of rows, on the devices that have these rows."""
+    return jax.device_put(tree, None if mesh is None else row_sharding(mesh))
+
+
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
+    """Returns host arrays on every device."""
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
@@ -161,9 +184,9 @@ def row_multiple(mesh: Mesh | None) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
 
 
-def decode_shardings(mesh: Mesh, params: Params) -> Params:
+def decode_shardings(mesh: Mesh, logical: LogicalAxes, params: Params) -> Params:
     """Returns where decoding has its weights: whole on every device but for the axis `tensor`."""
-    return shardings(mesh, params, DECODE_RULES)
+    return shardings(mesh, logical, params, DECODE_RULES)
 
 
 def device_size(params: Params, shardings: Params) -> int:

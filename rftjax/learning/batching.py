@@ -24,7 +24,7 @@ class _Row(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """What a packed row takes: tokens, and positions whose output scores one."""
+    """The capacity of a packed row, or a need for it: tokens, and scored positions."""
 
     tokens: int
     scored: int
@@ -124,9 +124,9 @@ def make_batch(
 
 
 def most_scored(pack_tokens: int, *, prompt: int, sampled: int) -> int:
-    """Returns how many tokens of a packed row can be sampled ones at most, so that the head computes no more.
+    """Returns the most tokens of a packed row that can be sampled ones: the head computes no more.
 
-    For groups whose prompts have at least `prompt` tokens and that sample at most `sampled` in all.
+    Groups have prompts of at least `prompt` tokens and sample at most `sampled` in all.
     """
     return -(-pack_tokens * sampled // (prompt + sampled))
 
@@ -141,10 +141,10 @@ def widths(pack_tokens: int, max_length: int) -> list[int]:
 
 
 def _room(pack_tokens: int, pack_scored: int, max_length: int, needed: _Room) -> _Room:
-    """Returns the first of the few rooms of the settings that holds a sequence.
+    """Returns the smallest of the possible rooms that holds the need.
 
-    The scored share of all is that of `pack_tokens`, which holds any sequence with a prompt as `most_scored` was told;
-    another one gets a room where every token may be scored.
+    All have the scored share of `pack_tokens`, but for a last one where every token may be scored: for sequences whose
+    prompt is shorter than `most_scored` was told.
     """
     tokens = widths(pack_tokens, max_length)
     scored = pack_scored or pack_tokens
@@ -154,7 +154,7 @@ def _room(pack_tokens: int, pack_scored: int, max_length: int, needed: _Room) ->
 
 
 def _check(sequence: types.Sequence, trajectory: Trajectory, max_length: int) -> None:
-    """Asserts what the rollout promises, so that a missing log-probability never becomes 0."""
+    """Raises UserError for a sequence that cannot be trained on; a missing log-probability never becomes 0."""
     count = len(sequence.tokens)
     lists = (sequence.sampled, sequence.logprobs, sequence.policy_version)
     if any(len(values) != count for values in lists) or not np.isfinite(sequence.logprobs).all():
@@ -195,11 +195,12 @@ def _common_prefix(sequences: Sequence[types.Sequence]) -> int:
         sequence.sampled.index(True) if any(sequence.sampled) else len(sequence.tokens)
         for sequence in sequences
     )
-    first = sequences[0].tokens
-    for position in range(limit):
-        if any(sequence.tokens[position] != first[position] for sequence in sequences):
-            return position
-    return limit
+    common = sequences[0].tokens[:limit]
+    for sequence in sequences[1:]:
+        other = sequence.tokens[: len(common)]
+        if other != common:  # a list's own comparison: no Python for each token
+            common = common[: int(np.argmax(np.asarray(other) != np.asarray(common)))]
+    return len(common)
 
 
 def _fill(bundles: Sequence[_Bundle], room: _Room) -> list[list[_Bundle]]:
@@ -223,7 +224,7 @@ def _lay_out(
     """Returns the packed arrays with a leading micro-batch axis, and how many micro-batches hold anything."""
     filled = _fill(bundles, room)
     count = max(1, -(-len(filled) // pack_rows))
-    # Room for one row a sequence, the most there can be: another number of rows is no other shape.
+    # One row a sequence is the most there can be: the number of rows in use changes no shape.
     N = max(1, -(-sampled_BT.shape[0] // pack_rows))
     T = sampled_BT.shape[1]
     tokens, positions, groups, segments = np.zeros((4, N * pack_rows, room.tokens), np.int32)

@@ -1,4 +1,4 @@
-"""From scored trajectories to updates: which groups teach, their advantages, minibatches, and the reference policy."""
+"""From scored trajectories to updates: the choice of groups, advantages, minibatches, and the reference policy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ from rftjax.models import decoder
 from rftjax.monitor.rollouts import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
 
-# Nothing moves between host and devices in a step's device work unless the code says so: a transfer that slips in
-# waits for the devices.
-GUARD = "disallow"
-
 
 class Minibatch(NamedTuple):
     """One minibatch on the devices, with the log-probabilities that its updates are measured against (or None)."""
@@ -35,7 +31,7 @@ class Minibatch(NamedTuple):
 
 @dataclasses.dataclass
 class Learner:
-    """What a step does once its samples are scored. `fields` is the section grpo, `shape` is `make_batch`'s.
+    """What a step does with scored trajectories. `fields` is the section grpo, `shape` holds arguments of `make_batch`.
 
     `token_limit` is how many tokens a trajectory may sample, `prompts` how many groups a step trains on. `score` gives
     log-probabilities without gradient; it runs only where something is measured against them.
@@ -64,7 +60,7 @@ class Learner:
     def batch(
         self, state: TrainState, trajectories: Sequence[Trajectory], step: int
     ) -> tuple[list[Minibatch], dict[str, float]]:
-        """Sets the advantages of the groups that teach, and returns their minibatches and metrics of the choice."""
+        """Chooses groups and sets their advantages; returns their minibatches, and metrics of the choice."""
         chosen = choose(trajectories, self.prompts, drop=self.fields["drop_zero_variance"])
         parts = split(chosen, self.fields["minibatches"], self.fields["minibatch_groups"],
                       seed=(self.seed, step))  # fmt: skip
@@ -101,18 +97,17 @@ class Learner:
     def update(
         self, state: TrainState, minibatches: Sequence[Minibatch], step: int
     ) -> tuple[TrainState, dict[str, float]]:
-        """Makes every update of one step, `step` counted from 1, and refreshes the reference where one is due.
+        """Makes every update of one step, `step` counted from 1, and refreshes the reference when it is due.
 
-        A minibatch without any token to train on (every group dropped, every answer masked) is skipped: parameters,
-        moments and weight decay stay, and neither `state.step` nor the learning rate's schedule, which count updates
-        that were made, goes on. Advantages of 0 are no such case: their gradient is exactly 0, and as in every
-        Adam the update is made, in which what is left of earlier gradients, and weight decay, move the weights.
+        Skips a minibatch without trained tokens (every group dropped, every answer masked): parameters, moments,
+        `state.step` and with it the learning rate's schedule stay as they are. A minibatch whose advantages are all 0
+        is not skipped: its gradient is exactly 0, but Adam's momentum and weight decay still move the weights.
         """
-        # Asked of the arrays on the devices, so that all processes get one answer.
+        # Read from the devices, so that all processes get the same answer.
         some = jax.device_get([jnp.any(one.batch.sampled_BT) for one in minibatches])
         nonempty = [one for one, any_token in zip(minibatches, some, strict=True) if any_token]
         metrics = []
-        with jax.transfer_guard(GUARD):
+        with jax.transfer_guard(sharding.GUARD):
             for _ in range(self.fields["updates_per_batch"]):
                 for minibatch in nonempty:
                     state, measured = self.apply(state, *minibatch)
@@ -126,8 +121,9 @@ class Learner:
         return state, merging.merge_updates(jax.device_get(metrics)) | skipped
 
     def programs(self, state: TrainState) -> list[Program]:
-        """Returns the calls of a step's updates, for each width of a packed row, to compile them before there are
-        samples. Of the state only shapes and places count.
+        """Returns the calls of a step's updates for each width of a packed row, to compile ahead of any samples.
+
+        The state may be abstract.
         """
         widths = batching.widths(self.shape["pack_tokens"], self.shape["max_length"])
         return [one for width in reversed(widths) for one in self._programs(state, width)]
@@ -158,7 +154,7 @@ class Learner:
     def _lay_out(
         self, part: Sequence[Trajectory], *, skip_zero: bool = False, longest: int = 0
     ) -> Batch:
-        # Where all are such samples they stay, so that the step's metrics say something.
+        # If no sample would be left, all stay: else the step's metrics would be empty.
         masked = self.shape.get("mask_truncated", False)
         trained = [one for one in part if not (masked and one.finish_reason == "length")]
         skip_zero = skip_zero and any(one.advantage != 0 for one in trained)
@@ -173,7 +169,7 @@ class Learner:
             return None, None
         # A KL in the reward is measured before advantages are known.
         batch = self._lay_out(part, skip_zero=self._skip_zero and not compared)
-        with jax.transfer_guard(GUARD):
+        with jax.transfer_guard(sharding.GUARD):
             old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
             if not compared:
                 return old_BT, None
@@ -238,7 +234,7 @@ def _reference(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Para
 
 
 def has_variance(group: Iterable[Trajectory]) -> bool:
-    """Says whether a group's valid rewards differ: where they do not, it teaches nothing."""
+    """Says whether a group's valid rewards differ; without variance its advantages are 0."""
     return len({reward_of(one) for one in group if is_valid(one)}) > 1
 
 
@@ -300,8 +296,7 @@ def set_advantages(
 
 
 def copy(params: Params, dtype: str) -> Params:
-    """Returns the parameters as the forward pass reads them, in buffers of their own, which outlive an update that
-    donates `params`."""
+    """Returns a copy in the dtypes that the forward pass reads; it outlives an update that donates `params`."""
 
     def one(path: tuple, leaf: Any) -> jax.Array:
         return jnp.array(leaf, decoder.reading_dtype(path[-1].key, dtype), copy=True)

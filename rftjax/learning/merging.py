@@ -1,4 +1,4 @@
-"""How a metric of parts becomes that of their whole: one table, for micro-batches and for updates."""
+"""How a metric is merged over micro-batches and over updates: one table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-    """How a metric is merged: mean, sum, min, max, or tokens (a mean weighted by the parts' trained tokens).
+    """How a metric is merged: mean, sum, min, max, or tokens (a mean weighted by trained tokens).
 
-    `blank` is its value where no part has a token to train on.
+    `blank` is its value where nothing has a trained token.
     """
 
     micro_batches: str = "tokens"
@@ -28,7 +28,7 @@ RULES = {
     "ratio/min": Rule("min", "min", 1.0),
     "ratio/max": Rule("max", "max", 1.0),
     "ratio/mean": Rule("tokens", "mean", 1.0),
-    # Of the policy that sampled, so further passes over the same minibatches change nothing in it.
+    # A property of the policy that sampled: the same in every pass over the minibatches.
     "sampler/logprob_diff_mean": Rule("tokens", "tokens"),
     "sampler/logprob_diff_max": Rule("max", "max"),
 }
@@ -37,7 +37,7 @@ RULES = {
 def merge_micro_batches(metrics_N: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns an update's metrics from the stacked ones of its micro-batches, `tokens` among them.
 
-    A micro-batch without tokens says nothing, whatever it holds.
+    Micro-batches without trained tokens are left out.
     """
     tokens_N = metrics_N["tokens"]
     return {

@@ -18,9 +18,9 @@ from rftjax.models.decoder import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
-# Logits of a micro-batch that take no more bytes exist at once and are kept for the backward pass.
+# A micro-batch's logits of up to so many bytes are computed at once and kept for the backward pass.
 HEAD_BYTES = 1 << 28
-HEAD_CHUNK = 256  # scored positions a packed row whose logits exist at once beyond that
+HEAD_CHUNK = 256  # larger ones: scored positions a packed row whose logits exist at once
 
 Metrics = dict[str, jax.Array]
 
@@ -28,7 +28,7 @@ Metrics = dict[str, jax.Array]
 def weights(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Params | None]:
     """Returns the model's parameters and its scaled adapters (None in full fine-tuning).
 
-    With a scale of 1 nothing is computed: the state may then be one of shapes.
+    A scale of 1 computes nothing, so that the state may be abstract.
     """
     if not state.frozen:
         return state.trainable, None
@@ -64,10 +64,8 @@ def logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats.
 
-    They are those of the sampler's distribution: after temperature (`temperatures_RM` where given, else the one of
-    all), top-k, top-p and without padded ids. Where a
-    micro-batch's logits are large, they exist for one chunk of scored positions at a time, and not at all for chunks
-    without any.
+    The distribution is the sampler's: after temperature (`temperatures_RM` where given, else `temperature`), top-k and
+    top-p, without padded ids. Large logits exist for one chunk of scored positions at a time; empty chunks are skipped.
     """
     x_RXD = decoder.hidden(
         config,
@@ -106,7 +104,7 @@ def logprobs(
 
 
 def _chunked(score: Callable[..., tuple], used_RM: jax.Array) -> Callable[..., tuple]:
-    """Returns `score` in chunks of HEAD_CHUNK positions, skipped where none is used, computed again going back."""
+    """Returns `score` in chunks of HEAD_CHUNK positions: skips unused ones, recomputes each in the backward pass."""
     R, M = used_RM.shape
     chunk = min(HEAD_CHUNK, M)
     spare = ((0, 0), (0, -M % chunk))
@@ -143,7 +141,7 @@ def _log_likelihood(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[tuple, 
 def _statistics(logits_BV: jax.Array, targets_B: jax.Array) -> tuple[jax.Array, ...]:
     """Returns logprobs_B, entropies_B and the logarithm of the summed exponentials."""
     top_B = jnp.max(logits_BV, axis=-1)
-    # Logits measured from the largest, so that no digits are lost to their common part.
+    # Relative to the largest logit: a common offset would cost digits.
     below_BV = logits_BV - top_B[:, None]
     weights_BV = jnp.exp(below_BV)
     sum_B = jnp.sum(weights_BV, axis=-1)
@@ -254,11 +252,10 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
 
-    The state is donated. Micro-batches are summed in float32 under the whole step's denominators, so that their number
-    does not change the gradient. Where the norm of the gradient is not finite the state stays as it was, and
-    `update/nonfinite_share` is 1. `shardings` (a TrainState of them) is where the new state lies; `unroll`
-    runs the layers one by one instead of in a scan. `loss` and `term` are
-    `grpo.policy_loss`'s, `settings` are `logprobs`'s.
+    Donates the state. Sums the gradients of micro-batches in float32 under the whole step's denominators, so that their
+    number does not change the result. Where the gradient's norm is not finite the state stays as it was, and
+    `update/nonfinite_share` is 1. `shardings` is a TrainState with those of the new state; `unroll` runs the layers one
+    by one instead of in a scan. `loss` and `term` are `grpo.policy_loss`'s, `settings` are `logprobs`'s.
     """
 
     def micro_loss(

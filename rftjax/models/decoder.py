@@ -234,7 +234,7 @@ def rotate(x_BTHC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
 
 
 def packed_mask(groups_RX: jax.Array, segments_RX: jax.Array) -> jax.Array:
-    """Returns mask_RXX, true where a packed token attends (the rule is in `types.Batch`)."""
+    """Returns mask_RXX, true where a packed token attends (the rule is in `types.Pack`)."""
     X = groups_RX.shape[1]
     same_group = (groups_RX[:, :, None] == groups_RX[:, None, :]) & (groups_RX[:, :, None] > 0)
     visible = (segments_RX[:, :, None] == segments_RX[:, None, :]) | (segments_RX[:, None, :] == 0)
@@ -273,7 +273,7 @@ def hidden(
     remat: bool = False,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Returns the last layer's normed output x_RXD for packed rows (see `types.Batch`), which lie on the mesh."""
+    """Returns the last layer's normed output x_RXD for packed rows (see `types.Pack`), which lie on the mesh."""
     block: Any = Block(config)
     final_norm: Any = Norm(config)
     turn = rotation(config, positions_RX)
@@ -303,9 +303,10 @@ def hidden(
 
 
 def unroll(config: Config, tree: Params) -> Params:
-    """Returns the tree as `hidden` and `logits` run it fastest on CPU: a list of layers, and a head (D, V) of its own.
+    """Returns the tree in the form that runs fastest on CPU: a list of layers, and a separate head (D, V).
 
-    XLA rewrites a scan's stacked gradient as a whole in every layer, and its products read the head's rows faster.
+    In a scan, XLA's CPU backend copies the whole stacked gradient in every layer; a product with a (D, V) head is
+    faster than with the embedding (V, D).
     """
     one = [
         jax.tree.map(lambda leaf, at=at: leaf[at], tree["layers"]) for at in range(config.layers)

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-GONE = (
-    -1e30
-)  # a logit of a token that cannot be sampled; finite, so that gradients stay free of NaN
+# The logit of a token that cannot be sampled; finite, so that gradients stay free of NaN.
+GONE = -1e30
 BLOCK = 128  # tokens whose probabilities are summed before the running sum
-ROWS = 8  # of logits that a CPU works on at a time
+ROWS = 8  # rows of logits in a block on CPU
 
 
 class RowSettings(NamedTuple):
@@ -97,9 +96,9 @@ def draw(
 
 
 def by_rows(function: Callable[..., Any], *arrays: Any) -> Any:
-    """Returns function(*arrays), where everything has a leading axis of rows and no row needs another one.
+    """Returns function(*arrays) for arrays with a leading axis of independent rows.
 
-    On CPU a few rows at a time: what passes over the vocabulary leave for each other then stays in the caches.
+    On CPU, processes the vocabulary in row blocks so that each block stays in cache between passes.
     """
     count = jax.tree.leaves(arrays)[0].shape[0]
     size = math.gcd(count, ROWS)
@@ -109,7 +108,7 @@ def by_rows(function: Callable[..., Any], *arrays: Any) -> Any:
         results = jax.lax.map(lambda block: function(*block), split)
         return jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), results)
 
-    if size < ROWS:  # too few at a time to be worth a loop
+    if size < ROWS:  # blocks too small to be worth a loop
         return function(*arrays)
     return jax.lax.platform_dependent(*arrays, cpu=blocks, default=function)
 

@@ -1,10 +1,10 @@
-"""Products with weights whose gradients are summed in float32 whatever the compute dtype is.
+"""Products with weights, whose weight gradients are float32 in any compute dtype.
 
-All of a model's but those of a tied head that has no matrix of its own (`decoder.logits`).
+Used for every product of a model but that of a tied head without a matrix of its own (`decoder.logits`).
 
-Gradients are summed over micro-batches in float32, so rounding each of them to bfloat16 first would only lose bits. And
-on CPU, XLA multiplies bfloat16 at twice float32's speed except where the left operand is read by columns, as every
-weight gradient does: there it falls back to a float32 product.
+Micro-batch gradients are summed in float32, so rounding each to bfloat16 would only lose bits. On CPU, XLA's bfloat16
+product has twice the speed of float32, but falls back to float32 when the left operand is column-major, as it is in a
+weight gradient.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def plain(x: jax.Array, dy: jax.Array, *, inputs: int) -> jax.Array:
 
 
 def by_rows(x: jax.Array, dy: jax.Array, *, inputs: int, outputs: int) -> jax.Array:
-    """Returns the weight gradient from x transposed in memory."""
+    """Returns the weight gradient as a product with a row-major transpose of x."""
     x_MD = x.reshape(-1, math.prod(x.shape[x.ndim - inputs :]))
     dy_MF = dy.reshape(x_MD.shape[0], -1)
     dw_DF = jnp.dot(transposed(x_MD), dy_MF, preferred_element_type=jnp.float32)
@@ -73,6 +73,6 @@ def by_rows(x: jax.Array, dy: jax.Array, *, inputs: int, outputs: int) -> jax.Ar
 
 
 def transposed(x_MD: jax.Array) -> jax.Array:
-    """Returns the transpose laid out anew: XLA would otherwise only relabel the axes, and read by columns."""
+    """Returns the transpose as a copy in row-major order; without the barrier XLA would only relabel the axes."""
     flat = jax.lax.optimization_barrier(x_MD.T.reshape(-1))
     return flat.reshape(x_MD.shape[::-1])

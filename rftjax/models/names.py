@@ -1,10 +1,32 @@
-"""One table from our parameter paths to Hugging Face names, used in both directions."""
+"""Tables that families of the shared decoder declare: Hugging Face names, in both directions, and logical axes."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from rftjax.models.decoder import Config
+
+DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("embed", "embedding"): ("vocab", "width"),
+    ("head", "kernel"): ("width", "vocab"),
+    ("attention_norm", "scale"): ("gain",),
+    ("mlp_norm", "scale"): ("gain",),
+    ("final_norm", "scale"): ("gain",),
+    ("query", "kernel"): ("width", "heads", "channels"),
+    ("query", "bias"): ("heads", "channels"),
+    ("key", "kernel"): ("width", "kv_heads", "channels"),
+    ("key", "bias"): ("kv_heads", "channels"),
+    ("value", "kernel"): ("width", "kv_heads", "channels"),
+    ("value", "bias"): ("kv_heads", "channels"),
+    ("output", "kernel"): ("heads", "channels", "width"),
+    ("output", "bias"): ("width",),
+    ("gate", "kernel"): ("width", "ffn"),
+    ("gate", "bias"): ("ffn",),
+    ("up", "kernel"): ("width", "ffn"),
+    ("up", "bias"): ("ffn",),
+    ("down", "kernel"): ("ffn", "width"),
+    ("down", "bias"): ("width",),
+}
 
 
 class Name(NamedTuple):

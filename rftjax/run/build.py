@@ -21,6 +21,7 @@ from rftjax.devices import sharding
 from rftjax.devices.compilation import Compilations
 from rftjax.environments import Environments
 from rftjax.learning import custom
+from rftjax.models import logical_axes
 from rftjax.rollout import Rollout
 from rftjax.run import checkpoint, checks
 from rftjax.run.binding import stored_config
@@ -146,7 +147,8 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
         if read_ahead and not resumes:
             model.read_ahead()
         config = checks.fit_context(config, model)
-        replicated = sharding.replicated_axes(mesh, model.abstract_params)
+        axes = logical_axes(model.config)
+        replicated = sharding.replicated_axes(mesh, axes, model.abstract_params)
         for text in replicated:
             log.warning("%s", text)
         checks.check_environment(config, environments.active)

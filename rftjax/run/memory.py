@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from rftjax.devices import sharding
+from rftjax.models import logical_axes
 from rftjax.run.build import Parts
 from rftjax.run.training import batch_shape, make_learner
 from rftjax.sampler.pool import cache_length
@@ -63,7 +64,7 @@ def _weights(parts: Parts) -> float:
     shapes = jax.eval_shape(parts.sampler_weights.program(parts.state_builder.abstract_state).run)
     if parts.policy.mesh is None:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
-    places = sharding.decode_shardings(parts.policy.mesh, shapes)
+    places = sharding.decode_shardings(parts.policy.mesh, logical_axes(parts.policy.config), shapes)
     sized = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places
     )

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rftjax import policy
+from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
 from rftjax.learning import update
-from rftjax.learning.learner import GUARD
 from rftjax.models.decoder import Config
 from rftjax.rollout import Rollout
 from rftjax.sampler import device
@@ -89,7 +89,7 @@ class SamplerWeights:
         The sampler's previous weights are freed first.
         """
         self.release()
-        with jax.transfer_guard(GUARD):
+        with jax.transfer_guard(sharding.GUARD):
             weights = self.program(state, self._lora_scale).run()
             weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self._rollout.engine.set_params(weights)

@@ -16,7 +16,7 @@ from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.learning import optim, update
 from rftjax.learning.learner import initial_reference
-from rftjax.models import decoder
+from rftjax.models import decoder, logical_axes
 from rftjax.policy import Policy
 from rftjax.run.checkpoint import Checkpoints
 from rftjax.types import Params, TrainState
@@ -59,7 +59,7 @@ class StateBuilder:
         ]
         example = self.abstract_state
         if fixed:
-            base = sharding.shard_tree(self.mesh, self.policy.take(masters=False))
+            base = self._sharded(self.policy.take(masters=False))
             example = example._replace(**dict.fromkeys(fixed, base))
         return checkpoints.restore(step, example)[0]
 
@@ -67,7 +67,7 @@ class StateBuilder:
         """Returns step 0 with the shardings that an update returns: others would compile the second update again."""
         adapters = self.adapters
         params = self.policy.take(masters=adapters is None)
-        return sharding.shard_tree(self.mesh, self._make(params, adapters))
+        return self._sharded(self._make(params, adapters))
 
     def initial_policy(self) -> TrainState:
         """Returns the policy of step 0 alone, without what only training needs."""
@@ -81,7 +81,10 @@ class StateBuilder:
         """The abstract state: shapes, dtypes and shardings without data."""
         adapters = jax.eval_shape(lambda: new_adapters(self.config, self.policy))
         shapes = jax.eval_shape(self._make, self.policy.abstract_params, adapters)
-        return sharding.abstract_tree(self.mesh, shapes)
+        return sharding.abstract_tree(self.mesh, logical_axes(self.policy.config), shapes)
+
+    def _sharded(self, tree: Params) -> Any:
+        return sharding.shard_tree(self.mesh, logical_axes(self.policy.config), tree)
 
     def _make(self, params: Params, adapters: Params | None) -> TrainState:
         trainable, frozen, dtype = params, {}, self.config.model.dtype
@@ -110,7 +113,7 @@ def first_adapters(config: ConfigDict, model: Policy, mesh: Mesh) -> Params | No
         found = load_adapters(section.path, model.config, section.alpha)
         lora.check_like(section.path, found, adapters)
         adapters = found
-    return sharding.shard_tree(mesh, adapters)
+    return sharding.shard_tree(mesh, logical_axes(model.config), adapters)
 
 
 def load_adapters(path: str, model: Any, alpha: float) -> Params:

@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
-from rftjax.models import decoder
+from rftjax.models import decoder, logical_axes
 from rftjax.models.cached import attend
 from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
 from rftjax.types import Params
 
 Cache = list[tuple[jax.Array, jax.Array]]
+KEPT = -1  # the budget, in what the host gives, of a row that the device goes on with
 
 
 class Rows(NamedTuple):
@@ -52,7 +54,9 @@ def sampler_params(
     weights = decoder.cast(rest, config.dtype) | {"layers": layers}
     if mesh is None:
         return weights
-    return jax.lax.with_sharding_constraint(weights, sharding.decode_shardings(mesh, weights))
+    return jax.lax.with_sharding_constraint(
+        weights, sharding.decode_shardings(mesh, logical_axes(config), weights)
+    )
 
 
 def merge(tree: Params, adapters: Params) -> Params:
@@ -89,6 +93,24 @@ def idle_rows(slots: int, mesh: Mesh | None = None) -> Rows:
     settings = RowSettings(ones_B, ones_B, nothing_B)
     noise_B3 = jnp.zeros((slots, 3), jnp.int32)
     return _pin_rows(Rows(nothing_B, nothing_B, nothing_B, noise_B3, settings), mesh)
+
+
+def pack_rows(rows: Rows) -> np.ndarray:
+    """Returns the host's rows as int32 rows_B9, so that a dispatch takes one transfer; floats keep their bits.
+
+    Rows with a budget of KEPT stay on the device as they are.
+    """
+    settings = rows.settings
+    floats = [np.float32(one).view(np.int32) for one in (settings.temperature_B, settings.top_p_B)]
+    whole = (rows.token_B, rows.position_B, rows.budget_B, *rows.noise_B3.T)
+    return np.stack([*whole, *floats, settings.top_k_B], axis=1).astype(np.int32)
+
+
+def unpack_rows(rows_B9: jax.Array) -> Rows:
+    """Returns the rows that `pack_rows` packed."""
+    floats_B2 = jax.lax.bitcast_convert_type(rows_B9[:, 6:8], jnp.float32)
+    settings = RowSettings(floats_B2[:, 0], floats_B2[:, 1], rows_B9[:, 8])
+    return Rows(rows_B9[:, 0], rows_B9[:, 1], rows_B9[:, 2], rows_B9[:, 3:6], settings)
 
 
 def _pin_cache(cache: Cache, mesh: Mesh | None) -> Cache:
@@ -221,31 +243,32 @@ def decode(
     params: Params,
     cache: Cache,
     rows: Rows,
-    given: Rows,
-    given_B: jax.Array,
+    given_B9: jax.Array,
     stops_E: jax.Array,
     seed: jax.Array,
-    most: jax.Array,
-    enough: jax.Array,
+    bounds_2: jax.Array,
     *,
     steps: int,
     filtered: bool,
     limit: int,
     mesh: Mesh | None = None,
 ) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
-    """Samples up to `most` (of `steps`) tokens a row; returns cache, rows, tokens_BT (-1: none), logprobs_BT and the
-    steps taken.
+    """Samples tokens; returns cache, rows, tokens_BT (-1: none), logprobs_BT and the steps taken.
 
-    `rows` are those that the call before returned, but where `given_B` is true those of `given`. A row goes idle after
-    a stop token or at the end of its budget. The dispatch ends early when no more than `enough` rows are still active.
+    `rows` are those that the previous call returned; `given_B9` (see `pack_rows`) replaces some. A row goes idle after
+    a stop token or at the end of its budget. `bounds_2` holds `most`, the decode steps (up to `steps`), and `enough`:
+    the call ends early once no more rows than that are active.
     """
 
-    def run(params, cache, rows, given, given_B, stops_E, seed, most, enough) -> tuple:
+    def run(params, cache, rows, given_B9, stops_E, seed, bounds_2) -> tuple:
+        given = unpack_rows(given_B9)
+        given_B = given.budget_B != KEPT
         rows = jax.tree.map(
             lambda new, old: jnp.where(given_B.reshape((-1,) + (1,) * (old.ndim - 1)), new, old),
             given,
             rows,
         )
+        most, enough = bounds_2[0], bounds_2[1]
         return _decode(
             config, params, cache, rows, stops_E, seed, most, enough,
             steps=steps, filtered=filtered, limit=limit, mesh=mesh,
@@ -254,11 +277,11 @@ def decode(
     run = sharding.over_rows(
         mesh,
         run,
-        (False, True, True, True, True, False, False, False, False),
+        (False, True, True, True, False, False, False),
         (True, True, True, True, False),
     )
     cache, rows, tokens_BT, logprobs_BT, taken = run(
-        params, cache, rows, given, given_B, stops_E, seed, most, enough
+        params, cache, rows, given_B9, stops_E, seed, bounds_2
     )
     return _pin_cache(cache, mesh), _pin_rows(rows, mesh), tokens_BT, logprobs_BT, taken
 

@@ -5,10 +5,10 @@ environment. Its keys and values stay on the device in between, so each token is
 give their decode slot to others when there are any, and move to parked rows; where those are all taken, to the host's
 memory, from which they come back as they were.
 
-The device does not wait for the host: while it works on one dispatch, the next one is already launched, with what came
-in until then, and only then the host looks at the first one's tokens. A row that ended in the first is idle in the
-second. Where conversations wait for a slot that is a waste, so the second is a short one then, a bridge of a few steps
-until the host has given them the slots that came free; without a bridge the host looks first and the device waits.
+Dispatches are pipelined: while the device runs one, the host launches the next with the rows known by then, and only
+then reads the first one's tokens. A row that ended in the first is idle in the second. When conversations wait for a
+slot, idle rows are a waste: the second dispatch is then a short bridge of a few steps, until the host has given them
+the free slots. Without a bridge the host reads first and the device waits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -147,8 +146,8 @@ class Engine:
         self.steps, self.bridge = dispatch_steps, min(bridge_steps, dispatch_steps)
         self.stops, self.find_stop = set(stops), find_stop
         self.counters = Counters()
-        self._stops_E = jnp.asarray(list(stops) + [-2] * (STOPS - len(stops)), jnp.int32)
-        self._seed = jnp.asarray(seed, jnp.uint32)
+        stops_E = np.asarray([*stops, *[-2] * (STOPS - len(stops))], np.int32)
+        self._stops_E, self._seed = sharding.replicate(mesh, (stops_E, np.uint32(seed)))
         self._params: Params = None
         self._parked = parked
         self._pool = Pool(
@@ -171,9 +170,8 @@ class Engine:
         self._pool.clear()
         self._flight: _Flight | None = None
         self._rows: device.Rows | None = None
-        self._abandoned: set[int] = (
-            set()
-        )  # slots whose turn ended here while the device goes on with it
+        # Slots whose turn ended on the host while the device goes on with it.
+        self._abandoned: set[int] = set()
 
     def set_params(self, params: Params) -> None:
         """Takes new weights (from `device.sampler_params`); nothing cached under the old ones is used again."""
@@ -190,8 +188,8 @@ class Engine:
     def programs(
         self, params: Params, prompt: int, budget: int, *, filtered: bool = False
     ) -> list[Program]:
-        """Returns the calls that sampling begins with, to compile them before: for prompts of up to `prompt` tokens
-        and turns of up to `budget`. Of the weights only shapes and places count, and no cache is made."""
+        """Returns the calls that sampling begins with, to compile ahead: for prompts of up to `prompt` tokens and turns
+        of up to `budget`. The weights may be abstract, and the cache is."""
         tokens = min(prompt + min(budget, self._ahead), self.max_length)
         cache = self._pool.abstract_cache(tokens)
         return [
@@ -297,8 +295,8 @@ class Engine:
     def _admit(self) -> dict[int, int]:
         """Gives slots to queued conversations: those that may run longest first, then in the order of their noise keys.
 
-        A long one that starts late runs on alone, in steps as dear as those of full slots. Returns the rows that start
-        as copies, each with the one it is a copy of.
+        A long turn that starts late would decode alone, at the cost of full slots. Returns the rows that start as
+        copies, each with its source row.
         """
         copies: dict[int, int] = {}
         sources: set[int] = set()
@@ -357,7 +355,7 @@ class Engine:
         return False
 
     def _fill(self, running: list[_Conversation], copies: dict[int, int]) -> None:
-        """Computes all tokens but the last of every running conversation, rows that others copy first."""
+        """Prefills all tokens but the last of every running conversation, source rows of copies first."""
         while True:
             pieces: list[Piece] = []
             for c in running:
@@ -385,16 +383,17 @@ class Engine:
 
     @property
     def _ahead(self) -> int:
-        """Tokens that a row has room for beyond those known here; what lies in the air may have sampled `steps`."""
+        """Room in a row beyond the tokens that the host knows: a dispatch in flight may have sampled `steps`."""
         return max(GRANULE, 2 * self.steps)
 
     def _launch(self, running: list[_Conversation], most: int) -> _Flight:
         """Starts one dispatch of at most so many steps."""
-        # With others waiting, a dispatch ends once an eighth of its rows is idle instead of decoding for the few left.
+        # With others waiting, a dispatch ends once an eighth of its rows is idle.
         enough = len(running) * 7 // 8 if self._queue else 0
         filtered = any(c.params.filtered for c in running)
         call = self._decode(self._params, self._pool.cache, running, most, enough, filtered)
-        self._pool.cache, self._rows, *sampled = call.run()
+        with jax.transfer_guard(sharding.GUARD):
+            self._pool.cache, self._rows, *sampled = call.run()
         return _Flight([(c, c.slot, c.turn) for c in running], most, enough, *sampled)
 
     def _decode(
@@ -408,16 +407,16 @@ class Engine:
     ) -> Program:
         """Returns a dispatch; the host gives it the rows that are new or abandoned, the device has the others."""
         B = self.slots
-        given_B = np.zeros(B, bool)
-        token_B, position_B, budget_B = (np.zeros(B, np.int32) for _ in range(3))
+        token_B, position_B = np.zeros(B, np.int32), np.zeros(B, np.int32)
+        budget_B = np.full(B, device.KEPT, np.int32)
         noise_B3 = np.zeros((B, 3), np.int32)
         temperature_B, top_p_B = np.ones(B, np.float32), np.ones(B, np.float32)
         top_k_B = np.zeros(B, np.int32)
-        given_B[list(self._abandoned)] = True
+        budget_B[list(self._abandoned)] = 0
         self._abandoned = set()
         for c in running:
             if not c.given:
-                c.given = given_B[c.slot] = True
+                c.given = True
                 token_B[c.slot], position_B[c.slot] = c.tokens[-1], len(c.tokens) - 1
                 budget_B[c.slot], noise_B3[c.slot] = c.budget, c.noise
                 temperature_B[c.slot] = c.params.temperature
@@ -430,26 +429,26 @@ class Engine:
             params,
             cache,
             self._rows or device.idle_rows(B, self.mesh),
-            given,
-            given_B,
+            sharding.put_rows(self.mesh, device.pack_rows(given)),
             self._stops_E,
             self._seed,
-            np.int32(most),
-            np.int32(enough),
+            sharding.replicate(self.mesh, np.asarray([most, enough], np.int32)),
         )
         settings = {"steps": self.steps, "filtered": filtered, "limit": self.limit}
         return Program(device.decode, arguments, settings | {"mesh": self.mesh})
 
     def _land(self, flight: _Flight) -> list[SampledTurn]:
         """Waits for a dispatch and takes its tokens; returns the turns that it ended."""
-        tokens_BT, logprobs_BT = np.asarray(flight.tokens_BT), np.asarray(flight.logprobs_BT)
-        self.counters.decode_steps += int(flight.steps)
+        with jax.transfer_guard(sharding.GUARD):
+            results = jax.device_get((flight.tokens_BT, flight.logprobs_BT, flight.steps))
+        tokens_BT, logprobs_BT, steps = results
+        self.counters.decode_steps += int(steps)
         self.counters.dispatches += 1
         turns = []
         for c, slot, number in flight.running:
             count = int((tokens_BT[slot] >= 0).sum())
-            # A turn that ended in the dispatch before has none here, or some behind its stop string; its conversation
-            # may be closed, or in its next turn.
+            # A turn that ended in the previous dispatch has no tokens here, or some behind its stop string; its
+            # conversation may be closed, or in its next turn.
             if count and self._open.get(c.key) is c and c.turn == number and c.budget > 0:
                 tokens = tokens_BT[slot, :count].tolist()
                 turns.append(self._take(c, tokens, logprobs_BT[slot, :count].tolist()))

@@ -1,4 +1,4 @@
-"""The rows of the KV cache as the host sees them: what each one holds, and the calls that fill, copy and park rows."""
+"""The KV cache on the host's side: which prompt each row holds, and the calls that fill, copy and park rows."""
 
 from __future__ import annotations
 
@@ -89,9 +89,10 @@ class Pool:
             self._starting.setdefault(start, set()).add(row)
 
     def nearest(self, prompt: Prompt, row: int, avoid: Iterable[int]) -> tuple[int, int]:
-        """Returns how many tokens of the prompt some row holds, and which row: this one if it can, late those to avoid.
+        """Returns how many first tokens of the prompt a row holds, and that row: `row` if it can, else rather not one
+        of `avoid`.
 
-        In whole chunks, so that each token is computed in the same call as it would be in a row of its own.
+        Counts whole chunks, so that each token is computed by the same call as in a row of its own.
         """
         for count in range(len(prompt.starts), 0, -1):
             if rows := self._starting.get(prompt.starts[count - 1]):
@@ -122,7 +123,7 @@ class Pool:
     def evict(self, slot: int) -> Saved:
         """Returns a decoding row as a copy in the host's memory, bit for bit what it holds."""
         assert self.cache is not None
-        # One row a device is the least that a mesh can lay out; the first one is used.
+        # A mesh needs at least one row a device; only the first holds data.
         block = device.new_cache(self.config, self.shards, self.cache[0][0].shape[2], self.mesh)
         taken = jax.device_get(self._move(block, self.cache, [(0, slot)]))
         return [(keys[0].copy(), values[0].copy()) for keys, values in taken]
@@ -143,7 +144,7 @@ class Pool:
         self.cache = self._move(self.cache, block, [(slot, 0)])
 
     def fill(self, params: Params, pieces: list[Piece]) -> None:
-        """Computes new tokens into their rows, each in chunks of its own, whoever shares the calls."""
+        """Prefills new tokens into their rows; the chunks of a row do not depend on the others in the call."""
         share = self.slots // self.shards
         B = self.shards * self.rows
         # A shard's pieces with how many of their tokens are in, the next one to compute last.
@@ -165,16 +166,9 @@ class Pool:
                     for slot, start, tokens, done in reversed(taken)
                     if done + self.chunk < len(tokens)
                 ]
-            self.cache = device.prefill(
-                self.config,
-                params,
-                self.cache,
-                rows_B,
-                tokens_BT,
-                start_B,
-                count_B,
-                mesh=self.mesh,
-            )
+            new = sharding.put_rows(self.mesh, (rows_B, tokens_BT, start_B, count_B))
+            with jax.transfer_guard(sharding.GUARD):
+                self.cache = device.prefill(self.config, params, self.cache, *new, mesh=self.mesh)
 
     def abstract_cache(self, tokens: int) -> Any:
         """Returns the abstract cache that `reserve` makes for so many tokens."""
@@ -189,8 +183,10 @@ class Pool:
         B, settings = self.shards * self.rows, {"mesh": self.mesh}
         nothing_B = np.zeros(B, np.int32)
         tokens_BT = np.zeros((B, self.chunk), np.int32)
-        filling = (self.config, params, cache, nothing_B, tokens_BT, nothing_B, nothing_B)
-        copying = (cache, None, np.zeros(COPIES, np.int32), np.zeros(COPIES, np.int32))
+        new = sharding.put_rows(self.mesh, (nothing_B, tokens_BT, nothing_B, nothing_B))
+        filling = (self.config, params, cache, *new)
+        pairs = sharding.replicate(self.mesh, (np.zeros(COPIES, np.int32),) * 2)
+        copying = (cache, None, *pairs)
         return [
             Program(device.prefill, filling, settings),
             Program(device.copy_rows, copying, settings),
@@ -213,7 +209,9 @@ class Pool:
             from_B = np.zeros(COPIES, np.int32)
             to_B[: len(part)] = [to for to, _ in part]
             from_B[: len(part)] = [origin for _, origin in part]
-            target = device.copy_rows(target, source, to_B, from_B, mesh=self.mesh)
+            moves = sharding.replicate(self.mesh, (to_B, from_B))
+            with jax.transfer_guard(sharding.GUARD):
+                target = device.copy_rows(target, source, *moves, mesh=self.mesh)
         return target
 
 

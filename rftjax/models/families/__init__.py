@@ -1,1 +1,1 @@
-"""One file a model family: its config, its name table."""
+"""One file a model family: its config, its name table, the logical axes of its parameters."""
