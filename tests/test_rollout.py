@@ -204,6 +204,14 @@ def test_the_turn_limit_ends_a_conversation(rollout):
     assert any(t.finish_reason == "turns" for t in trajectories)
 
 
+def test_every_turn_has_the_limit_of_a_turn(rollout):
+    run = rollout(CHATTY)
+    trajectories = run(tasks(3), 2, SamplingParams(3, max_turns=3))
+    assert max(one.turns for one in trajectories) > 1
+    turns = [turn for one in trajectories for turn in run.engine.turns_of(one)]
+    assert max(len(turn.tokens) for turn in turns) == 3
+
+
 def test_the_length_limit_ends_a_conversation(rollout):
     trajectories = rollout(CHATTY, max_length=20)(tasks(3), 3, PARAMS)
     assert all(len(t.sequences[0].tokens) <= 20 for t in trajectories)
