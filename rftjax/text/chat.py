@@ -400,11 +400,6 @@ def instability(tokenizer: Any) -> str:
     return rewriting(tokenizer, plain[:2], [answer])
 
 
-def is_prefix_stable(tokenizer: Any) -> bool:
-    """Returns whether each turn of a sample conversation renders as a prefix of the next."""
-    return not instability(tokenizer)
-
-
 def drops_tools(tokenizer: Any, messages: list[Message], tools: list[Any]) -> bool:
     """Says whether the template renders the same with and without the tools, so that the model never sees them."""
     return _text(tokenizer, messages, True, tools) == _text(tokenizer, messages, True, None)
