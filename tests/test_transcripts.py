@@ -29,7 +29,7 @@ def test_compressed_and_plain_rollouts_are_read_by_step_and_stream(tmp_path):
     line = (json.dumps(RECORD) + "\n").encode()
     for name in ("step_000002.jsonl", "heldout_000000.jsonl", "heldout-hard_000003.jsonl"):
         (tmp_path / "rollouts" / name).write_bytes(line)
-    (tmp_path / "rollouts" / "step_000001.jsonl.gz").write_bytes(gzip.compress(line * 2))
+    (tmp_path / "rollouts" / "step_000001.jsonl.gz").write_bytes(gzip.compress(line * 2, mtime=0))
     (tmp_path / "rollouts" / ".step_000004.jsonl.tmp").write_bytes(line)
     found = dict(transcripts.series(tmp_path, "train"))
     assert list(found) == [1, 2] and list(map(len, found.values())) == [2, 1]
@@ -37,7 +37,7 @@ def test_compressed_and_plain_rollouts_are_read_by_step_and_stream(tmp_path):
     assert list(transcripts.files(tmp_path, "heldout")) == [0]
 
 
-@pytest.mark.parametrize("name, data", [("a.jsonl", b"{"), ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:20])])  # fmt: skip
+@pytest.mark.parametrize("name, data", [("a.jsonl", b"{"), ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:20])])  # fmt: skip
 def test_a_damaged_file_is_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: is no file of rollouts"):
