@@ -37,7 +37,10 @@ def test_compressed_and_plain_rollouts_are_read_by_step_and_stream(tmp_path):
     assert list(transcripts.files(tmp_path, "heldout")) == [0]
 
 
-@pytest.mark.parametrize("name, data", [("a.jsonl", b"{"), ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:20])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.jsonl", b"{"), ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:20])],
+)
 def test_a_damaged_file_is_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: is no file of rollouts"):
