@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from rftjax.types import Score, Task, Trajectory
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ANY: Mapping[str, str] = MappingProxyType(dict.fromkeys(_LETTERS, ""))
 # Digits as labels are read as these letters, without I, which is a word.
 _OF_DIGITS = dict(zip("1234567890", "ABCDEFGHJK", strict=True))
 _ONE_LETTER = re.compile(r"(?<![\w'\\])[A-HJKa-k](?![\w'\u2019])")
@@ -92,7 +94,7 @@ def _choices(task: Task) -> dict[str, str]:
     question = next((m for m in reversed(task.messages) if m.get("role") == "user"), {})
     listed = {"".join(pair) for pair in _LISTED.findall(str(question.get("content", "")))}
     count = next(i for i, letter in enumerate([*_LETTERS, ""]) if letter not in listed)
-    return dict.fromkeys(_LETTERS[:count] if count > 1 else _LETTERS, "")
+    return dict.fromkeys(_LETTERS[:count], "") if count > 1 else dict(_ANY)
 
 
 def _wanted(task: Task, choices: Mapping[str, str]) -> str:
@@ -116,7 +118,7 @@ def _are_digits(choices: Mapping[str, str]) -> bool:
     return not any(label in _LETTERS for label in choices)
 
 
-def _chosen(completion: str, choices: Mapping[str, str]) -> str:
+def _chosen(completion: str, choices: Mapping[str, str] = _ANY) -> str:
     """Label that the completion names, empty where it names none or several."""
     text = _plain(completion)
     label_of = {label: label for label in choices}
