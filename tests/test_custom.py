@@ -114,7 +114,7 @@ def test_a_term_keeps_samples_of_advantage_zero_in_the_update():
     section = configs.base_config().grpo.to_dict() | grpo.preset_fields("grpo")
     for name, wanted in (("", True), ("file.py:term", False)):
         one = learner.Learner(section | {"loss": name}, {}, None, None, None, 1, 8)
-        assert one._lean == wanted
+        assert one._skip_zero == wanted
 
 
 def test_a_run_uses_its_own_functions_and_keeps_them_on_resume(tiny_dir, functions, tmp_path):

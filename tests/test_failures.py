@@ -110,7 +110,7 @@ def test_a_platform_that_is_not_there_is_said_in_one_line(program):
 def test_a_fault_is_on_the_screen_and_in_the_workdir(program, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif 'rftjax.main' in ' '.join(sys.orig_argv) and '--workdir=run' in sys.orig_argv:\n"
-        "    import rftjax.train\n    rftjax.train.TaskStream = None\n"
+        "    import rftjax.train\n    rftjax.train.task_stream = None\n"
     )
     code, error = program(PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     kept = (tmp_path / "run" / "errors.txt").read_text()
