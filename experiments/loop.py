@@ -19,7 +19,7 @@ import rftjax
 from rftjax import grpo
 from rftjax.policy import Policy
 from rftjax.scoring import as_score
-from rftjax.tasks import TaskStream
+from rftjax.tasks import TaskStream, load
 from rftjax.text import chat
 from rftjax.types import Task, Trajectory
 
@@ -110,11 +110,10 @@ def rows(trajectories: Sequence[Trajectory], length: int) -> tuple[np.ndarray, n
 if __name__ == "__main__":
     from pathlib import Path
 
-    from rftjax import tasks
     from rftjax.config.fields import embedded_model
     from rftjax.evaluators.json_record import evaluate
 
-    loaded = tasks.load(f"{Path(__file__).absolute().parent}/facts.py:rows")
+    loaded = load(f"{Path(__file__).absolute().parent}/facts.py:rows")
     model = rftjax.load(embedded_model())
     for step, metrics in enumerate(train(model, loaded, evaluate, steps=4), start=1):
         print(f"step {step}  reward {metrics['reward/mean']:.2f}  loss {metrics['loss']:+.4f}")
