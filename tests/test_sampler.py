@@ -175,6 +175,33 @@ def test_what_was_sampled_behind_a_stop_string_leaves_nothing_behind(params, wei
         assert len(gap) > 60 and gap.max() < 1e-4
 
 
+def test_a_conversation_may_have_a_stop_of_its_own_and_tells_what_it_has_so_far(weights):
+    def at_five(tokens, start):
+        return 5 if len(tokens) >= 5 else 0
+
+    prompts, so_far = random_prompts(2, seed=5), []
+    engine = new_engine(weights, dispatch_steps=2)
+    engine.open((0, 0), prompts[0], 9, noise_key(0, 0, 0), find_stop=at_five)
+    engine.open((1, 0), prompts[1], 9, noise_key(0, 1, 0))
+    turns = {}
+    while engine.busy:
+        found = engine.step()
+        turns |= {turn.key: turn for turn in found}
+        so_far.append(engine.sampled((1, 0), 1))
+    assert [len(turns[index, 0].tokens) for index in (0, 1)] == [5, 9]
+    assert turns[0, 0].stopped and not turns[1, 0].stopped
+    whole = turns[1, 0].tokens[1:], turns[1, 0].logprobs[1:]
+    assert so_far[0] == (whole[0][:1], whole[1][:1]) and so_far[-1] == whole
+
+
+def test_conversations_of_a_lower_rank_get_slots_first(weights):
+    engine = new_engine(weights, slots=1)
+    for index, (rank, budget) in enumerate([(2, 9), (1, 3), (1, 5), (0, 1)]):
+        key = (index, 0)
+        engine.open(key, [2, 3, index + 4], budget, noise_key(0, *key), rank=rank)
+    assert [index for index, _ in finish(engine)] == [3, 2, 1, 0]
+
+
 def test_a_sequence_that_starts_over_draws_noise_of_its_own(weights):
     prompt, sampled = random_prompts(1)[0], []
     for sequence in (0, 1, 0, 2):

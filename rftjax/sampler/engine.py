@@ -78,11 +78,13 @@ class _Conversation:
     turn: int = 0
     turn_tokens: list[int] = dataclasses.field(default_factory=list)
     turn_logprobs: list[float] = dataclasses.field(default_factory=list)
+    find_stop: FindStop | None = None
+    rank: int = 0
 
     @property
-    def order(self) -> tuple[int, tuple[int, int, int]]:
-        """Sorts the queue: those that may run longest first, then in the order of their noise keys."""
-        return -self.budget, self.noise
+    def order(self) -> tuple[int, int, tuple[int, int, int]]:
+        """Sorts the queue by rank, then those that may run longest first, then in the order of their noise keys."""
+        return self.rank, -self.budget, self.noise
 
 
 @dataclasses.dataclass
@@ -204,11 +206,15 @@ class Engine:
         budget: int,
         noise: NoiseKey,
         params: SamplingParams = DEFAULT_PARAMS,
+        *,
+        find_stop: FindStop | None = None,
+        rank: int = 0,
     ) -> None:
         """Starts a conversation: its first turn samples up to `budget` tokens after the prompt's.
 
         Conversations with the same prompt share its computation. Of `params` the limits are the caller's: it sets the
-        budget of each turn and decides about the next one.
+        budget of each turn and decides about the next one. `find_stop` takes the place of the engine's; conversations
+        of a lower `rank` get slots first.
         """
         self._check_budget(len(tokens), budget)
         prompt, last = list(tokens), self._last
@@ -218,6 +224,7 @@ class Engine:
             self._check_ids(prompt)
             group = self._pool.prompt(prompt)
         conversation = _Conversation(key, noise, params, list(prompt), prompt, group, budget=budget)
+        conversation.find_stop, conversation.rank = find_stop or self.find_stop, rank
         self._open[key] = self._last = conversation
         bisect.insort(self._queue, conversation, key=lambda c: c.order)
 
@@ -265,6 +272,11 @@ class Engine:
             del self._queue[at]
         if conversation.parked >= 0:
             self._free_parked.append(conversation.parked)
+
+    def sampled(self, key: Key, start: int = 0) -> tuple[list[int], list[float]]:
+        """Returns the tokens, from number `start`, and log-probabilities of a turn so far."""
+        conversation = self._open[key]
+        return conversation.turn_tokens[start:], conversation.turn_logprobs[start:]
 
     @property
     def rows(self) -> int:
@@ -459,7 +471,7 @@ class Engine:
     ) -> SampledTurn | None:
         """Appends a row's new tokens to its conversation; returns the turn where it ended."""
         before = len(c.turn_tokens)
-        end = self.find_stop(c.turn_tokens + tokens, before) if self.find_stop else 0
+        end = c.find_stop(c.turn_tokens + tokens, before) if c.find_stop else 0
         if end:
             tokens, logprobs = tokens[: end - before], logprobs[: end - before]
             self._abandoned.add(c.slot)
