@@ -7,7 +7,6 @@ import pytest
 from jax import export
 
 from rftjax.models import attention
-from rftjax.models.decoder import packed_mask
 
 
 def inputs(T: int, heads: int = 6, dtype: str = "float32", rows: int = 2):
@@ -19,7 +18,7 @@ def inputs(T: int, heads: int = 6, dtype: str = "float32", rows: int = 2):
     for piece, (start, end) in enumerate(itertools.pairwise(cuts)):
         groups[:, start:end] = 1 + piece // 4
         segments[:, start:end] = piece % 4
-    return q, k, v, packed_mask(jnp.asarray(groups), jnp.asarray(segments))
+    return q, k, v, attention.Layout(groups, segments, np.zeros_like(groups)).mask()
 
 
 def gradients(form, q, k, v, mask):

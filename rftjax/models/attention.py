@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,41 @@ CUDNN = "cudnn"  # as JAX names it
 FORMS = ("blocked", "plain", "cudnn", "splash")
 
 
+class Layout(NamedTuple):
+    """Which tokens of a row see each other, as `types.Pack` says it with arrays of these names."""
+
+    groups_BT: jax.Array
+    segments_BT: jax.Array
+    positions_BT: jax.Array
+
+    def mask(self, window: Any = None) -> jax.Array:
+        """Returns mask_BTT, true where a token attends, at most `window` - 1 positions back (None: no limit)."""
+        groups_BT, segments_BT, positions_BT = self
+        mine_BT1, own_BT1 = groups_BT[:, :, None], segments_BT[:, :, None]
+        theirs_B1T, other_B1T = groups_BT[:, None], segments_BT[:, None]
+        mask_BTT = (mine_BT1 == theirs_B1T) & (mine_BT1 > 0)
+        mask_BTT &= (own_BT1 == other_B1T) | (other_B1T == 0)
+        mask_BTT &= jnp.tril(jnp.ones(mask_BTT.shape[1:], bool))[None]
+        if window is None:
+            return mask_BTT
+        return mask_BTT & (positions_BT[:, :, None] - positions_BT[:, None] < window)
+
+
 def attend(
     form: str,
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
-    mask_BTT: jax.Array,
+    layout: Layout,
+    window: Any = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `splash` on TPUs only.
 
-    On a mesh, B lies over data and fsdp and is a multiple of their devices; only `splash` needs to know.
+    `window` limits how many positions back a token sees, itself included. On a mesh, B lies over data and fsdp and is a
+    multiple of their devices; only `splash` needs to know.
     """
+    mask_BTT = layout.mask(window)
     if form == "splash":
         run = sharding.over_heads(mesh, splash, k_BTKC.shape[2])
         return run(q_BTHC, k_BTKC, v_BTKC, mask_BTT)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rftjax.models.attention import attend, plain
+from rftjax.models.attention import Layout, attend, plain
 from rftjax.models.linear import linear
 from rftjax.types import Params
 
@@ -233,14 +233,6 @@ def rotate(x_BTHC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Arra
     return jnp.concatenate(turned, axis=-1).astype(x_BTHC.dtype)
 
 
-def packed_mask(groups_RX: jax.Array, segments_RX: jax.Array) -> jax.Array:
-    """Returns mask_RXX, true where a packed token attends (the rule is in `types.Pack`)."""
-    X = groups_RX.shape[1]
-    same_group = (groups_RX[:, :, None] == groups_RX[:, None, :]) & (groups_RX[:, :, None] > 0)
-    visible = (segments_RX[:, :, None] == segments_RX[:, None, :]) | (segments_RX[:, None, :] == 0)
-    return same_group & visible & jnp.tril(jnp.ones((X, X), bool))[None]
-
-
 def reading_dtype(name: str, dtype: str) -> str:
     """Returns the dtype in which the forward pass reads a parameter whose path ends in `name`: norm gains in float32,
     all else in the compute dtype."""
@@ -277,14 +269,13 @@ def hidden(
     block: Any = Block(config)
     final_norm: Any = Norm(config)
     turn = rotation(config, positions_RX)
-    mask_RXX = packed_mask(groups_RX, segments_RX)
-    distance_RXX = positions_RX[:, :, None] - positions_RX[:, None, :]
+    layout = Layout(groups_RX, segments_RX, positions_RX)
 
     def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
         tree, window = inputs
         q, k, v = block.apply(tree, x_RXD, turn, method="before")
-        mask = mask_RXX & (distance_RXX < window) if config.windowed else mask_RXX
-        attended = attend(config.attention, q, k, v, mask, mesh)
+        limit = window if config.windowed else None
+        attended = attend(config.attention, q, k, v, layout, limit, mesh)
         return block.apply(tree, x_RXD, attended, method="after"), None
 
     trees = {"params": params["layers"]} | ({"lora": lora["layers"]} if lora else {})
