@@ -17,8 +17,8 @@ import optax
 
 import rftjax
 from rftjax import grpo
+from rftjax.evaluators.forms.form import as_score
 from rftjax.policy import Policy
-from rftjax.scoring import as_score
 from rftjax.tasks import TaskStream, load
 from rftjax.text import chat
 from rftjax.types import Task, Trajectory

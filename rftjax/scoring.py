@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import decimal
-import inspect
+import dataclasses
+import functools
+import json
 import math
-import numbers
-import random
-import sys
-import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from rftjax.errors import UserError
+from rftjax.evaluators.forms.form import ALL, GROUP, SAMPLE, invalid, number
 from rftjax.monitor import reasons
 from rftjax.types import Score, Trajectory
-from rftjax.workers.plain import FLOAT32_MAX, scalar
 from rftjax.workers.pool import WorkerError, Workers, done
 
 UNANSWERED = "nothing was sampled: what came before the first answer fills rollout.max_length"
@@ -30,10 +26,21 @@ class EvaluatorError(UserError):
     """Too many samples could not be scored; the caller saves a checkpoint before it propagates."""
 
 
-class Scorer:
-    """Runs `evaluator` ("module:name" or "file.py:name") in `workers` processes.
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """One call of the evaluator and the samples in it; `apart` are calls of each one alone, after a failure."""
 
-    Without an `evaluator` the reward is the sum of the turn rewards. `timeout_s` limits a call; `env` lists environment
+    members: list[Trajectory]
+    future: concurrent.futures.Future[list[Score]] | None = None
+    apart: list[concurrent.futures.Future[list[Score]]] = dataclasses.field(default_factory=list)
+    seen: int = 0  # samples of the group that have ended, those without a score included
+
+
+class Scorer:
+    """Runs `evaluator`, one or a weighted sum of several (`workers.named`), in `workers` processes.
+
+    An evaluator of whole groups is called when the last sample of a group has ended. Without an `evaluator` the reward
+    is the sum of the turn rewards. `timeout_s` limits a call; `env` lists environment
     variables to pass on besides the harmless ones. Python's and NumPy's global generators are seeded from `seed` and
     the sample before each call of a synchronous evaluator. The constructor raises ValueError where the import fails;
     call it before JAX is used. Errors name the config field `field`.
@@ -58,7 +65,8 @@ class Scorer:
         self._seed = seed
         self._name = f"{field}={evaluator!r}"
         # Keyed by identity: several task streams have the same draw and sample.
-        self._pending: dict[int, tuple[Trajectory, concurrent.futures.Future[Score]]] = {}
+        self._pending: dict[int, _Call] = {}
+        self._groups: dict[tuple[int, int], _Call] = {}  # not yet called; by task and draw
         self._details: dict[str, str] = {}
         self._workers: Workers | None = None
         if evaluator:
@@ -66,42 +74,94 @@ class Scorer:
                 evaluator,
                 workers,
                 timeout_s,
-                wrapper="rftjax.scoring:evaluation",
+                wrapper="rftjax.evaluators.forms.load:evaluation",
                 field=field,
                 limit_field="scoring.timeout_s",
                 env=env,
                 env_field="scoring.env",
             )
+        form = json.loads(self._workers.about) if self._workers else {}
+        self._scope, self._separable = form.get("scope", SAMPLE), form.get("separable", False)
+        self.form = form.get("kind", "sum of the turn rewards")  # what the evaluator was taken for
 
-    def submit(self, trajectory: Trajectory) -> None:
-        """Starts scoring a finished trajectory and returns at once; a second call does nothing."""
+    def submit(self, trajectory: Trajectory, group_size: int = 0) -> None:
+        """Starts scoring a finished trajectory and returns at once; a second call does nothing.
+
+        With an evaluator of groups, the call starts when `group_size` samples of the draw were submitted (0: in
+        `gather`).
+        """
         if id(trajectory) in self._pending:
             return
+        score = self._without_call(trajectory)
+        call = _Call([trajectory], future=done([score]) if score else None)
+        self._pending[id(trajectory)] = call
+        if self._scope == SAMPLE and not score:
+            self._start(call)
+        elif self._scope == GROUP:
+            key = id(trajectory.task), trajectory.draw
+            group = self._groups.setdefault(key, _Call([]))
+            group.seen += 1
+            if not score:
+                group.members.append(trajectory)
+                self._pending[id(trajectory)] = group
+            if group.seen == group_size:
+                self._start(self._groups.pop(key))
+
+    def of_groups(self, size: int) -> Callable[[Trajectory], None]:
+        """Returns `submit` for trajectories that come in groups of this size."""
+        return functools.partial(self.submit, group_size=size)
+
+    def _without_call(self, trajectory: Trajectory) -> Score | None:
+        """Returns the score of a sample that the evaluator does not see."""
         if trajectory.finish_reason == "error":
-            future = done(_invalid(f"environment: {trajectory.error or 'no reason given'}"))
-        elif trajectory.unanswered:
-            future = done(_invalid(UNANSWERED))
-        elif self._workers is None:
-            future = done(_sum_of_turns(trajectory))
-        else:
-            future = self._workers.submit(self._seed, trajectory)
-        self._pending[id(trajectory)] = (trajectory, future)
+            return invalid(f"environment: {trajectory.error or 'no reason given'}")
+        if trajectory.unanswered:
+            return invalid(UNANSWERED)
+        return None if self._workers else _sum_of_turns(trajectory)
+
+    def _start(self, call: _Call) -> None:
+        if call.members and self._workers:
+            call.members.sort(
+                key=lambda one: (one.draw, one.sample)
+            )  # whatever order they ended in
+            call.future = self._workers.submit(self._seed, call.members)
 
     def gather(self, trajectories: list[Trajectory]) -> list[Score]:
         """Submits `trajectories` that are not yet submitted, waits for all scores and sets `trajectory.score`."""
         for trajectory in trajectories:
             self.submit(trajectory)
         for trajectory in trajectories:
-            _, future = self._pending.pop(id(trajectory), (None, None))
-            if future is None:  # the same trajectory twice in the list
+            if call := self._groups.pop((id(trajectory.task), trajectory.draw), None):
+                self._start(call)
+        if self._scope == ALL:
+            together = _Call([one for one in trajectories if not self._pending[id(one)].future])
+            self._pending |= {id(one): together for one in together.members}
+            self._start(together)
+        for trajectory in trajectories:
+            call = self._pending.pop(id(trajectory), None)
+            if call is None:  # the same trajectory twice in the list
                 continue
             try:
-                trajectory.score = future.result()
+                trajectory.score = self._result(call, trajectory)
             except WorkerError as error:
-                trajectory.score = _invalid(str(error))
+                trajectory.score = invalid(str(error))
                 trajectory.bystander = error.bystander
                 self._details.setdefault(str(error), error.details)
         return [trajectory.score for trajectory in trajectories if trajectory.score is not None]
+
+    def _result(self, call: _Call, trajectory: Trajectory) -> Score:
+        """Waits for a sample's score; of a separable group whose call failed, each sample is tried alone."""
+        assert call.future is not None
+        place = next(at for at, one in enumerate(call.members) if one is trajectory)
+        try:
+            return call.future.result()[place]
+        except WorkerError:
+            if not self._separable or len(call.members) == 1:
+                raise
+        if not call.apart:
+            assert self._workers is not None
+            call.apart = [self._workers.submit(self._seed, [one]) for one in call.members]
+        return call.apart[place].result()[0]
 
     def check(self, scores: list[Score]) -> None:
         """Raises EvaluatorError with the commonest reasons if more than `max_error_share` of `scores` are invalid."""
@@ -163,121 +223,8 @@ def error_share(scores: list[Score]) -> float:
     return sum(not score.valid for score in scores) / max(1, len(scores))
 
 
-def evaluation(evaluate: Callable[..., Any]) -> Callable[[int, Trajectory], Any]:
-    """Runs in a worker process: wraps an evaluator so that it returns a checked Score.
-
-    A class with `__call__` is instantiated once, without arguments.
-    """
-    if inspect.isclass(evaluate):
-        evaluate = _made(evaluate)
-    try:
-        names = [*inspect.signature(evaluate).bind("task", "trajectory").arguments]
-    except TypeError as error:
-        raise UserError(
-            f"evaluator: must be callable as evaluate(task, trajectory), but {error}"
-        ) from None
-    except ValueError:  # no signature available
-        names = []
-    if names == ["trajectory", "task"]:
-        raise UserError(
-            "evaluator: is called as evaluate(task, trajectory), but names its arguments the other way round"
-        )
-
-    async def evaluate_async(seed: int, trajectory: Trajectory) -> Score:
-        return as_score(await evaluate(trajectory.task, trajectory))
-
-    def evaluate_sync(seed: int, trajectory: Trajectory) -> Any:
-        _seed_generators(f"{seed} {trajectory.task.id} {trajectory.draw} {trajectory.sample}")
-        value = evaluate(trajectory.task, trajectory)
-        return _score_later(value) if inspect.isawaitable(value) else as_score(value)
-
-    if inspect.iscoroutinefunction(evaluate) or inspect.iscoroutinefunction(evaluate.__call__):
-        return evaluate_async
-    return evaluate_sync
-
-
-def _made(evaluator: type) -> Callable[..., Any]:
-    if "__call__" not in dir(evaluator) or not any(
-        "__call__" in vars(one) for one in evaluator.__mro__
-    ):
-        raise UserError(
-            f"evaluator: {evaluator.__name__} is a class whose objects cannot be called; "
-            "give it __call__(self, task, trajectory), or name a function"
-        )
-    try:
-        inspect.signature(evaluator).bind()
-    except TypeError as error:
-        raise UserError(
-            f"evaluator: the class {evaluator.__name__} is made without arguments, but {error}; "
-            "give them defaults, or name an object of the class"
-        ) from None
-    return evaluator()
-
-
-async def _score_later(value: Any) -> Score:
-    return as_score(await value)
-
-
-def as_score(value: Any) -> Score:
-    """Returns an evaluator's result as a Score of plain numbers; raises ValueError for anything else."""
-    if not isinstance(value, Score):
-        return Score(_number(value, "the evaluator's result"))
-    valid = scalar(value.valid)  # a NumPy comparison gives a NumPy bool
-    if not isinstance(valid, bool) or not isinstance(value.reason, (str, type(None))):
-        raise ValueError("Score.valid must be a bool and Score.reason a str")
-    if not valid:
-        return _invalid(value.reason or "the evaluator calls it invalid")
-    fields = {"parts": value.parts, "metrics": value.metrics}
-    for field, found in fields.items():
-        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-            raise ValueError(f"Score.{field} must be a dict of names and numbers")
-    parts, metrics = (
-        {name: _number(one, f"Score.{field}[{name!r}]") for name, one in found.items()}
-        for field, found in fields.items()
-    )
-    return Score(_number(value.reward, "Score.reward"), parts, True, value.reason or "", metrics)
-
-
-# Advice by the type of a result that is no number.
-_WAYS_OUT = {
-    "NoneType": "return one on every path",
-    "dict": "return Score(reward, parts={...}, metrics={...})",
-    "tuple": "return Score(reward, parts={...}), or the reward alone",
-    "str": "convert it with float()",
-}
-
-
-def _number(value: Any, name: str) -> float:
-    given, value = value, scalar(value)
-    if not isinstance(value, (numbers.Real, decimal.Decimal)):
-        kind = type(given).__name__
-        shape = f" of shape {tuple(given.shape)}" if hasattr(given, "shape") else ""
-        way_out = f"; {_WAYS_OUT[kind]}" if kind in _WAYS_OUT else ""
-        raise ValueError(f"{name} must be a number, not {kind}{shape}{way_out}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, not {number}")
-    if abs(number) > FLOAT32_MAX:
-        raise ValueError(f"{name} must be finite in float32, not {number}")
-    return number
-
-
-def _invalid(reason: str) -> Score:
-    return Score(0.0, valid=False, reason=reason)
-
-
 def _sum_of_turns(trajectory: Trajectory) -> Score:
     try:
-        return Score(_number(math.fsum(trajectory.turn_rewards), "the sum of the turn rewards"))
+        return Score(number(math.fsum(trajectory.turn_rewards), "the sum of the turn rewards"))
     except (ValueError, OverflowError) as error:
-        return _invalid(str(error))
-
-
-def _seed_generators(text: str) -> None:
-    random.seed(text)
-    numpy = sys.modules.get("numpy")  # not imported for this: a worker starts quickly
-    if numpy is not None:
-        numpy.random.seed(zlib.crc32(text.encode()))
+        return invalid(str(error))

@@ -26,7 +26,8 @@ from rftjax.evaluators import (
 )
 from rftjax.types import Score, Task, Trajectory
 
-NAMES = sorted(module.name for module in pkgutil.iter_modules(rftjax.evaluators.__path__))
+MODULES = pkgutil.iter_modules(rftjax.evaluators.__path__)
+NAMES = sorted(module.name for module in MODULES if not module.ispkg)
 
 
 def score(module, completion, sample=0, draw=0, task_id="t", **data) -> Score:

@@ -104,7 +104,7 @@ def test_all_bad_rows_are_told_at_once_with_line_field_and_rule(tmp_path):
         ":3: row: must be an object",
         ":4: messages: is missing, as is prompt; the row's fields are answer. tasks.map=",
         ":5: prompt: stands beside messages",
-        ":6: prompt: must be a text, is a int",
+        ":6: prompt: must be a text or a list of messages, is a int",
         ":6: loss: must be finite and at least 0 for tasks.weight, is -1",
         ":7: messages: must not be empty",
         ":8: messages[1].role: must be one of system,",

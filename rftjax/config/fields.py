@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -304,6 +305,8 @@ def expand_value(field: str, value: Any) -> Any:
     """
     if field == "eval.sets" and isinstance(value, tuple):
         return tuple(map(_expand_set, value))
+    if field in ("evaluator", "eval.evaluator") and isinstance(value, str) and "~" in value:
+        return re.sub(r"(?<![^\s,=])~[\w.-]*(?=/)", lambda home: os.path.expanduser(home[0]), value)
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 

@@ -19,6 +19,7 @@ from rftjax.config.fields import (
     suggest,
 )
 from rftjax.errors import UserError
+from rftjax.workers import named
 
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
@@ -101,15 +102,14 @@ _CHOICES = {
 _REQUIRED = {
     "model.path": "a directory in Hugging Face format, a .gguf file or a hub name",
     "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
-    "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory), or an environment "
-    "whose turn rewards are added up",
+    "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory) or another form of "
+    "docs/evaluators.md, or an environment whose turn rewards are added up",
 }
+_EVALUATORS = ("evaluator", "eval.evaluator")
 _CALLABLES = (
-    "evaluator",
     "environment",
     "tasks.map",
     "tasks.sampling",
-    "eval.evaluator",
     "grpo.loss",
     "hooks",
 )
@@ -191,6 +191,9 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in _CALLABLES:
         if isinstance(values.get(field), str) and values[field]:
             yield from _callable_problems(field, values[field])
+    for field in _EVALUATORS:
+        if isinstance(values.get(field), str) and values[field]:
+            yield from _evaluator_problems(field, values[field])
     if ":" in str(values.get("grpo.baseline")):
         yield from _callable_problems("grpo.baseline", values["grpo.baseline"])
     for field in ("model.path", "tasks.train", "tasks.heldout"):
@@ -210,6 +213,22 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for stop in values["sampler.stop"] if isinstance(values.get("sampler.stop"), tuple) else ():
         if isinstance(stop, bool) or not isinstance(stop, (str, int)) or stop == "":
             yield "sampler.stop", "must hold texts and token ids only"
+
+
+def _evaluator_problems(field: str, value: str) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the sources of one evaluator or of a weighted sum of them."""
+    try:
+        found = named.parse(value, field)
+    except UserError as error:
+        yield field, str(error).partition(": ")[2]
+        return
+    for one in found:
+        if one.source.endswith(named.GRADER):
+            path = os.path.abspath(os.path.expanduser(one.source))
+            if not os.path.isfile(path):
+                yield field, f"there is no file {path}; correct the path"
+        else:
+            yield from _callable_problems(field, one.source)
 
 
 def _callable_problems(field: str, value: str) -> Iterator[tuple[str, str]]:

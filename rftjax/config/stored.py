@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rftjax.config.fields import assign, base_config, flatten
 from rftjax.errors import UserError
+from rftjax.workers import named
 
 # Fields and, where they end in "." or "_", beginnings of fields.
 FREE = (
@@ -159,6 +160,10 @@ def _is_gone(value: Any) -> bool:
     """Whether a value is a path, "PATH" or "FILE.py:name", to something that is no longer there."""
     if not isinstance(value, str):
         return False
+    if "," in value:  # a sum of evaluators
+        return any(_is_gone(one.source) for one in named.parse(value))
     path = value.partition(".py:")[0] + ".py" if ".py:" in value else value
-    local = path.startswith(("/", "./", "../")) or path.endswith((".py", ".gguf", ".jsonl"))
+    local = path.startswith(("/", "./", "../")) or path.endswith(
+        (".py", ".gguf", ".jsonl", ".json")
+    )
     return local and not os.path.exists(path)

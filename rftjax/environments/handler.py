@@ -15,16 +15,19 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.types import Message, Turn
 from rftjax.workers.plain import FLOAT32_MAX, checked, plain, scalar
+from rftjax.workers.user_code import load_function
 
 MAX_INFO_BYTES = 2**18  # of one turn's info, or of an end state, as JSON
 
 
-def environment_handler(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps user code as a function of (operation, episode, ...), a coroutine function if user code is.
+def environment_handler(name: str, field: str) -> Callable[..., Any]:
+    """Loads an environment and wraps it as a function of (operation, episode, ...).
 
-    A class, or a function or object that takes (task, seed), makes stateful environments; any other function takes
-    (task, messages) and answers. A factory of environments with coroutine methods sets `asynchronous = True`.
+    It is a coroutine function if user code is. A class, or a function or object that takes (task, seed), makes
+    stateful environments; any other function takes (task, messages) and answers. A factory of environments with
+    coroutine methods sets `asynchronous = True`.
     """
+    target = load_function(name, field=field)
     stateful = inspect.isclass(target) or {"task", "seed"} <= set(_parameters(target))
     _check_signature(target, stateful)
     names = ("reset", "step") if inspect.isclass(target) else ("__call__",)

@@ -103,7 +103,9 @@ def evaluate_set(
     Raises EvaluatorError above the allowed share of failures.
     """
     draws = list(enumerate(tasks))
-    trajectories = rollout(draws, samples, params, stream=stream(name), on_finish=scorer.submit)
+    trajectories = rollout(
+        draws, samples, params, stream=stream(name), on_finish=scorer.of_groups(samples)
+    )
     scorer.gather(trajectories)
     scorer.check(answered(trajectories))
     prefix = "eval/" if name == MAIN else f"eval/{name}/"

@@ -17,6 +17,7 @@ from rftjax.run.checkpoint import step_directories
 from rftjax.tasks import TaskStream
 from rftjax.types import Task
 from rftjax.weights import directories
+from rftjax.workers import named
 
 # Part of an input -> its digest; empty where nothing is known, and then never compared.
 Fingerprint = dict[str, str]
@@ -50,8 +51,9 @@ def fingerprints(
     found["tasks.train"] = _of_stream(train)
     for field, tasks in heldout.items():
         found[field] = _of_stream(TaskStream(tasks, seed=0))
-    callables = {"evaluator": config.evaluator, "environment": config.environment}
-    callables["eval.evaluator"] = config.eval.evaluator
+    evaluators = {"evaluator": config.evaluator, "eval.evaluator": config.eval.evaluator}
+    found |= {field: of_evaluator(text) for field, text in evaluators.items() if text}
+    callables = {"environment": config.environment}
     callables |= {field: flatten(config)[field] for field in CODE}
     return found | {field: of_callable(text) for field, text in callables.items() if ":" in text}
 
@@ -82,6 +84,27 @@ def of_adapters(path: Path) -> Fingerprint:
         for one in sorted(trainable.rglob("*"))
         if one.is_file()
     }
+
+
+def of_evaluator(text: str) -> Fingerprint:
+    """Fingerprints one evaluator, or each of a sum with its name and weight."""
+    parts = {one: _of_source(one.source) for one in named.parse(text)}
+    if not named.is_sum(text):
+        (found,) = parts.values()
+        return found
+    each = {
+        f"{one.name}: {part}": value
+        for one, found in parts.items()
+        for part, value in found.items()
+    }
+    return each | {f"{one.name}: weight": repr(one.weight) for one in parts}
+
+
+def _of_source(source: str) -> Fingerprint:
+    if not source.endswith(named.GRADER):
+        return of_callable(source)
+    path = Path(os.path.abspath(source))
+    return {SELF: _digest(path)} if path.is_file() else {}
 
 
 def of_callable(spec: str) -> Fingerprint:

@@ -72,7 +72,7 @@ def make_prefetch(parts: Parts, stream: TaskStream) -> Prefetch:
 
     def sample(draws: list[tuple[int, Task]]) -> list[Trajectory]:
         size = config.batch.group_size
-        return parts.rollout(draws, size, params, on_finish=parts.scorer.submit)
+        return parts.rollout(draws, size, params, on_finish=parts.scorer.of_groups(size))
 
     weights = parts.sampler_weights
     return Prefetch(

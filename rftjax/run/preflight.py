@@ -99,6 +99,7 @@ def _say_parts(parts: Parts, report: Report) -> None:
     for name, found in parts.heldout.sets.items():
         if name != MAIN:
             report.say("", f"{len(found)} in held-out set {name}")
+    report.say("evaluator", parts.scorer.form)
     shape = ", ".join(f"{name}={size}" for name, size in parts.mesh.shape.items())
     report.say("mesh", f"{shape} on {jax.device_count()} {jax.devices()[0].platform} devices")
     for name in parts.replicated:
@@ -173,7 +174,7 @@ def _sample(parts: Parts) -> list[Trajectory]:
         draws: list[tuple[int, Task]] = stream.next(min(CHECK_PROMPTS, left))
         left -= len(draws)
         size, params = config.batch.group_size, sampling_params(config)
-        sampled = parts.rollout(draws, size, params, on_finish=scorer.submit)
+        sampled = parts.rollout(draws, size, params, on_finish=scorer.of_groups(size))
         scorer.gather(sampled)
         trajectories += sampled
     set_advantages(trajectories, config.grpo)

@@ -40,7 +40,10 @@ class Checker:
         problems = [
             f"{key!r}: a field's name must be a text" for key in row if not isinstance(key, str)
         ]
-        messages, prompt = row.get("messages"), row.get("prompt")
+        messages: Any = row.get("messages")
+        prompt: Any = row.get("prompt")
+        if messages is None and isinstance(prompt, (list, tuple)):  # as TRL and verl write them
+            messages, prompt = prompt, None
         if messages is None and prompt is None:
             problems.append(_neither(row))
         elif messages is not None and prompt is not None:
@@ -135,8 +138,7 @@ def _neither(row: Mapping[Any, Any]) -> str:
 
 def _prompt_problems(prompt: Any) -> list[str]:
     if not isinstance(prompt, str):
-        way_out = "; messages go under messages" if isinstance(prompt, (list, tuple)) else ""
-        return [f"prompt: must be a text, is a {_kind(prompt)}{way_out}"]
+        return [f"prompt: must be a text or a list of messages, is a {_kind(prompt)}"]
     return ["prompt: must not be empty"] if not prompt else _text_problems("prompt", prompt)
 
 

@@ -107,8 +107,8 @@ class _Worker:
 class Workers:
     """Processes that call `target`, the name of user code: `count` calls at once, `timeout_s` seconds each.
 
-    In the worker, `wrapper` ("module:name") gets the loaded target and returns the function to call; its attribute
-    `about` becomes `Workers.about`. The constructor waits for the import of the target and raises ValueError where that
+    In the worker, `wrapper` ("module:name") gets `target` and `field`, loads it and returns the function to call; its
+    attribute `about` becomes `Workers.about`. The constructor waits for the import and raises ValueError where it
     fails; messages name the config fields `field`, `limit_field` and `env_field`. `env` lists environment variables to
     pass on besides the harmless ones. Results are plain values and this package's records: unpickling one never imports
     user code in the main process.

@@ -81,11 +81,11 @@ class Channel:
 def load(channel: Channel, settings: dict[str, Any]) -> Any:
     """Imports user code; where that fails, reports why and ends the process."""
     try:
-        target = load_function(settings["target"], field=settings["field"])
         if settings["wrapper"]:
             module, name = settings["wrapper"].split(":")
-            return getattr(importlib.import_module(module), name)(target)
-        return target
+            wrap = getattr(importlib.import_module(module), name)
+            return wrap(settings["target"], settings["field"])
+        return load_function(settings["target"], field=settings["field"])
     except BaseException as error:
         text = str(error) if isinstance(error, ValueError) else traceback_text(error)
         cause = error.__cause__ if isinstance(error.__cause__, BaseException) else error

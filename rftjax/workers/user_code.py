@@ -20,10 +20,22 @@ from rftjax.workers import user_files
 
 
 def load_function(spec: str, *, field: str = "") -> Callable[..., Any]:
-    """Imports the callable that `spec` names; a relative path starts at the current directory.
+    """Imports the callable that `spec` names, as `load_object` does; raises UserError for what cannot be called."""
+    value = load_object(spec, field=field)
+    if not callable(value):
+        place, name = f"{field}={spec!r}" if field else repr(spec), spec.rpartition(":")[2]
+        raise UserError(
+            f"{place}: must name something that can be called (a function, class or callable object), "
+            f"and {name} is of type {type(value).__name__}; name a function or class instead"
+        )
+    return value
+
+
+def load_object(spec: str, *, field: str = "") -> Any:
+    """Imports what `spec` names; a relative path starts at the current directory.
 
     A file's folder goes to the front of sys.path, as when Python runs the file. Raises UserError, which names the
-    config field `field`, for a wrong form, a missing file, a failed import and a missing or uncallable name.
+    config field `field`, for a wrong form, a missing file, a failed import and a missing name.
     """
     place = f"{field}={spec!r}" if field else repr(spec)
     module_name, colon, name = spec.rpartition(":")
@@ -55,11 +67,6 @@ def load_function(spec: str, *, field: str = "") -> Callable[..., Any]:
                 f"{', '.join(sorted(public)) or 'nothing that can be called'}"
             )
         value = getattr(value, part)
-    if not callable(value):
-        raise UserError(
-            f"{place}: must name something that can be called (a function, class or callable object), "
-            f"and {name} is of type {type(value).__name__}; name a function or class instead"
-        )
     return value
 
 
