@@ -1,0 +1,73 @@
+import pytest
+
+from rftjax import sandbox
+from rftjax.types import Score, Task, Trajectory
+
+WAY, REASON = sandbox.support()
+pytestmark = pytest.mark.skipif(not WAY, reason=REASON)
+
+
+def score(completion: str, tests, **data) -> Score:
+    from rftjax.evaluators import code
+
+    task = Task("one", [{"role": "user", "content": "write it"}], data={"tests": tests, **data})
+    messages = [*task.messages, {"role": "assistant", "content": completion}]
+    return code.evaluate(task, Trajectory(task, 0, 0, messages))
+
+
+ADD = "Here:\n```python\ndef add(a, b):\n    return a {} b\n```\nDone."
+
+
+def test_an_answer_that_passes_its_tests_gets_one_and_the_share_is_told():
+    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+    right, wrong = score(ADD.format("+"), tests), score(ADD.format("-"), tests)
+    assert (right.reward, right.metrics, right.parts) == (
+        1.0,
+        {"passed": 1.0},
+        {"tests": 1.0, "format": 1.0},
+    )
+    assert (wrong.reward, wrong.metrics) == (
+        0.0,
+        {"passed": 0.5},
+    ) and "AssertionError" in wrong.reason
+
+
+def test_the_last_block_is_taken_and_bare_code_counts_as_unformatted():
+    two = "```python\nx = 1\n```\nNo:\n```\nx = 2\n```"
+    assert score(two, "assert x == 2").reward == 1.0
+    bare = score("x = 2", "assert x == 2")
+    assert (bare.reward, bare.parts["format"]) == (1.0, 0.0)
+
+
+def test_an_answer_that_ends_the_process_or_prints_passes_nothing():
+    for trick in ("import os; os._exit(0)", "raise SystemExit(0)", "print('0'); print('passed 0')"):
+        assert score(f"```python\n{trick}\n```", "assert False").reward == 0.0
+
+
+def test_programs_are_compared_by_what_they_print():
+    tests = [{"input": "2 3\n", "output": "5"}, {"input": "1 1\n", "output": "2\n"}]
+    program = "```python\na, b = map(int, input().split())\nprint(a {} b, ' ')\n```"
+    assert score(program.format("+"), tests).reward == 1.0
+    wrong = score(program.format("*"), tests)
+    assert (wrong.reward, wrong.metrics["passed"]) == (
+        0.0,
+        0.0,
+    ) and "another output" in wrong.reason
+
+
+def test_a_limit_of_the_row_ends_an_answer_and_is_told():
+    got = score("```python\nwhile True: pass\n```", "assert True", limits={"wall_s": 0.5})
+    assert got.reward == 0.0 and "limit of time" in got.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"tests": None}, "field 'tests' is None; it must be a list"),
+        ({"tests": [{"input": "1"}]}, "field 'tests' holds"),
+        ({"tests": ["pass"], "limits": {"seconds": 3}}, "field 'limits' is .* it may hold wall_s"),
+    ],
+)
+def test_a_fault_of_the_row_is_an_error_and_no_reward(data, message):
+    with pytest.raises(ValueError, match=f"task 'one': {message}"):
+        score("x", **data)
