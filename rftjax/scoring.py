@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from rftjax.errors import UserError
 from rftjax.evaluators.forms.form import ALL, GROUP, SAMPLE, invalid, number
 from rftjax.monitor import reasons
+from rftjax.sandbox import require as require_sandbox
 from rftjax.types import Score, Trajectory
 from rftjax.workers.pool import WorkerError, Workers, done
 
@@ -54,6 +55,7 @@ class Scorer:
         timeout_s: float = 10.0,
         max_error_share: float = 0.25,
         env: Iterable[str] = (),
+        sandbox: bool = False,
         seed: int = 0,
         field: str = "evaluator",
     ):
@@ -61,6 +63,8 @@ class Scorer:
             raise UserError(
                 f"scoring.max_error_share={max_error_share}: must be between 0.0 and 1.0"
             )
+        if sandbox:
+            require_sandbox("scoring.sandbox=True")
         self._max_error_share = max_error_share
         self._seed = seed
         self._name = f"{field}={evaluator!r}"

@@ -1,6 +1,8 @@
 import pytest
 
-from rftjax import sandbox
+from rftjax import sandbox, scoring
+from rftjax.errors import UserError
+from rftjax.sandbox import running
 from rftjax.types import Score, Task, Trajectory
 
 WAY, REASON = sandbox.support()
@@ -71,3 +73,28 @@ def test_a_limit_of_the_row_ends_an_answer_and_is_told():
 def test_a_fault_of_the_row_is_an_error_and_no_reward(data, message):
     with pytest.raises(ValueError, match=f"task 'one': {message}"):
         score("x", **data)
+
+
+def test_a_spec_that_asks_for_a_sandbox_does_not_start_without_one(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("def evaluate(task, trajectory):\n    return 1.0\n")
+    evaluator = f"{tmp_path / 'own.py'}:evaluate"
+    scoring.Scorer(evaluator, workers=1, sandbox=True).close()
+    monkeypatch.setattr(running, "support", lambda: ("", "no boundary here"))
+    with pytest.raises(UserError, match="scoring.sandbox=True: no boundary here"):
+        scoring.Scorer(evaluator, workers=1, sandbox=True)
+
+
+def test_the_evaluator_scores_in_worker_processes():
+    task = Task("one", [{"role": "user", "content": "write it"}], data={"tests": ["assert x == 2"]})
+    answers = [
+        Trajectory(task, 0, n, [*task.messages, {"role": "assistant", "content": f"x = {n}"}])
+        for n in (2, 3)
+    ]
+    scorer = scoring.Scorer("rftjax.evaluators.code:evaluate", workers=2, timeout_s=120.0)
+    try:
+        for answer in answers:
+            scorer.submit(answer)
+        scorer.gather(answers)
+    finally:
+        scorer.close()
+    assert [answer.score and answer.score.reward for answer in answers] == [1.0, 0.0]

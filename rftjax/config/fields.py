@@ -145,6 +145,7 @@ def base_config() -> ConfigDict:
                 "timeout_s": 10.0,
                 "max_error_share": 0.25,
                 "env": (),  # names of environment variables that evaluators get, an API key for example
+                "sandbox": False,  # True: the evaluator runs code; nothing starts without a sandbox
             },
             "environments": {"workers": 2, "timeout_s": 60.0, "env": ()},  # env: the same
             "grpo": {

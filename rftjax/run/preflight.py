@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from rftjax import sandbox
 from rftjax.environments import toolbox
 from rftjax.errors import UserError
 from rftjax.learning.learner import has_variance, set_advantages
@@ -104,6 +105,8 @@ def _say_parts(parts: Parts, report: Report) -> None:
     report.say("mesh", f"{shape} on {jax.device_count()} {jax.devices()[0].platform} devices")
     for name in parts.replicated:
         report.say("", name)
+    if parts.config.scoring.sandbox or "rftjax.evaluators.code" in str(parts.config.evaluator):
+        report.say("sandbox", f"{sandbox.support()[0]}; docs/sandbox.md says what holds")
     each = " a device" if jax.device_count() > 1 else ""
     for name, size in memory.estimate(parts).items():
         report.say("memory", f"{size / 2**30:7.2f} GiB{each}  {name}")
