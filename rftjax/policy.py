@@ -22,7 +22,7 @@ from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.learning import update
 from rftjax.models import decoder, logical_axes
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
 from rftjax.text import chat, tokenizer

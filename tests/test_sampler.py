@@ -379,7 +379,7 @@ def test_devices_share_out_the_rows_and_each_call_compiles_once(params, weights,
     }
     gap = np.concatenate([gaps(params, *sequence, 0.9) for sequence in found.values()])
     assert gap.mean() < 1e-5 and gap.max() < 1e-4
-    keys = engine._pool.cache[0][0]
+    keys = engine._pool.cache[0]["keys"]
     heads = CONFIG.kv_heads // 2 if shape[2] == 2 else CONFIG.kv_heads
     here = engine.slots // (shape[0] * shape[1])
     assert keys.sharding.shard_shape(keys.shape)[:2] == (here, heads)

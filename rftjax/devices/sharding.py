@@ -201,10 +201,20 @@ def row_sharding(mesh: Mesh, *others: str | None) -> NamedSharding:
     return NamedSharding(mesh, _spec([rows[0] if len(rows) == 1 else rows or None, *others]))
 
 
-def cache_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding:
-    """Returns where a KV cache (rows, K, S, C) lies: rows over data and fsdp, heads over tensor if it divides them."""
-    tensor = mesh.shape["tensor"]
-    return row_sharding(mesh, "tensor" if tensor > 1 and kv_heads % tensor == 0 else None)
+def cache_sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
+    """Returns where a leaf of the cache lies, which has a token's `shape` of these logical axes: rows over data and
+    fsdp, heads over tensor if it divides them.
+
+    The positions lie before the last axis of the shape.
+    """
+
+    def over(size: int, name: str) -> str | None:
+        axis = DECODE_RULES[name]
+        divided = axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+        return axis if divided else None
+
+    *lead, last = map(over, shape, axes)
+    return row_sharding(mesh, *lead, None, last)
 
 
 def over_rows(

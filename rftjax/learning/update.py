@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rftjax import grpo
 from rftjax.learning import merging
 from rftjax.models import decoder
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 

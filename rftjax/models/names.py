@@ -1,10 +1,10 @@
-"""Tables that families of the shared decoder declare: Hugging Face names, in both directions, and logical axes."""
+"""Tables that families of the shared decoder declare: Hugging Face names, in both directions, logical axes, the cache."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from rftjax.models.decoder import Config
+from rftjax.models.config import CacheLeaf, Config, Stack
 
 DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("embed", "embedding"): ("vocab", "width"),
@@ -30,7 +30,7 @@ DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 class Name(NamedTuple):
-    """One tensor: `hf` holds `{layer}` where the tensor exists once a layer.
+    """One tensor: `hf` holds `{layer}` where the tensor exists once a layer; `path` begins with its stack then.
 
     `inputs` is how many leading axes of ours (without L) are inputs: Hugging Face's matrices are
     (outputs, inputs), so a kernel is flattened to (inputs, outputs) and transposed; 0 means that
@@ -43,8 +43,27 @@ class Name(NamedTuple):
     inputs: int
 
 
+def layers_of(config: Config, name: Name) -> range:
+    """Returns the layers of the model that a leaf holds, none where it is of no layer."""
+    if "{layer}" not in name.hf:
+        return range(0)
+    stack = config.stack(name.path[0])
+    return range(stack.first, stack.first + stack.count)
+
+
 def decoder_names(config: Config) -> list[Name]:
-    """Returns every tensor of a Llama or Qwen2 checkpoint with its own (unstacked) shape."""
+    """Returns every tensor of a checkpoint with its own (unstacked) shape."""
+    c = config
+    table = [Name(("embed", "embedding"), "model.embed_tokens.weight", (c.vocab, c.width), 0)]
+    for stack in c.stacks:
+        table += _layer_names(c, stack)
+    table.append(Name(("final_norm", "scale"), "model.norm.weight", (c.width,), 0))
+    if not c.tied:
+        table.append(Name(("head", "kernel"), "lm_head.weight", (c.width, c.vocab), 1))
+    return table
+
+
+def _layer_names(config: Config, stack: Stack) -> list[Name]:
     c = config
     head, kv_head = (c.heads, c.channels), (c.kv_heads, c.channels)
     linears = [
@@ -56,9 +75,9 @@ def decoder_names(config: Config) -> list[Name]:
         ("mlp", "up", "mlp.up_proj", (c.width,), (c.ffn,), c.mlp_bias),
         ("mlp", "down", "mlp.down_proj", (c.ffn,), (c.width,), c.mlp_bias),
     ]
-    table = [Name(("embed", "embedding"), "model.embed_tokens.weight", (c.vocab, c.width), 0)]
+    table = []
     for part, ours, theirs, inputs, outputs, bias in linears:
-        stem, path = "model.layers.{layer}." + theirs, ("layers", part, ours)
+        stem, path = "model.layers.{layer}." + theirs, (stack.name, part, ours)
         table.append(Name((*path, "kernel"), stem + ".weight", (*inputs, *outputs), len(inputs)))
         if bias:
             table.append(Name((*path, "bias"), stem + ".bias", outputs, 0))
@@ -67,8 +86,11 @@ def decoder_names(config: Config) -> list[Name]:
         ("mlp_norm", "post_attention_layernorm"),
     ]:
         hf = "model.layers.{layer}." + theirs + ".weight"
-        table.append(Name(("layers", ours, "scale"), hf, (c.width,), 0))
-    table.append(Name(("final_norm", "scale"), "model.norm.weight", (c.width,), 0))
-    if not c.tied:
-        table.append(Name(("head", "kernel"), "lm_head.weight", (c.width, c.vocab), 1))
+        table.append(Name((stack.name, ours, "scale"), hf, (c.width,), 0))
     return table
+
+
+def decoder_cache(config: Config, stack: Stack) -> tuple[CacheLeaf, ...]:
+    """Returns what the cache holds of a token in a layer of grouped-query attention: rotated keys, and values."""
+    shape, axes = (config.kv_heads, config.channels), ("kv_heads", "channels")
+    return CacheLeaf("keys", shape, axes), CacheLeaf("values", shape, axes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.models.decoder import Rope
+from rftjax.models.config import Rope
 
 TEXTS = ("rope_type", "type")
 FIELDS = {

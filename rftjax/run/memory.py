@@ -12,6 +12,7 @@ from rftjax.devices import sharding
 from rftjax.models import logical_axes
 from rftjax.run.build import Parts
 from rftjax.run.training import batch_shape, make_learner
+from rftjax.sampler import device
 from rftjax.sampler.pool import cache_length
 
 SAMPLING = "at most while it samples"
@@ -73,12 +74,10 @@ def _weights(parts: Parts) -> float:
 
 def _cache(parts: Parts) -> dict[str, float]:
     """Returns the bytes of the KV cache once its rows have their full length."""
-    model, rows = parts.policy.config, parts.rollout.engine.rows
-    length = cache_length(parts.config.rollout.max_length)
-    shape = (rows, model.kv_heads, length, model.channels)
-    here = sharding.cache_sharding(parts.mesh, model.kv_heads).shard_shape(shape)
-    size = 2.0 * model.layers * math.prod(here) * jax.numpy.dtype(model.dtype).itemsize
-    return {f"cache of {here[0]} rows of up to {length} tokens": size}
+    rows, length = parts.rollout.engine.rows, cache_length(parts.config.rollout.max_length)
+    cache = device.abstract_cache(parts.policy.config, rows, length, parts.mesh)
+    here = rows // sharding.row_multiple(parts.mesh)
+    return {f"cache of {here} rows of up to {length} tokens": _bytes(cache)}
 
 
 def _decoding(parts: Parts) -> float:

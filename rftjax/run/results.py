@@ -110,7 +110,7 @@ def merged(trainable: Params, frozen: Params, scale: float) -> Params:
     params, adapters = weights(TrainState(0, trainable, frozen, None), scale)
     if adapters is None:
         return params
-    return params | {"layers": device.merge(params["layers"], adapters["layers"])}
+    return device.merge(params, adapters)
 
 
 def loadable_by_peft(path: str) -> str:

@@ -14,7 +14,7 @@ from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
 from rftjax.learning import update
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.rollout import Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine

@@ -1,6 +1,7 @@
 """The sampler's jitted part: a KV cache of rows, chunked prefill, and many decode steps a dispatch.
 
-The cache is one (keys, values) pair a layer, each (rows, K, S, C). A row's keys lie at the positions of its tokens.
+The cache is a list with a dict a layer, of the leaves that the family declares: keys and values, each (rows, K, S, C),
+as a rule. What a row holds of a token lies at the token's position, on the axis before the last.
 What a row computes depends on nothing but its own tokens: call shapes are constant, S only adds masked positions.
 On a mesh, each device of the axes data and fsdp has whole rows of its own and computes nothing for the others.
 """
@@ -16,13 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
-from rftjax.models import decoder, logical_axes
+from rftjax.models import cache_leaves, decoder, logical_axes
 from rftjax.models.cached import attend
-from rftjax.models.decoder import FULL, Block, Config, Norm, embed, logits, rotation
+from rftjax.models.config import FULL, Config
+from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
+from rftjax.models.layers import Block, Norm
+from rftjax.models.rotary import rotation
 from rftjax.types import Params
 
-Cache = list[tuple[jax.Array, jax.Array]]
+Cache = list[dict[str, jax.Array]]
 KEPT = -1  # the budget, in what the host gives, of a row that the device goes on with
 
 
@@ -45,12 +49,14 @@ def sampler_params(
 
     Nothing else hands weights to the sampler.
     """
-    stacked = merge(params["layers"], adapters["layers"]) if adapters else params["layers"]
+    merged = merge(params, adapters) if adapters else params
     layers = [
-        decoder.cast(jax.tree.map(lambda leaf, index=index: leaf[index], stacked), config.dtype)
-        for index in range(config.layers)
+        decoder.cast(tree, config.dtype)
+        for stack in config.stacks
+        for tree in decoder.layer_trees(stack, merged[stack.name])
     ]
-    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    stacked = {stack.name for stack in config.stacks}
+    rest = {name: tree for name, tree in params.items() if name not in stacked}
     weights = decoder.cast(rest, config.dtype) | {"layers": layers}
     if mesh is None:
         return weights
@@ -80,10 +86,26 @@ def merge(tree: Params, adapters: Params) -> Params:
 
 def new_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) -> Cache:
     """Returns an empty cache of `length` positions a row in the compute dtype."""
-    shape = (rows, config.kv_heads, length, config.channels)
-    place = sharding.cache_sharding(mesh, config.kv_heads) if mesh is not None else None
-    empty = functools.partial(jnp.zeros, shape, config.dtype, device=place)
-    return [(empty(), empty()) for _ in range(config.layers)]
+    abstract = abstract_cache(config, rows, length, mesh)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), abstract)
+
+
+def abstract_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) -> Any:
+    """Returns the shapes, dtypes and shardings of a cache."""
+
+    def leaf(shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        place = sharding.cache_sharding(mesh, shape, axes) if mesh is not None else None
+        whole = (rows, *shape[:-1], length, shape[-1])
+        return jax.ShapeDtypeStruct(whole, jnp.dtype(config.dtype), sharding=place)
+
+    return [
+        {name: leaf(shape, axes) for name, shape, axes in leaves} for leaves in cache_leaves(config)
+    ]
+
+
+def cache_length(cache: Cache) -> int:
+    """Returns the positions of a row."""
+    return jax.tree.leaves(cache)[0].shape[-2]
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "mesh"))
@@ -113,12 +135,12 @@ def unpack_rows(rows_B9: jax.Array) -> Rows:
     return Rows(rows_B9[:, 0], rows_B9[:, 1], rows_B9[:, 2], rows_B9[:, 3:6], settings)
 
 
-def _pin_cache(cache: Cache, mesh: Mesh | None) -> Cache:
+def _pin_cache(config: Config, cache: Cache, mesh: Mesh | None) -> Cache:
     """Keeps the cache where `new_cache` put it, so that no call compiles a second time for another place."""
     if mesh is None:
         return cache
-    place = sharding.cache_sharding(mesh, cache[0][0].shape[1])
-    return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda _: place, cache))
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_cache(config, 1, 1, mesh))
+    return jax.lax.with_sharding_constraint(cache, places)
 
 
 def _pin_rows(rows: Rows, mesh: Mesh | None) -> Rows:
@@ -128,17 +150,20 @@ def _pin_rows(rows: Rows, mesh: Mesh | None) -> Rows:
     return jax.lax.with_sharding_constraint(rows, jax.tree.map(lambda _: place, rows))
 
 
-@functools.partial(jax.jit, static_argnames=("length", "mesh"))
-def grow(cache: Cache, *, length: int, mesh: Mesh | None = None) -> Cache:
+@functools.partial(jax.jit, static_argnames=("config", "length", "mesh"))
+def grow(config: Config, cache: Cache, *, length: int, mesh: Mesh | None = None) -> Cache:
     """Returns the cache with room for `length` positions."""
-    grown = jax.tree.map(
-        lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, length - leaf.shape[2]), (0, 0))), cache
-    )
-    return _pin_cache(grown, mesh)
+
+    def longer(leaf: jax.Array) -> jax.Array:
+        before = [(0, 0)] * (leaf.ndim - 2)
+        return jnp.pad(leaf, (*before, (0, length - leaf.shape[-2]), (0, 0)))
+
+    return _pin_cache(config, jax.tree.map(longer, cache), mesh)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "mesh"))
 def copy_rows(
+    config: Config,
     cache: Cache,
     source: Cache | None,
     to_B: jax.Array,
@@ -153,21 +178,22 @@ def copy_rows(
         shard = jax.lax.axis_index(sharding.ROWS) if shards > 1 else 0
 
         def copy_leaf(target: jax.Array, leaf: jax.Array) -> jax.Array:
-            length = min(target.shape[2], leaf.shape[2])
+            length = min(target.shape[-2], leaf.shape[-2])
             mine_B = from_B // leaf.shape[0] == shard
-            taken = leaf[jnp.where(mine_B, from_B % leaf.shape[0], 0), :, :length]
+            taken = leaf[jnp.where(mine_B, from_B % leaf.shape[0], 0), ..., :length, :]
             if shards > 1:
                 # The device that has the row hands it to the others; XLA's CPU compiler cannot add bfloat16 here.
-                wide = jnp.where(mine_B[:, None, None, None], taken.astype(jnp.float32), 0.0)
+                mine = mine_B.reshape(-1, *[1] * (leaf.ndim - 1))
+                wide = jnp.where(mine, taken.astype(jnp.float32), 0.0)
                 taken = jax.lax.psum(wide, sharding.ROWS).astype(leaf.dtype)
             rows = target.shape[0]
             at_B = jnp.where(to_B // rows == shard, to_B % rows, rows)
-            return target.at[at_B, :, :length].set(taken, mode="drop")
+            return target.at[at_B, ..., :length, :].set(taken, mode="drop")
 
         return jax.tree.map(copy_leaf, cache, cache if source is None else source)
 
     run = sharding.over_rows(mesh, copy, (True, True, False, False), True)
-    return _pin_cache(run(cache, source, to_B, from_B), mesh)
+    return _pin_cache(config, run(cache, source, to_B, from_B), mesh)
 
 
 def _layers(
@@ -182,27 +208,33 @@ def _layers(
 
     `rows_B` names the tokens' cache rows (None: row i for i, without a gather).
     """
-    block: Any = Block(config)
     turn = rotation(config, positions_BT)
     x_BTD = embed(config, params, tokens_BT)
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
 
-    @jax.jit  # traced once for all layers
-    def layer(tree: Params, x_BTD: jax.Array, cached: tuple, window: Any) -> tuple:
-        q, k, v = block.apply(tree, x_BTD, turn, method="before")
-        keys = cached[0].at[at_B[:, None], :, positions_BT, :].set(k, mode="drop")
-        values = cached[1].at[at_B[:, None], :, positions_BT, :].set(v, mode="drop")
-        written = keys, values
-        if rows_B is not None:
-            keys, values = keys[rows_B], values[rows_B]
-        attended = attend(config.attention, q, keys, values, positions_BT, window)
-        return block.apply(tree, x_BTD, attended, method="after"), written
+    def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        between = [slice(None)] * (leaf.ndim - 3)
+        return leaf.at[(at_B[:, None], *between, positions_BT)].set(new, mode="drop")
 
-    written = []
-    for index, cached in enumerate(cache):
-        window = config.windows[index] if config.windows else FULL
-        x_BTD, new = layer({"params": params["layers"][index]}, x_BTD, cached, window)
-        written.append(new)
+    written: Cache = []
+    for stack in config.stacks:
+        block: Any = Block(config, stack)
+
+        @jax.jit  # traced once for all layers
+        def layer(tree: Params, x_BTD: jax.Array, cached: dict, window: Any, block=block) -> tuple:
+            def attend_cached(q: jax.Array, new: dict[str, jax.Array]) -> tuple:
+                written = {name: write(leaf, new[name]) for name, leaf in cached.items()}
+                seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
+                keys, values = seen["keys"], seen["values"]
+                return attend(config.attention, q, keys, values, positions_BT, window), written
+
+            return block.apply(tree, x_BTD, turn, attend_cached)
+
+        for index in range(stack.first, stack.first + stack.count):
+            window = config.windows[index] if config.windows else FULL
+            tree = {"params": params["layers"][index]}
+            x_BTD, leaves = layer(tree, x_BTD, cache[index], window)
+            written.append(leaves)
     return x_BTD, written
 
 
@@ -225,12 +257,12 @@ def prefill(
 
     def run(params, cache, rows_B, tokens_BT, start_B, count_B) -> Cache:
         steps_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-        far = cache[0][0].shape[2]
+        far = cache_length(cache)
         positions_BT = jnp.where(steps_BT < count_B[:, None], start_B[:, None] + steps_BT, far)
         return _layers(config, params, cache, tokens_BT, positions_BT, rows_B)[1]
 
     run = sharding.over_rows(mesh, run, (False, True, True, True, True, True), True)
-    return _pin_cache(run(params, cache, rows_B, tokens_BT, start_B, count_B), mesh)
+    return _pin_cache(config, run(params, cache, rows_B, tokens_BT, start_B, count_B), mesh)
 
 
 @functools.partial(
@@ -283,7 +315,8 @@ def decode(
     cache, rows, tokens_BT, logprobs_BT, taken = run(
         params, cache, rows, given_B9, stops_E, seed, bounds_2
     )
-    return _pin_cache(cache, mesh), _pin_rows(rows, mesh), tokens_BT, logprobs_BT, taken
+    cache = _pin_cache(config, cache, mesh)
+    return cache, _pin_rows(rows, mesh), tokens_BT, logprobs_BT, taken
 
 
 def _decode(
@@ -303,7 +336,7 @@ def _decode(
 ) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
     """Runs the loop over steps, on a mesh for the rows of one device; all of them take the same number of steps."""
     B = rows.token_B.shape[0]
-    far = cache[0][0].shape[2]
+    far = cache_length(cache)
     final_norm: Any = Norm(config)
 
     def count(budget_B: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
 from rftjax.errors import NotFinite, UserError
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.models.distribution import RowSettings
 from rftjax.sampler import device
 from rftjax.sampler.pool import GRANULE, Piece, Pool, Prompt, Saved

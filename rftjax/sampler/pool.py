@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 
 from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.sampler import device
 from rftjax.types import Params
 
 COPIES = 8  # rows a copying call moves; constant, so that it compiles once
 GRANULE = 128  # cache lengths are multiples of this
 Piece = tuple[int, int, list[int]]  # a row, the position of its first new token, and the new tokens
-Saved = list[tuple[np.ndarray, np.ndarray]]  # keys and values (K, S, C) of one row, a layer each
+Saved = list[dict[str, np.ndarray]]  # what the cache holds of one row, without its axis of rows
 
 
 class Prompt:
@@ -112,7 +112,7 @@ class Pool:
     def park(self, row: int, slot: int) -> None:
         """Copies a decoding row to a parked one."""
         assert self.cache is not None
-        self._store = self._sized(self._store, self.parked, self.cache[0][0].shape[2])
+        self._store = self._sized(self._store, self.parked, device.cache_length(self.cache))
         self._store = self._move(self._store, self.cache, [(row, slot)])
 
     def unpark(self, slot: int, row: int) -> None:
@@ -124,23 +124,21 @@ class Pool:
         """Returns a decoding row as a copy in the host's memory, bit for bit what it holds."""
         assert self.cache is not None
         # A mesh needs at least one row a device; only the first holds data.
-        block = device.new_cache(self.config, self.shards, self.cache[0][0].shape[2], self.mesh)
+        length = device.cache_length(self.cache)
+        block = device.new_cache(self.config, self.shards, length, self.mesh)
         taken = jax.device_get(self._move(block, self.cache, [(0, slot)]))
-        return [(keys[0].copy(), values[0].copy()) for keys, values in taken]
+        return jax.tree.map(lambda leaf: leaf[0].copy(), taken)
 
     def restore(self, slot: int, saved: Saved) -> None:
         """Puts what `evict` returned into a decoding row."""
         assert self.cache is not None
 
-        def place(row_KSC: np.ndarray) -> jax.Array:
-            block = np.zeros((self.shards, *row_KSC.shape), row_KSC.dtype)
-            block[0] = row_KSC
-            where = None
-            if self.mesh is not None:
-                where = sharding.cache_sharding(self.mesh, self.config.kv_heads)
-            return jax.device_put(block, where)
+        def place(row: np.ndarray, like: jax.Array) -> jax.Array:
+            block = np.zeros((self.shards, *row.shape), row.dtype)
+            block[0] = row
+            return jax.device_put(block, None if self.mesh is None else like.sharding)
 
-        block = [(place(keys), place(values)) for keys, values in saved]
+        block = jax.tree.map(place, saved, self.cache)
         self.cache = self._move(self.cache, block, [(slot, 0)])
 
     def fill(self, params: Params, pieces: list[Piece]) -> None:
@@ -172,11 +170,7 @@ class Pool:
 
     def abstract_cache(self, tokens: int) -> Any:
         """Returns the abstract cache that `reserve` makes for so many tokens."""
-        c = self.config
-        place = sharding.cache_sharding(self.mesh, c.kv_heads) if self.mesh is not None else None
-        shape = (self.slots, c.kv_heads, cache_length(tokens), c.channels)
-        leaf = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(c.dtype), sharding=place)
-        return [(leaf, leaf)] * c.layers
+        return device.abstract_cache(self.config, self.slots, cache_length(tokens), self.mesh)
 
     def programs(self, params: Params, cache: Any) -> list[Program]:
         """Returns the calls that fill rows of such a cache and copy them."""
@@ -186,7 +180,7 @@ class Pool:
         new = sharding.put_rows(self.mesh, (nothing_B, tokens_BT, nothing_B, nothing_B))
         filling = (self.config, params, cache, *new)
         pairs = sharding.replicate(self.mesh, (np.zeros(COPIES, np.int32),) * 2)
-        copying = (cache, None, *pairs)
+        copying = (self.config, cache, None, *pairs)
         return [
             Program(device.prefill, filling, settings),
             Program(device.copy_rows, copying, settings),
@@ -195,8 +189,8 @@ class Pool:
     def _sized(self, cache: device.Cache | None, rows: int, length: int) -> device.Cache:
         if cache is None:
             return device.new_cache(self.config, rows, length, self.mesh)
-        if cache[0][0].shape[2] < length:
-            return device.grow(cache, length=length, mesh=self.mesh)
+        if device.cache_length(cache) < length:
+            return device.grow(self.config, cache, length=length, mesh=self.mesh)
         return cache
 
     def _move(
@@ -211,7 +205,7 @@ class Pool:
             from_B[: len(part)] = [origin for _, origin in part]
             moves = sharding.replicate(self.mesh, (to_B, from_B))
             with jax.transfer_guard(sharding.GUARD):
-                target = device.copy_rows(target, source, *moves, mesh=self.mesh)
+                target = device.copy_rows(self.config, target, source, *moves, mesh=self.mesh)
         return target
 
 

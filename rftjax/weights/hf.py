@@ -15,8 +15,8 @@ import numpy as np
 
 from rftjax.errors import NotFinite, UserError
 from rftjax.models import FAMILIES, decoder
-from rftjax.models.decoder import Config
-from rftjax.models.names import Name
+from rftjax.models.config import Config
+from rftjax.models.names import Name, layers_of
 from rftjax.types import Params
 from rftjax.weights import gguf, shards
 from rftjax.weights.directories import locate, read_json, write_json
@@ -145,12 +145,12 @@ def _table(config: Config) -> list[Name]:
 def _hf_names(config: Config, name: Name) -> list[str]:
     if "{layer}" not in name.hf:
         return [name.hf]
-    return [name.hf.format(layer=layer) for layer in range(config.layers)]
+    return [name.hf.format(layer=layer) for layer in layers_of(config, name)]
 
 
 def _shape(config: Config, name: Name) -> tuple[int, ...]:
     """Returns the shape of our leaf, which holds all layers."""
-    return (config.layers, *name.shape) if "{layer}" in name.hf else name.shape
+    return (len(layers_of(config, name)), *name.shape) if "{layer}" in name.hf else name.shape
 
 
 def _hf_shape(name: Name) -> tuple[int, ...]:

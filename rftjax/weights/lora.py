@@ -17,8 +17,8 @@ import numpy as np
 
 from rftjax.errors import NotFinite, UserError
 from rftjax.models import FAMILIES
-from rftjax.models.decoder import Config
-from rftjax.models.names import Name
+from rftjax.models.config import Config
+from rftjax.models.names import Name, layers_of
 from rftjax.types import Params
 from rftjax.weights import hf
 from rftjax.weights.exporting import NO_FACTS, replacing
@@ -87,11 +87,12 @@ def init(config: Config, *, rank: int, targets: str = "all", seed: int = 0) -> P
     for index, name in enumerate(_kernels(config, parse_targets(targets))):
         inputs, outputs = _sides(name)
         bound = 1 / math.sqrt(inputs)
-        shape = (config.layers, inputs, rank)
+        layers = len(layers_of(config, name))
+        shape = (layers, inputs, rank)
         first = jax.random.uniform(
             jax.random.fold_in(key, index), shape, minval=-bound, maxval=bound
         )
-        pair = {"a": first, "b": jnp.zeros((config.layers, rank, outputs))}
+        pair = {"a": first, "b": jnp.zeros((layers, rank, outputs))}
         _put(tree, name, pair)
     return tree
 
@@ -113,13 +114,15 @@ def save_peft(
     used = []
     rank = 0
     for name in _kernels(config, TARGETS):
-        pair = adapters["layers"].get(name.path[1], {}).get(name.path[2])
+        stack, part, linear, _ = name.path
+        pair = adapters.get(stack, {}).get(part, {}).get(linear)
         if pair is None:
             continue
         used.append(name.hf.removesuffix(".weight").rpartition(".")[2])
         rank = pair["a"].shape[-1]
         for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
-            for layer, matrix in enumerate(np.asarray(stacked, np.float32)):
+            matrices = np.asarray(stacked, np.float32)
+            for layer, matrix in zip(layers_of(config, name), matrices, strict=True):
                 tensors[_peft_name(name, layer, letter)] = np.ascontiguousarray(matrix.T)
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise NotFinite(
@@ -136,7 +139,7 @@ def save_peft(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "r": rank,
-        "target_modules": used,
+        "target_modules": list(dict.fromkeys(used)),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
     }
@@ -166,7 +169,7 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
     tree: Params = {}
     for name in _kernels(config, TARGETS):
         names = {
-            letter: [_peft_name(name, layer, letter) for layer in range(config.layers)]
+            letter: [_peft_name(name, layer, letter) for layer in layers_of(config, name)]
             for letter in "AB"
         }
         if not any(one in tensors for one in names["A"]):
@@ -260,8 +263,8 @@ def _sides(name: Name) -> tuple[int, int]:
 
 
 def _put(tree: Params, name: Name, pair: dict[str, Any]) -> None:
-    _, part, linear, _ = name.path
-    tree.setdefault("layers", {}).setdefault(part, {})[linear] = pair
+    stack, part, linear, _ = name.path
+    tree.setdefault(stack, {}).setdefault(part, {})[linear] = pair
 
 
 def _peft_name(name: Name, layer: int, letter: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rftjax.errors import UserError
 from rftjax.models import FAMILIES
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.weights import gguf
 from rftjax.weights.directories import config_file, locate, read_json
 

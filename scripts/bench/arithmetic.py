@@ -5,6 +5,7 @@ The formulas stand in README.md. A multiplication with an addition counts as two
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rftjax.models import decoder
-from rftjax.models.decoder import Config
+from rftjax.models import cache_leaves, decoder
+from rftjax.models.config import Config
 
 
 def parameters(config: Config) -> int:
@@ -63,7 +64,8 @@ def decode_bytes(config: Config, *, rows: int, cached: float) -> float:
     """Returns the bytes that one decode step reads at least: all weights once, and `cached` tokens of each row."""
     item = jnp.dtype(config.dtype).itemsize
     weights = parameters(config) - (0 if config.tied else config.vocab * config.width)
-    cache = rows * cached * 2 * config.layers * config.kv_heads * config.channels
+    a_token = sum(math.prod(leaf.shape) for leaves in cache_leaves(config) for leaf in leaves)
+    cache = rows * cached * a_token
     return item * (weights + cache)
 
 

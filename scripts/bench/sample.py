@@ -21,7 +21,7 @@ import arithmetic
 import numpy as np
 import workload
 
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.sampler.engine import Counters, Engine
 from rftjax.types import Params
 

@@ -22,7 +22,7 @@ import workload
 from rftjax import grpo
 from rftjax.learning import optim, update
 from rftjax.learning.batching import make_batch, most_scored
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.sampler.engine import Engine
 from rftjax.types import Params, TrainState, Trajectory
 

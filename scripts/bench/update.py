@@ -20,7 +20,7 @@ import step as whole_step
 import workload
 
 from rftjax.learning.batching import make_batch, most_scored
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.types import Batch, TrainState
 
 

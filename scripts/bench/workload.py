@@ -24,7 +24,7 @@ import numpy as np
 from rftjax import types
 from rftjax.models import decoder
 from rftjax.models.attention import FORMS
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, NoiseKey, noise_key
 from rftjax.types import Params, Score, Task, Trajectory

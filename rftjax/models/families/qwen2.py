@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rftjax.models.decoder import FULL, Config
-from rftjax.models.names import DECODER_AXES, decoder_names
+from rftjax.models.config import FULL, Config
+from rftjax.models.names import DECODER_AXES, decoder_cache, decoder_names
 from rftjax.models.rope import read_rope
 
 # Fields that `config`, `windows` and `read_rope` read.
@@ -75,3 +75,4 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
 
 names = decoder_names
 LOGICAL_AXES = DECODER_AXES
+cache = decoder_cache

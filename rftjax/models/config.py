@@ -1,0 +1,87 @@
+"""The shape of a model: what a family reads from its Hugging Face config, and all that the layers are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+FULL = 1 << 30  # a window that no sequence fills
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: `kind` is default, linear, llama3 or yarn; the rest are its settings."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0  # 0: yarn's own, 0.1 ln(factor) + 1
+    truncate: bool = True
+
+
+class Stack(NamedTuple):
+    """Layers with parameters of equal shapes that follow each other: `name` is theirs in the tree, `first` the index of
+    the first one in the model."""
+
+    name: str
+    first: int
+    count: int
+
+
+class CacheLeaf(NamedTuple):
+    """What the cache holds of a token in one layer: a shape, and the logical axis of each of its axes.
+
+    The array of all rows has the positions before the last axis: (rows, K, S, C) for a shape of (K, C).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape of a model; `windows` holds one attention window a layer (FULL: no limit).
+
+    What differs between layers of equal shapes is data, one entry a layer; layers of other shapes are other `stacks`.
+    """
+
+    family: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    channels: int
+    ffn: int
+    max_positions: int
+    norm_eps: float
+    rope: Rope
+    tied: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    windows: tuple[int, ...] = ()
+    init_std: float = 0.02
+    dtype: str = "float32"
+    attention: str = "blocked"  # one of `attention.FORMS`, in the update
+    split: tuple[Stack, ...] = ()  # the stacks of a model with layers of several shapes
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks in the order in which a token passes them."""
+        return self.split or (Stack("layers", 0, self.layers),)
+
+    def stack(self, name: str) -> Stack:
+        """Returns the stack of that name in the tree."""
+        return next(stack for stack in self.stacks if stack.name == name)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any layer limits how far back a token attends."""
+        return any(window < FULL for window in self.windows)
