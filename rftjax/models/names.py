@@ -1,4 +1,4 @@
-"""Tables that families of the shared decoder declare: Hugging Face names, in both directions, logical axes, the cache."""
+"""Tables that families of the shared decoder declare: Hugging Face names, in both directions, logical axes, cache."""
 
 from __future__ import annotations
 
