@@ -16,11 +16,11 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from rftjax.environments.calls import tool_calls
 from rftjax.errors import UserError
 from rftjax.types import Message, Task, Turn
 from rftjax.workers.plain import plain
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _SECTION = re.compile(r"^(Args|Arguments|Parameters|Params):\s*$")
 _ENTRY = re.compile(r"^\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
@@ -30,9 +30,10 @@ _FIELD = re.compile(r"^:param\s+(?:[^:]*\s)?(\w+):\s*(.*)$")
 def tools(*functions: Callable[..., Any]) -> Tools:
     """Makes an environment from functions: a user's file has `environment = tools(search, calculator)`.
 
-    The model writes one or more `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` and gets a message of role
-    "tool" for each, which holds the result or the exception. An answer without a call ends the episode. Arguments are
-    converted to the annotated types. A parameter named `task` gets the episode's task. Coroutine functions work too.
+    The model writes one or more calls as its chat template teaches (`environments.calls` lists the formats) and gets a
+    message of role "tool" for each, which holds the result or the exception. An answer without a call ends the episode.
+    Arguments are converted to the annotated types. A parameter named `task` gets the episode's task. Coroutine
+    functions work too.
     """
     return Tools(functions)
 
@@ -135,13 +136,13 @@ class ToolEpisode:
 
     def step(self, message: Message) -> Any:
         """Runs the calls of one assistant message in their order."""
-        calls = tool_calls(message)
+        calls = tool_calls(message, self._tools)
         answers = [_tool_message(call, self._begin(call)) for call in calls]
         return Turn(answers, done=not calls)
 
     async def _step_async(self, message: Message) -> Turn:
         """Runs the calls of one assistant message concurrently."""
-        calls = tool_calls(message)
+        calls = tool_calls(message, self._tools)
         results = await asyncio.gather(*(self._run_async(call) for call in calls))
         return Turn(
             [_tool_message(call, result) for call, result in zip(calls, results, strict=True)],
@@ -182,47 +183,6 @@ def _tool_message(call: dict[str, Any], result: Any) -> Message:
     content = result if isinstance(result, str) else json.dumps(plain(result), ensure_ascii=False)
     message = {"role": "tool", "content": content}
     return message | {name: call[name] for name in ("name", "tool_call_id") if call.get(name)}
-
-
-def tool_calls(message: Message) -> list[dict[str, Any]]:
-    """Parses the calls in a message's `tool_calls`, else in its text; `problem` is set for a malformed call."""
-    calls = []
-    for given in message.get("tool_calls") or []:
-        given = given if isinstance(given, dict) else {}
-        call = _tool_call(given.get("function", given))
-        calls.append(call | ({"tool_call_id": given["id"]} if given.get("id") else {}))
-    if calls:
-        return calls
-    for text in _CALL.findall(message.get("content") or ""):
-        try:
-            calls.append(_tool_call(_loads(text)))
-        except ValueError as error:
-            calls.append({"problem": f"the tool call is not valid JSON: {error}"})
-    return calls
-
-
-def _tool_call(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return {"problem": 'a tool call must be {"name": ..., "arguments": {...}}'}
-    arguments = value.get("arguments")
-    if isinstance(arguments, str):  # OpenAI's format has JSON inside JSON
-        try:
-            arguments = _loads(arguments or "{}")
-        except ValueError as error:
-            return {"name": value["name"], "problem": f"the arguments are not valid JSON: {error}"}
-    if arguments is None:  # a function without parameters
-        arguments = {}
-    if not isinstance(arguments, dict):
-        return {"name": value["name"], "problem": "the arguments must be a JSON object"}
-    return {"name": value["name"], "arguments": arguments}
-
-
-def _loads(text: str) -> Any:
-    """Parses JSON and allows raw newlines in strings, which models write; raises ValueError for invalid JSON."""
-    try:
-        return json.loads(text, strict=False)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rftjax import sandbox
-from rftjax.environments import toolbox
+from rftjax.environments.calls import tool_calls
 from rftjax.errors import UserError
 from rftjax.learning.learner import has_variance, set_advantages
 from rftjax.monitor import reasons, rollout_files, transcripts
@@ -148,7 +148,8 @@ def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
         )
     arguments = {"text": 'two words, a "quote"\nand a line'}
     call = chat.rendered_call(tokenizer, list(tools), arguments)
-    read = toolbox.tool_calls({"role": "assistant", "content": call})
+    names = [tool.get("function", tool).get("name") for tool in tools]
+    read = tool_calls({"role": "assistant", "content": call}, names)
     if not call:
         found.append(
             "WARNING: the chat template writes no calls; tell the model in a system message to write"
