@@ -1,0 +1,1 @@
+"""Requests over the sampler: a server in OpenAI's formats, and agents that call the model themselves."""
