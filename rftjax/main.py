@@ -1,4 +1,4 @@
-"""Flags, the config's check, and one of three modes: train, eval or check."""
+"""Flags, the config's check, and one of the modes: train, eval, check, serve or chat."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rftjax.config.fields import cache_folder
-from rftjax.config.flags import parse_flags
+from rftjax.config.flags import WITHOUT_SPEC, parse_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string(
     "workdir", "", "Directory of the run; one with a checkpoint goes on from there."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "check"], "What to do.")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "check", *WITHOUT_SPEC], "What to do.")
 RESTART_FROM = flags.DEFINE_integer(
     "restart_from", -1, "Go back to the checkpoint of this step and drop what follows it (-1: no)."
 )
@@ -28,7 +28,9 @@ STOP_AFTER = flags.DEFINE_integer(
     "stop_after", 0, "End cleanly after this step (0: at the config's last)."
 )
 STEP = flags.DEFINE_string(
-    "step", "", "Step that --mode=eval evaluates: a checkpoint's, best, or last (the default)."
+    "step",
+    "",
+    "Step that --mode=eval evaluates: a checkpoint's, best, or last (the default); serve and chat take the best.",
 )
 
 
@@ -38,14 +40,17 @@ def main(argv: list[str]) -> None:
         sys.exit(
             f"error: unknown arguments {argv[1:]}; settings are given as --config.section.field=value"
         )
-    if not WORKDIR.value:
+    served = MODE.value in WITHOUT_SPEC
+    if not (WORKDIR.value or served):
         sys.exit("error: --workdir: must be given, a directory for the run's files")
     if STOP_AFTER.value < 0:
         sys.exit(
             f"error: --stop_after={STOP_AFTER.value}: must be a step, or 0 for the config's last"
         )
-    if STEP.value and MODE.value != "eval":
-        sys.exit(f"error: --step={STEP.value}: is what --mode=eval evaluates; leave it out")
+    if STEP.value and not (MODE.value == "eval" or (served and WORKDIR.value)):
+        sys.exit(
+            f"error: --step={STEP.value}: names a checkpoint of --workdir for --mode=eval, serve or chat; leave it out"
+        )
     if RESTART_FROM.value < -1 or (RESTART_FROM.value >= 0 and MODE.value != "train"):
         sys.exit(
             f"error: --restart_from={RESTART_FROM.value}: must be a step with a checkpoint, in mode train"
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
             " plugin (./scripts/setup.sh cuda or tpu)"
         )
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    workdir = Path(WORKDIR.value).expanduser().absolute()
+    workdir = Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
     back = {"restart_from": RESTART_FROM.value, "accepted": ACCEPT.value}
     run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
     try:
@@ -81,7 +86,7 @@ def main(argv: list[str]) -> None:
         if message := failures.explain(error):
             logging.debug("the traceback", exc_info=True)
             sys.exit(f"error: {message}")
-        if path := failures.record(workdir, error):
+        if path := None if served or workdir is None else failures.record(workdir, error):
             print(
                 f"error: a fault of rftjax or of the machine, as below; for a report it is in {path}",
                 file=sys.stderr,

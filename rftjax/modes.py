@@ -1,4 +1,4 @@
-"""What `--mode` chooses: a run with its export and summary, an evaluation, or a check."""
+"""What `--mode` chooses: a run with its export and summary, an evaluation, a check, a server or a talk."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from ml_collections import ConfigDict
 from rftjax import train
 from rftjax.monitor import recorder as metrics
 from rftjax.run import build as job
-from rftjax.run import evaluating, lock, preflight, results
+from rftjax.run import evaluating, lock, preflight, results, serving
 
 
 def run(
     mode: str,
     given: ConfigDict,
     overrides: dict[str, Any],
-    workdir: Path,
+    workdir: Path | None,
     stop_after: int = 0,
     step: str = "",
     *,
     restart_from: int = -1,
     accepted: Sequence[str] = (),
 ) -> None:
-    """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates.
+    """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates,
+    serve serves and chat talks to.
 
-    A check and an evaluation write no config and take no lock: they may run beside a training run.
+    Only a run writes a config and takes a lock: the others may run beside it. Serve and chat need no workdir.
     """
+    if mode in ("serve", "chat"):
+        config = serving.served_config(given, overrides, workdir)
+        if mode == "chat":
+            config.sampler.slots = 1
+        (serving.serve if mode == "serve" else serving.chat)(config, workdir, step)
+        return
+    assert workdir is not None
     if mode == "check":
         preflight.check(given, workdir)
         return

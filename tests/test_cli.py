@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+from absl import app
 
 from rftjax import cli
 
@@ -24,6 +25,22 @@ def test_who_asks_for_help_gets_it(monkeypatch, capsys, asked):
         run(monkeypatch, asked)
     assert end.value.code == 0
     assert "usage: rftjax --config=SPEC" in capsys.readouterr().err
+
+
+def test_a_model_or_a_run_is_enough_to_serve_and_to_talk(monkeypatch, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    started = []
+    monkeypatch.setattr(app, "run", lambda main, flags_parser: started.append([*sys.argv]))
+    run(monkeypatch, "chat", str(tmp_path), "--step=3")
+    run(monkeypatch, "serve", "some/model", "--config.serving.port=0")
+    run(monkeypatch, "serve", f"--workdir={tmp_path}")
+    assert started == [
+        ["rftjax", "--mode=chat", f"--workdir={tmp_path}", "--step=3"],
+        ["rftjax", "--mode=serve", "--config.model.path=some/model", "--config.serving.port=0"],
+        ["rftjax", "--mode=serve", f"--workdir={tmp_path}"],
+    ]
+    with pytest.raises(SystemExit, match="give a model, or the workdir of a run"):
+        run(monkeypatch, "serve")
 
 
 def test_other_commands_go_by_their_name(monkeypatch, capsys, tmp_path):

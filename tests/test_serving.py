@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import itertools
 import json
 import re
 import socket
@@ -15,6 +16,9 @@ import served
 from served import CALL, END, KEY, NAME
 
 from rftjax.sampler.engine import noise_key
+from rftjax.serving.service import Service
+from rftjax.serving.terminal import talk
+from rftjax.serving.turns import Model
 from rftjax.text import chat
 from rftjax.types import SamplingParams
 
@@ -233,7 +237,7 @@ def test_what_cannot_be_answered_is_refused_with_a_reason(server, change, status
 def test_malformed_and_oversized_bodies_and_wrong_tokens_are_refused(server):
     good = {"model": NAME, "messages": user("a")}
     path = "/v1/chat/completions"
-    for body in (b"", b"{", b"[1]", b"\xff", b'[' * 15_000):
+    for body in (b"", b"{", b"[1]", b"\xff", b"[" * 15_000):
         assert post(server, path, body)[0] == 400
     status, answer = post(server, path, {**good, "user": "a" * 20_000})
     assert status == 413 and "serving.max_request_bytes=20000" in answer["error"]["message"]
@@ -384,3 +388,29 @@ def test_the_prompts_of_earlier_requests_are_not_computed_again(client, server):
     assert first > 50
     assert prefilled(f"{shared}a") == 0
     assert prefilled(f"{shared}b") < 16  # whole chunks of the prompt are shared
+
+
+def test_a_talk_goes_on_in_the_same_row_until_it_is_begun_anew(weights, tokenizer):
+    engine = served.make_engine(weights)
+    service = Service(engine)
+    model = Model(NAME, tokenizer, (END,), (), engine.max_length)
+    lines = iter(["ab", "", "/what", "c", "/new", "ab", "/system abc", "c", "b" * 120, "c"])
+    written, prefilled = [], []
+
+    def read(prompt):
+        prefilled.append(engine.counters.prefilled_tokens)
+        written.append("\n>")
+        return next(lines, "/exit")
+
+    try:
+        talk(service, model, SamplingParams(4, 100), read=read, write=written.append, seed=1)
+        until(lambda: not service.conversations)
+    finally:
+        service.stop()
+    answers = "".join(written).split("\n>")
+    new = [after - before for before, after in itertools.pairwise(prefilled)]
+    first = len(chat.render(tokenizer, user("ab"), generation_prompt=True))
+    again = 1 + 1 + first  # the last token sampled, the end of the turn, and the next message
+    assert new[0] == first - 1 and new[1] == new[2] == 0 and 4 <= new[3] <= again
+    assert "/new begins" in answers[3] and "max_length" in answers[-3]
+    assert answers[1] != answers[6] and answers[-2]  # other noise; and the talk goes on

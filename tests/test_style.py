@@ -21,9 +21,11 @@ OWNERS = {
     "huggingface_hub": {"weights.directories"},
     "orbax": {"run.checkpoint"},
     "safetensors": {"weights.shards"},
+    "starlette": {"serving.app", "serving.tracing"},
     "tensorboard": {"monitor.events"},
     "tokenizers": {"text.gguf_tokenizer"},
     "transformers": {"text.tokenizer"},
+    "uvicorn": {"serving.server"},
 }
 
 

@@ -20,11 +20,13 @@ from rftjax import config as configs
 from rftjax import modes, train
 from rftjax.errors import UserError
 from rftjax.run import build as job
+from rftjax.run import serving
 from rftjax.run.checkpoint import Checkpoints
 from rftjax.run.interruption import Interrupted
 from rftjax.run.startup import step_counts
 from rftjax.sampler.engine import Counters
 from rftjax.scoring import EvaluatorError
+from rftjax.types import SamplingParams
 from rftjax.weights import hf
 
 STEPS = 4
@@ -248,6 +250,30 @@ def test_eval_mode_scores_the_last_checkpoint(config, whole, capsys):
     assert found["step"] == STEPS
     assert found["eval/reward"] == lines_of(whole)[-1]["eval/reward"]
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_serves_a_run_has_the_weights_of_the_step_asked_for(config, whole):
+    """With flags on top of the stored config, and without tasks or an evaluator in the given one."""
+    given = configs.base_config()
+    found = serving.served_config(given, {"serving": {"port": 0}}, whole)
+    assert found.serving.port == 0 and found.optim.lr == config.optim.lr
+    policy = rftjax.load(config.model.path)
+    prompt = [3, 4, 5]
+    for wanted, step in (("last", STEPS), ("3", 3)):
+        with serving.opened(found, whole, wanted) as (service, model):
+            call = service.open(prompt, 8, (0, 0, 0), SamplingParams())
+            turn = call.future.result()
+        assert model.name == f"{whole.name}-step-{step}"
+        checkpoints = Checkpoints(whole / "checkpoints", read_only=True)
+        params, _ = checkpoints.restore_params(step)
+        checkpoints.close()
+        tokens = [[*prompt, *turn.tokens]]
+        scored = policy.logprobs(tokens, params=params)[0, len(prompt) :]
+        assert np.abs(np.asarray(scored) - turn.logprobs).max() < 1e-4
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        serving.served_config(given, {}, whole / "nothing")
+    with pytest.raises(UserError, match="model.path=''"):
+        serving.served_config(given, {}, None)
 
 
 def test_check_mode_samples_scores_and_starts_no_run(config, tmp_path, capsys):

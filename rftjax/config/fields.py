@@ -89,6 +89,7 @@ def base_config() -> ConfigDict:
             "steps": 100,
             "evaluator": "",  # "module:name" or "file.py:name"; required
             "environment": "",  # the same; "": the model answers once
+            "agent": "",  # in its place: the same of a function that calls the model itself, or a server's URL
             "hooks": "",  # "file.py:name" of a function that sees every step; "": none
             "export": True,  # write a Hugging Face directory at the end
             "export_step": "best",  # of checkpoint.best_metric, where there is one; or "last"
@@ -148,6 +149,18 @@ def base_config() -> ConfigDict:
                 "sandbox": False,  # True: the evaluator runs code; nothing starts without a sandbox
             },
             "environments": {"workers": 2, "timeout_s": 60.0, "env": ()},  # env: the same
+            "agents": {
+                "workers": 2,
+                "timeout_s": 300.0,  # of a whole rollout
+                "env": (),
+                "address": "127.0.0.1:0",  # where the model listens for them; port 0: any free one
+            },
+            "serving": {  # of --mode=serve
+                "host": "127.0.0.1",
+                "port": 8000,  # 0: any free one
+                "max_request_bytes": 4 * 2**20,
+                "max_waiting": 1024,  # turns that wait for a slot; more are told to come again
+            },
             "grpo": {
                 "preset": "grpo",
                 # Fields of the preset: the value of the preset where they are not given.

@@ -19,6 +19,7 @@ from rftjax.config.fields import field_type, flatten, suggest
 from rftjax.config.specs import folder, locate, names, on_path
 from rftjax.errors import UserError
 
+WITHOUT_SPEC = ("serve", "chat")  # modes that a workdir or a model is enough for
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 
@@ -28,6 +29,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     Bad flags are listed on stderr, all of them, and the program ends with exit code 2.
     """
     argv = [locate(_expand_home(argument)) for argument in argv]
+    if not _spec_argument(argv) and {f"--mode={mode}" for mode in WITHOUT_SPEC} & {*argv}:
+        argv.insert(1, f"--config={folder() / 'rft.py'}")
     if not any(re.fullmatch(r"--?help\w*", argument) for argument in argv):
         value = _spec_argument(argv)
         if not value:

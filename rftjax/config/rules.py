@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,7 +27,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 1,
         "steps batch.prompts batch.group_size batch.pack_tokens batch.pack_rows sampler.max_new_tokens sampler.slots "
         "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
-        "scoring.workers environments.workers grpo.updates_per_batch grpo.minibatches "
+        "scoring.workers environments.workers agents.workers serving.max_request_bytes "
+        "grpo.updates_per_batch grpo.minibatches "
         "alarms.window eval.samples checkpoint.keep logging.every",
     ),
     (
@@ -40,7 +41,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "tasks.heldout_count tasks.limit tasks.max_prompt_tokens sampler.top_k sampler.pool eval.every eval.max_tasks "
         "eval.top_k "
-        "checkpoint.every logging.rollouts lora.rank eval.patience eval.dead_steps "
+        "checkpoint.every logging.rollouts serving.max_waiting lora.rank eval.patience eval.dead_steps "
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
         "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
         "grpo.kl_refresh_steps grpo.dynamic_prompts "
@@ -57,6 +58,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= -1,
         "sampler.bridge_steps",
     ),
+    (
+        "must be between 0 (any free port) and 65535",
+        lambda value: 0 <= value <= 65535,
+        "serving.port",
+    ),
     ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
     ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),
     (
@@ -67,7 +73,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be above 0.0",
         lambda value: value > 0,
-        "sampler.temperature scoring.timeout_s environments.timeout_s optim.lr optim.eps lora.alpha",
+        "sampler.temperature scoring.timeout_s environments.timeout_s agents.timeout_s optim.lr optim.eps lora.alpha",
     ),
     ("must be at least 0.0 (0.0: greedy)", lambda value: value >= 0, "eval.temperature"),
     (
@@ -99,11 +105,11 @@ _CHOICES = {
     "rollout.truncated_turns": ("environment", "end", "mask"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }
-_REQUIRED = {
+REQUIRED = {
     "model.path": "a directory in Hugging Face format, a .gguf file or a hub name",
     "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
     "evaluator": "'module:name' or 'file.py:name' of a function evaluate(task, trajectory) or another form of "
-    "docs/evaluators.md, or an environment whose turn rewards are added up",
+    "docs/evaluators.md, or an environment whose turn rewards are added up, or an agent that returns its reward",
 }
 _EVALUATORS = ("evaluator", "eval.evaluator")
 _CALLABLES = (
@@ -122,16 +128,22 @@ _TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: 
 
 
 def check(
-    config: ConfigDict, *, devices: int = 0, processes: int = 1, resumed: bool = False
+    config: ConfigDict,
+    *,
+    devices: int = 0,
+    processes: int = 1,
+    resumed: bool = False,
+    needs: Collection[str] = tuple(REQUIRED),
 ) -> None:
     """Raises one UserError that lists everything wrong with the fields' values; loads and imports nothing.
 
+    `needs` are the fields without a default that must be given.
     Call it after the preset is resolved. `devices` is the number of devices over all processes (0: the mesh and what
     must divide over it are not checked). A `resumed` run may end within its warm-up.
     """
     values = flatten(config)
     problems = dict(_structure_problems(config, values))
-    for field, problem in _value_problems(values):
+    for field, problem in _value_problems(values, needs):
         problems.setdefault(field, problem)
     sound = {field: value for field, value in values.items() if field not in problems}
     if resumed:
@@ -172,10 +184,12 @@ def _structure_problems(config: ConfigDict, values: Mapping[str, Any]) -> Iterat
             )
 
 
-def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _value_problems(values: Mapping[str, Any], needs: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yields what is wrong with single fields; of wrongly typed ones nothing is known."""
-    for field, what in _REQUIRED.items():
-        if values.get(field) == "" and not (field == "evaluator" and values.get("environment")):
+    for field in needs:
+        what = REQUIRED[field]
+        other = field == "evaluator" and (values.get("environment") or values.get("agent"))
+        if values.get(field) == "" and not other:
             yield field, f"must be given: {what} (--config.{field}=... or in the spec)"
     for field, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -194,6 +208,12 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for field in _EVALUATORS:
         if isinstance(values.get(field), str) and values[field]:
             yield from _evaluator_problems(field, values[field])
+    agent = values.get("agent")
+    if isinstance(agent, str) and agent and not agent.startswith(("http://", "https://")):
+        yield from _callable_problems("agent", agent)
+    host, colon, port = str(values.get("agents.address", "a:0")).rpartition(":")
+    if not (host and colon and port.isdigit() and int(port) < 65536):
+        yield "agents.address", "must be 'host:port' (port 0: any free one)"
     if ":" in str(values.get("grpo.baseline")):
         yield from _callable_problems("grpo.baseline", values["grpo.baseline"])
     for field in ("model.path", "tasks.train", "tasks.heldout"):
@@ -202,7 +222,7 @@ def _value_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     sets = values.get("eval.sets")
     if faults := "; ".join(_set_problems(sets) if isinstance(sets, tuple) else ()):
         yield "eval.sets", faults
-    for field in ("scoring.env", "environments.env"):
+    for field in ("scoring.env", "environments.env", "agents.env"):
         names = values.get(field)
         if isinstance(names, tuple) and not all(isinstance(name, str) and name for name in names):
             yield field, 'must hold names of environment variables, as ("OPENAI_API_KEY",)'
@@ -305,6 +325,11 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "raise it, or set grpo.baseline to batch_mean or none",
         )
     yield from _grpo_problems(values)
+    if values.get("agent") and values.get("environment"):
+        yield (
+            "agent",
+            "takes the place of an environment; leave one of the two out",
+        )
     samples = values.get("eval.samples", 1)
     for k in values.get("eval.pass_k", ()):
         if not isinstance(k, int) or not 1 <= k <= samples:

@@ -31,6 +31,8 @@ FREE = (
     "optim.max_nonfinite",
     "scoring.",
     "environments.",
+    "agents.",
+    "serving.",
     "mesh.",
     "model.remat",
     "model.attention",
@@ -55,6 +57,7 @@ INPUTS = (
     "tasks.max_prompt_tokens",
     "evaluator",
     "environment",
+    "agent",
     "lora.path",
 )
 # Functions of the user's, whose sources are compared.

@@ -31,6 +31,7 @@ RUN = "run.json"  # fingerprints of the inputs, and what was changed after which
 ACCEPTABLE = (
     "evaluator",
     "environment",
+    "agent",
     "tasks.heldout",
     "lora.path",
     "eval.evaluator",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,13 @@ from rftjax.weights import lora
 log = logging.getLogger(__name__)
 
 
-def complete_config(config: ConfigDict, *, resumed: bool = False) -> ConfigDict:
-    """Returns the config with its preset's fields filled in; raises UserError listing everything wrong with it."""
+def complete_config(
+    config: ConfigDict, *, resumed: bool = False, needs: Collection[str] = tuple(configs.REQUIRED)
+) -> ConfigDict:
+    """Returns the config with its preset's fields filled in; raises UserError listing everything wrong with it.
+
+    `needs` are the fields that must be given.
+    """
     config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
     fields = grpo.preset_fields(
@@ -48,7 +53,7 @@ def complete_config(config: ConfigDict, *, resumed: bool = False) -> ConfigDict:
     with config.unlocked():
         config.grpo.update(fields)
     devices, processes = jax.device_count(), jax.process_count()
-    configs.check(config, devices=devices, processes=processes, resumed=resumed)
+    configs.check(config, devices=devices, processes=processes, resumed=resumed, needs=needs)
     return config
 
 
@@ -141,7 +146,7 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
         checks.check_attention(config)
         custom.check(config.grpo)
         hook = Hook(config.hooks)
-        model = _open_model(config, mesh)
+        model = open_model(config, mesh)
         closing.callback(model.close)
         resumes = checkpoint.exists(workdir / "checkpoints")
         if read_ahead and not resumes:
@@ -183,7 +188,8 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
         )
 
 
-def _open_model(config: ConfigDict, mesh: Mesh) -> policy.Policy:
+def open_model(config: ConfigDict, mesh: Mesh) -> policy.Policy:
+    """Returns the model of the config; its parameters are read when they are needed."""
     return policy.load(
         config.model.path,
         dtype=config.model.dtype,

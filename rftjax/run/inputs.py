@@ -54,6 +54,8 @@ def fingerprints(
     evaluators = {"evaluator": config.evaluator, "eval.evaluator": config.eval.evaluator}
     found |= {field: of_evaluator(text) for field, text in evaluators.items() if text}
     callables = {"environment": config.environment}
+    if not config.agent.startswith(("http://", "https://")):
+        callables["agent"] = config.agent
     callables |= {field: flatten(config)[field] for field in CODE}
     return found | {field: of_callable(text) for field, text in callables.items() if ":" in text}
 

@@ -41,9 +41,15 @@ def address(found: socket.socket) -> str:
 
 
 def _server(app: Any) -> uvicorn.Server:
-    settings = {"http": "h11", "ws": "none", "loop": "asyncio", "lifespan": "off"}
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=2, **settings
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=2,
     )
     return uvicorn.Server(config)
 

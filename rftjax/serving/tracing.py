@@ -185,7 +185,7 @@ class Tracing:
 
 def address(key: str, tags: Mapping[str, str]) -> str:
     """Returns the path of a rollout's address, as the managed service writes it."""
-    found = {"rollout_id": key} | tags
+    found = {"rollout_id": key, **tags}
     return "".join(f"/{name}/{found[name]}" for name in PARTS)
 
 
