@@ -56,6 +56,23 @@ def test_a_whole_step_is_measured_and_compiles_in_its_first_step_only(bench):
     assert said["settings"]["new_tokens"] == 5
 
 
+def test_a_decode_step_stands_beside_its_floor(bench, parts):
+    said = bench(
+        "decode", MODEL, "--points=4x40,2x200", "--steps=2", "--rounds=2", "--read_mebibytes=1"
+    )
+    assert said["4x40"]["cache_length"] == 128 and said["2x200"]["cache_length"] == 256
+    config, params, _ = hf.load(str(ROOT / "tests" / "data" / "tiny"))
+    arithmetic, _ = parts
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for name, rows, cached in (("4x40", 4, 40), ("2x200", 2, 200)):
+        total = arithmetic.decode_bytes(config, rows=rows, cached=cached)
+        assert said[name]["bytes"] == {"weights": weights, "cache": total - weights}
+        for clock in ("wall", "cpu"):
+            found = said[name][clock]
+            assert len(found["ratios"]) == 2 and min(found["ratios"]) > 0
+            assert set(found["floor_s"]) == {"weights", "cache", "products"}
+
+
 def test_the_forms_of_sampling_count_steps_and_tokens(bench):
     flags = ("--slots=4", "--requests=8", "--shortest=2", "--longest=8", "--median_tokens=4")
     turns = ("--turn_tokens=3", "--environment_tokens=7", "--wait_dispatches=2")

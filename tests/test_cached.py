@@ -41,6 +41,26 @@ def test_the_decoding_kernel_gives_what_the_plain_form_gives(heads, dtype, bound
     )
 
 
+@pytest.mark.parametrize(
+    ("heads", "dtype", "doubled"),
+    [(2, "bfloat16", True), (2, "float32", False), (6, "bfloat16", False)],
+)
+def test_a_query_alone_in_its_product_is_doubled_in_bfloat16_and_changes_no_value(
+    heads, dtype, doubled
+):
+    q, keys, values, positions = inputs(1, heads, 32, dtype)
+    mask = jnp.asarray(masked(np.asarray(positions), FULL))
+    found = cached.attend("blocked", q, keys, values, positions, FULL)
+    wanted = cached.plain(*(x.astype(jnp.float32) for x in (q, keys, values)), mask)
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=2e-2)
+    text = (
+        jax.jit(lambda *given: cached.attend("blocked", *given, FULL))
+        .lower(q, keys, values, positions)
+        .as_text()
+    )
+    assert (f"tensor<6x2x2x1x32x{'bf16' if dtype == 'bfloat16' else 'f32'}>" in text) == doubled
+
+
 def test_a_row_beyond_the_cache_gets_numbers():
     q, keys, values, positions = inputs(1, 6, 32)
     found = cached.single(q[:, 0], keys, values, positions[:, 0] + 256, FULL, interpret=True)

@@ -8,15 +8,17 @@ weights  all parameters read once, at the rate at which the machine sums an arra
 cache    the used part of the cache read once, at the same rate
 products the operations of all products, at the rates of a layer's products and of the head with so many rows
 
-Step and floor are measured in turn, `rounds` times; `ratio` is the median of the rounds' ratios.
+Step and floor are measured in turn, `rounds` times; `ratio` is the median of the rounds' ratios. `cpu` holds the same
+in seconds of processor time, which other processes on the machine disturb less.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import arithmetic
@@ -30,7 +32,8 @@ from rftjax.sampler import device
 from rftjax.sampler.pool import cache_length
 from rftjax.types import Params
 
-READ = 1 << 28  # bytes that are read to measure a rate: far more than the caches hold
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Step:
@@ -39,7 +42,7 @@ class Step:
     def __init__(self, config: Config, params: Params, rows: int, cached: int, steps: int) -> None:
         self.config, self.params, self.steps = config, params, steps
         self.cache = jax.jit(device.new_cache, static_argnums=(0, 1, 2))(
-            config, rows, cache_length(cached + steps)
+            config, rows, cache_length(cached + steps // 2)
         )
         given = device.Rows(
             token_B=np.arange(rows, dtype=np.int32) + 1,
@@ -74,12 +77,14 @@ class Step:
 class Floor:
     """Measures what a step costs at least; each call measures anew."""
 
-    def __init__(self, config: Config, params: Params, rows: int, cached: int) -> None:
+    def __init__(
+        self, config: Config, params: Params, rows: int, cached: int, mebibytes: int
+    ) -> None:
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         total = arithmetic.decode_bytes(config, rows=rows, cached=cached)
         self.read_bytes = {"weights": float(weights), "cache": total - weights}
         self.dtype = jnp.dtype(config.dtype)
-        self.array = jnp.ones(READ // self.dtype.itemsize, self.dtype)
+        self.array = jnp.ones((mebibytes << 20) // self.dtype.itemsize, self.dtype)
         self.total = jax.jit(lambda array: jnp.sum(array, dtype=jnp.float32))
         key = jax.random.key(1)
         self.x_BD = jax.random.normal(key, (rows, config.width), self.dtype)
@@ -95,33 +100,54 @@ class Floor:
         }
         self.product = jax.jit(jnp.matmul)
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, clock: Clock) -> dict[str, float]:
         """Returns the seconds of the three parts."""
-        rate = self.array.nbytes / arithmetic.best_of(3, lambda: self.total(self.array))
-        layer_s = arithmetic.best_of(5, lambda: self.product(self.x_BD, self.layer))
+        rate = self.array.nbytes / fastest(3, lambda: self.total(self.array), clock)
+        layer_s = fastest(5, lambda: self.product(self.x_BD, self.layer), clock)
         parts = {name: count / rate for name, count in self.read_bytes.items()}
         return parts | {"products": self.operations["all"] * layer_s / self.operations["layer"]}
+
+
+def fastest(repeats: int, run: Callable[[], Any], clock: Clock) -> float:
+    """Returns the seconds of the fastest of `repeats` runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = clock()
+        jax.block_until_ready(run())
+        seconds.append(clock() - start)
+    return min(seconds)
 
 
 def measure(
     config: Config, params: Params, point: tuple[int, int], flags: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measures one point."""
+    """Measures one point by the wall's clock and the processor's."""
     rows, cached = point
-    step, floor = Step(config, params, rows, cached, flags.steps), Floor(config, params, *point)
+    step = Step(config, params, rows, cached, flags.steps)
+    floor = Floor(config, params, rows, cached, flags.read_mebibytes)
+    started = time.perf_counter()
     step()
-    rounds: list[tuple[float, dict[str, float]]] = []
-    for _ in range(flags.rounds):
-        rounds.append((arithmetic.best_of(1, step) / flags.steps, floor()))
-    ratios = [seconds / sum(parts.values()) for seconds, parts in rounds]
-    return {
-        "s_per_decode_step": statistics.median(seconds for seconds, _ in rounds),
-        "floor_s": {
-            name: statistics.median(parts[name] for _, parts in rounds) for name in rounds[0][1]
-        },
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+    first_s = time.perf_counter() - started
+    floor(time.perf_counter)
+    found: dict[str, Any] = {
+        "cache_length": step.cache[0][0].shape[2],
+        "bytes": floor.read_bytes,
+        "first_s": first_s,
     }
+    for name, clock in CLOCKS.items():
+        rounds = [
+            (fastest(1, step, clock) / flags.steps, floor(clock)) for _ in range(flags.rounds)
+        ]
+        ratios = [seconds / sum(parts.values()) for seconds, parts in rounds]
+        found[name] = {
+            "s_per_decode_step": statistics.median(seconds for seconds, _ in rounds),
+            "floor_s": {
+                part: statistics.median(parts[part] for _, parts in rounds) for part in rounds[0][1]
+            },
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+        }
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -129,6 +155,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--points", default="64x1024,8x1024,8x4096")
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a dispatch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--read_mebibytes", type=int, default=256, help="to measure reading with: beyond all caches"
+    )
     parser.add_argument("--layers", type=int, default=0, help="of random weights; 0: all")
     return parser.parse_args()
 
