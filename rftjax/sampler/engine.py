@@ -209,12 +209,14 @@ class Engine:
         *,
         find_stop: FindStop | None = None,
         rank: int = 0,
+        turn: tuple[list[int], list[float]] | None = None,
     ) -> None:
         """Starts a conversation: its first turn samples up to `budget` tokens after the prompt's.
 
         Conversations with the same prompt share its computation. Of `params` the limits are the caller's: it sets the
         budget of each turn and decides about the next one. `find_stop` takes the place of the engine's; conversations
-        of a lower `rank` get slots first.
+        of a lower `rank` get slots first. `turn` holds tokens, the last of `tokens`, and log-probabilities of a turn
+        that goes on: it draws the noise that it would have drawn in one piece.
         """
         self._check_budget(len(tokens), budget)
         prompt, last = list(tokens), self._last
@@ -225,6 +227,8 @@ class Engine:
             group = self._pool.prompt(prompt)
         conversation = _Conversation(key, noise, params, list(prompt), prompt, group, budget=budget)
         conversation.find_stop, conversation.rank = find_stop or self.find_stop, rank
+        if turn is not None:
+            conversation.turn_tokens, conversation.turn_logprobs = list(turn[0]), list(turn[1])
         self._open[key] = self._last = conversation
         bisect.insort(self._queue, conversation, key=lambda c: c.order)
 
@@ -277,6 +281,11 @@ class Engine:
         """Returns the tokens, from number `start`, and log-probabilities of a turn so far."""
         conversation = self._open[key]
         return conversation.turn_tokens[start:], conversation.turn_logprobs[start:]
+
+    def settle(self) -> list[SampledTurn]:
+        """Waits for what the device works on; returns the turns that it ended. Nothing is in flight then."""
+        flight, self._flight = self._flight, None
+        return self._land(flight) if flight else []
 
     @property
     def rows(self) -> int:
