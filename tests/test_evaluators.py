@@ -17,13 +17,20 @@ from rftjax.evaluators import (
     choice,
     contains,
     exact_match,
+    function_call,
+    fuzzy_match,
     json_fields,
     json_record,
+    json_schema,
+    language,
+    length,
     math,
     number,
     random_reward,
     reasoning_gym,
     regex,
+    repetition,
+    tags,
 )
 from rftjax.types import Score, Task, Trajectory
 
@@ -70,7 +77,20 @@ def test_evaluators_import_only_the_standard_library_and_the_types():
 
 @pytest.mark.parametrize(
     "module",
-    [exact_match, contains, number, math, json_record, json_fields, regex, choice, reasoning_gym],
+    [
+        exact_match,
+        contains,
+        number,
+        math,
+        json_record,
+        json_fields,
+        regex,
+        choice,
+        reasoning_gym,
+        fuzzy_match,
+        function_call,
+        length,
+    ],
 )
 def test_a_row_without_its_field_raises_with_the_task_id_and_is_no_reward_of_zero(module):
     with pytest.raises(ValueError, match="task 'row-7'"):
@@ -247,3 +267,151 @@ def test_the_first_evaluator_of_the_readme_is_not_fooled_by_a_longer_number():
         return names["evaluate"](task, trajectory)
 
     assert [reward(said) for said in ("17 + 25 is 42.", "42", "1420", "-42", "")] == [1, 1, 0, 0, 0]
+
+
+def test_fuzzy_match_gives_more_for_fewer_edits():
+    pytest.importorskip("rapidfuzz")
+    assert score(fuzzy_match, "new  York", answer="New York") == Score(1.0, {"exact": 1.0})
+    near, far = (reward(fuzzy_match, text, answer="New York") for text in ("New Yrok", "Boston"))
+    assert 0.8 < near < 1.0 and far < 0.5
+    assert reward(fuzzy_match, "New Yrok", answer=["Bonn", "New York"]) == near
+    assert reward(fuzzy_match, "New Yrok", answer="New York", min_similarity=0.95) == 0.0
+    with pytest.raises(ValueError, match="'min_similarity' is 2"):
+        reward(fuzzy_match, "x", answer="x", min_similarity=2)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer", "minimum": 0}},
+    "required": ["age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "parts", "reason"),
+    [
+        ('{"age": 3}', (1.0, 1.0), ""),
+        ('{"age": -1}', (1.0, 0.0), "$.age: -1 is less than the minimum of 0"),
+        ('{"age": 1, "b": 2}', (1.0, 0.0), "$: Additional properties"),
+        ('{"age": NaN}', (0.0, 0.0), "not JSON"),
+        ('Here: {"age": 3}', (0.0, 0.0), "not JSON"),
+    ],
+)
+def test_json_schema_rewards_one_value_that_follows_the_schema(completion, parts, reason):
+    pytest.importorskip("jsonschema")
+    for schema in (SCHEMA, json_of(SCHEMA)):
+        found = score(json_schema, completion, schema=schema)
+        assert (found.parts["format"], found.parts["schema"]) == parts
+        assert found.reward == parts[1] and found.reason.startswith(reason)
+
+
+def json_of(value) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+@pytest.mark.parametrize("schema", [None, 3, "no JSON", {"type": "no such type"}])
+def test_a_schema_that_is_none_is_an_error_of_the_row(schema):
+    pytest.importorskip("jsonschema")
+    with pytest.raises(ValueError, match="task 't': field 'schema'.* is no JSON Schema"):
+        reward(json_schema, "{}", schema=schema)
+
+
+def test_a_reference_of_a_schema_to_another_address_is_not_followed():
+    pytest.importorskip("jsonschema")
+    with pytest.raises(Exception, match="example.invalid"):
+        reward(json_schema, "{}", schema={"$ref": "http://example.invalid/schema.json"})
+
+
+ADD = {"name": "add", "arguments": {"a": 1, "b": [2, True]}}
+CALLED = '{"name": "add", "arguments": {"b": [2.0, true], "a": 1}}'
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        CALLED,
+        f"[{CALLED}]",
+        f"Well: <tool_call>\n{CALLED}\n</tool_call>",
+        f"```json\n{CALLED}\n```",
+        CALLED.replace("arguments", "parameters"),
+    ],
+)
+def test_a_function_call_is_found_where_models_write_it(completion):
+    assert score(function_call, completion, calls=[ADD]) == Score(
+        1.0, {"format": 1.0, "names": 1.0}, reason="1 calls, 1 wanted"
+    )
+
+
+def test_function_calls_count_in_any_order_with_all_their_arguments():
+    other = {"function": {"name": "stop", "arguments": "{}"}}
+    both = f'<tool_call>{CALLED}</tool_call><tool_call>{{"name": "stop"}}</tool_call>'
+    assert reward(function_call, both, calls=[other, ADD]) == 1.0
+    assert reward(function_call, both, calls=[ADD]) == 0.0
+    assert reward(function_call, CALLED.replace("true", "1"), calls=[ADD]) == 0.0
+    wrong = score(function_call, CALLED.replace("2.0", "3"), calls=[ADD])
+    assert (wrong.reward, wrong.parts) == (0.0, {"format": 1.0, "names": 1.0})
+    torn = score(function_call, f"<tool_call>{CALLED[:-1]}</tool_call>", calls=[ADD])
+    assert (torn.reward, torn.parts["format"]) == (0.0, 0.0)
+    assert reward(function_call, "No need.", calls=[]) == 1.0
+    assert reward(function_call, CALLED, calls=[]) == 0.0
+
+
+def test_function_calls_of_the_message_itself_come_before_its_text():
+    task = Task("t", [{"role": "user", "content": "?"}], {"calls": [ADD]})
+    call = {
+        "id": "1",
+        "type": "function",
+        "function": ADD | {"arguments": '{"a": 1, "b": [2, true]}'},
+    }
+    said = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert (
+        function_call.evaluate(task, Trajectory(task, 0, 0, [*task.messages, said])).reward == 1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>a</think><answer>b</answer>", (1.0, 1.0, 1.0)),
+        ("Well <think>a\n</think> so\n<answer>b</answer>.", (1.0, 1.0, 1.0)),
+        ("<answer>b</answer><think>a</think>", (0.0, 1.0, 1.0)),
+        ("<think>a</think><answer>b", (0.0, 1.0, 0.0)),
+        ("<think>a</think><think>a</think><answer>b</answer>", (0.0, 0.0, 1.0)),
+        ("<think> </think><answer>b</answer>", (0.0, 0.0, 1.0)),
+        ("", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_tags_stand_once_each_closed_and_in_order(completion, expected):
+    found = score(tags, completion)
+    assert (found.reward, found.parts["think"], found.parts["answer"]) == expected
+    assert reward(tags, "<sql>x</sql>", tags=["sql"]) == 1.0
+
+
+def test_length_falls_outside_of_its_bounds():
+    words = {n: "w " * n for n in (0, 2, 4, 6, 9, 12, 20)}
+    found = {n: reward(length, text, min_words=4, max_words=6) for n, text in words.items()}
+    assert found == {0: 0.0, 2: 0.5, 4: 1.0, 6: 1.0, 9: 0.5, 12: 0.0, 20: 0.0}
+    assert score(length, "a b", max_words=3).metrics == {"words": 2.0}
+    with pytest.raises(ValueError, match="min_words=4 must not be above max_words=3"):
+        reward(length, "", min_words=4, max_words=3)
+
+
+def test_repetition_is_the_share_of_distinct_groups_of_words():
+    assert reward(repetition, "one two three four") == 1.0
+    assert reward(repetition, "a b c a b c") == pytest.approx(3 / 4)
+    assert reward(repetition, "no " * 100) == pytest.approx(1 / 98)
+    assert reward(repetition, "") == 1.0
+
+
+def test_language_is_that_of_the_row():
+    pytest.importorskip("py3langid")
+    german = "Das ist ein ganz normaler Satz, den jeder versteht."
+    assert reward(language, german, language="de") == 1.0
+    found = score(language, german, language=["fr", "en"])
+    assert (found.reward, found.reason) == (0.0, "de")
+    assert reward(language, "12 + 4", language="de") == 0.0
+    with pytest.raises(ValueError, match="'language' is 'German'; it must be one of"):
+        reward(language, german, language="German")

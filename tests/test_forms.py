@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from rftjax import config as configs
-from rftjax import train
+from rftjax import tasks, train
 from rftjax.errors import UserError
 from rftjax.evaluators.forms import similarity
 from rftjax.evaluators.forms.form import GROUP, SAMPLE, Form, scores
@@ -78,6 +78,7 @@ def batch(data_sources, solution_strs, ground_truths, extra_infos):
     return [float(truth in text) for text, truth in zip(solution_strs, ground_truths)]
 """,
 }
+DATA = Path(__file__).parent / "data"
 ROW = {
     "answer": "12",
     "data_source": "openai/gsm8k",
@@ -416,6 +417,70 @@ def test_an_object_that_is_no_evaluator_is_refused(tmp_path):
         load(f"{tmp_path}/odd.py:value")
 
 
+# ---- verifiers
+
+VERIFIERS = """
+class Parser:
+    def parse_answer(self, completion):
+        return completion[-1]["content"]
+
+class Rubric:
+    def __init__(self, funcs, weights, parser=None):
+        self.funcs, self.weights, self.class_objects = funcs, weights, {"parser": parser}
+
+    def add_reward_func(self, func, weight=1.0):
+        self.funcs.append(func)
+        self.weights.append(weight)
+
+class SingleTurnEnv:
+    def __init__(self, dataset, rubric):
+        self.dataset, self.rubric = dataset, rubric
+
+    def get_dataset(self):
+        user = lambda row: [{"role": "user", "content": row["question"]}]
+        return self.dataset.map(lambda row: {"prompt": user(row)})
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> str:
+    """A user's environment beside what it needs of the package, which rftjax's requirements do not go with."""
+    folder = tmp_path_factory.mktemp("verifiers")
+    (folder / "verifiers.py").write_text(VERIFIERS)
+    (folder / "env.py").write_text((DATA / "verifiers/env.py").read_text())
+    return f"{folder}/env.py"
+
+
+@pytest.mark.parametrize("name", ["load_environment", "RANKED"])
+def test_a_rubric_scores_as_the_package_does(environment, name):
+    recorded = json.loads((DATA / "verifiers/scores.json").read_text())
+    task = Task("sum-1", [{"role": "user", "content": "5 + 7 ="}], {"answer": "12"})
+    with Scorer(f"{environment}:{name}", workers=1) as scorer:
+        assert scorer.form == "verifiers rubric"
+        samples = group(*recorded["answers"], task=task)
+        for one in samples:
+            one.sequences = []  # an empty answer is one, too
+        found = scorer.gather(samples)
+    for score, wanted in zip(found, recorded[name], strict=True):
+        assert score.reward == pytest.approx(wanted["reward"])
+        named = {k: v for k, v in wanted["metrics"].items() if k != "num_turns"}  # of the package
+        assert score.parts | score.metrics == pytest.approx(named)
+    assert set(found[0].metrics) == ({"words"} if name == "load_environment" else set())
+
+
+def test_a_failing_function_of_a_rubric_costs_its_sample_and_is_no_reward_of_0(environment):
+    task = Task("sum-1", [{"role": "user", "content": "5 + 7 ="}], {"answer": 12})
+    with Scorer(f"{environment}:load_environment", workers=1) as scorer:
+        (score,) = scorer.gather([trajectory("12", task=task)])
+    assert not score.valid and "TypeError" in score.reason and "env.py" in score.reason
+
+
+def test_the_rows_of_an_environment_are_tasks(environment):
+    found = tasks.read(f"{environment}:load_environment")
+    assert [one.data["answer"] for one in found] == ["7", "8", "9", "10"]
+    assert found[3].messages == [{"role": "user", "content": "3 + 7 ="}]
+
+
 # ---- Training
 
 
@@ -455,6 +520,7 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
             f"trl={folder}/trl_rewards.py:length_reward",
             f"verl={folder}/verl_reward.py:compute_score*0.5",
             f"openai={tmp_path}/grader.json",
+            f"ep={Path(__file__).parent}/data/eval_protocol/groups.py:test_shortest*0.1",
         ]
     )
     config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 128
@@ -466,8 +532,8 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
     for line in lines:
         parts = {
             name: line[f"reward/part/{name}"]
-            for name in ("native", "group", "trl", "verl", "openai")
+            for name in ("native", "group", "trl", "verl", "openai", "ep")
         }
         assert line["evaluator/error_share"] == 0.0 and parts["group"] == 0.25
-        total = sum(parts.values()) - 0.5 * parts["verl"]
+        total = sum(parts.values()) - 0.5 * parts["verl"] - 0.9 * parts["ep"]
         assert line["reward/mean"] == pytest.approx(total) and line["grad_norm"] > 0

@@ -111,6 +111,22 @@ class Checker:
         return unique
 
 
+def mapping_of(found: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Returns the mapping function, for one of Eval Protocol's tests the messages that its dataset adapter makes."""
+    adapter = getattr(getattr(found, "__ep_params__", None), "dataset_adapter", None)
+    if adapter is None:
+        return found
+
+    def adapted(row: Any) -> Any:
+        (made,) = adapter([row])
+        messages = [one.model_dump(exclude_none=True) for one in made.messages]
+        return {key: value for key, value in row.items() if key != "prompt"} | {
+            "messages": messages
+        }
+
+    return adapted
+
+
 def mapped(mapping: Callable[[Any], Any], row: Any, name: str) -> tuple[Any, str]:
     """Applies the user's mapping function; returns the new row and a problem, "" for none."""
     try:

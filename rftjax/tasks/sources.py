@@ -130,6 +130,9 @@ def _read_function(source: str, split: str, field: str) -> Iterator[Read]:
     try:
         takes_split = "split" in inspect.signature(function).parameters
         rows = function(split=split) if takes_split else function()
+        rows = (
+            rows.get_dataset() if hasattr(rows, "get_dataset") else rows
+        )  # an environment of verifiers
         if isinstance(rows, (dict, str, bytes)) or hasattr(rows, "columns"):
             raise TypeError(
                 f"it must return rows, an iterable of dicts, and returned a {type(rows).__name__}"

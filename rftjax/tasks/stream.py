@@ -61,7 +61,7 @@ def read(
     where = f"{field}={source!r}"
     if limit < 0:
         raise UserError(f"tasks.limit={limit}: must be 0 (every row) or larger")
-    mapping = load_function(map, field="tasks.map") if map else None
+    mapping = rows.mapping_of(load_function(map, field="tasks.map")) if map else None
     checker = rows.Checker(weight=weight, temperature=temperature)
     tasks: list[Task] = []
     bad: list[str] = []

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.workers import user_files
+from rftjax.workers import stand_ins, user_files
 
 
 def load_function(spec: str, *, field: str = "") -> Callable[..., Any]:
@@ -44,6 +44,7 @@ def load_object(spec: str, *, field: str = "") -> Any:
             f"{place}: must be 'package.module:name' or 'path/to/file.py:name'; "
             "write the module or file, a colon, and the name of the function or class"
         )
+    stand_ins.offer()
     try:
         if module_name.endswith(".py"):
             module = _load_file(module_name, place)

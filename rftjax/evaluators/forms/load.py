@@ -12,7 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.evaluators.forms import native, openai_grader, trl, verl, weighted
+from rftjax.evaluators.forms import (
+    eval_protocol,
+    native,
+    openai_grader,
+    trl,
+    verifiers,
+    verl,
+    weighted,
+)
 from rftjax.evaluators.forms.form import Form, scores
 from rftjax.types import Score, Trajectory
 from rftjax.workers import named
@@ -59,6 +67,8 @@ def form_of(found: Any, source: str = "") -> Form:
     """Finds out an evaluator's form by looking at the object."""
     if isinstance(found, dict):
         return openai_grader.form(found)
+    if (rubric := verifiers.rubric_of(found)) is not None:
+        return verifiers.form(rubric)
     if inspect.isclass(found):
         found = _made(found)
     if not callable(found):
@@ -66,6 +76,8 @@ def form_of(found: Any, source: str = "") -> Form:
             f"evaluator={source!r}: is of type {type(found).__name__}, which is no evaluator; name a function "
             "evaluate(task, trajectory), or another form of docs/evaluators.md"
         )
+    if eval_protocol.matches(found):
+        return eval_protocol.form(found)
     if trl.matches(found):
         return trl.form(found)
     if verl.matches(found):

@@ -1,0 +1,21 @@
+"""The decorator `evaluation_test`, and names that stand for ways of making rollouts, which are rftjax's own here."""
+
+from rftjax.evaluators.forms.stand_in.pytest.default_single_turn_rollout_process import (
+    NoOpRolloutProcessor,
+    RemoteRolloutProcessor,
+    RolloutProcessor,
+    SingleTurnRolloutProcessor,
+)
+from rftjax.evaluators.forms.stand_in.pytest.evaluation_test import (
+    default_dataset_adapter,
+    evaluation_test,
+)
+
+__all__ = [
+    "NoOpRolloutProcessor",
+    "RemoteRolloutProcessor",
+    "RolloutProcessor",
+    "SingleTurnRolloutProcessor",
+    "default_dataset_adapter",
+    "evaluation_test",
+]
