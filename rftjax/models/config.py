@@ -26,11 +26,33 @@ class Rope:
 
 class Stack(NamedTuple):
     """Layers with parameters of equal shapes that follow each other: `name` is theirs in the tree, `first` the index of
-    the first one in the model."""
+    the first one in the model, `sparse` says that they have experts."""
 
     name: str
     first: int
     count: int
+    sparse: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Layers of experts: `chosen` of `experts` compute a token, each `ffn` wide, beside those of `shared` width that
+    compute every token; no experts: none.
+
+    `scoring` is softmax or sigmoid; `corrected`: a bias takes part in the choice and not in the weights, which sum to
+    `scale` where `normalised`. A token's experts lie in `open_groups` of `groups` groups.
+    """
+
+    experts: int = 0
+    chosen: int = 0
+    ffn: int = 0
+    shared: int = 0
+    scoring: str = "softmax"
+    corrected: bool = False
+    normalised: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    open_groups: int = 1
 
 
 class CacheLeaf(NamedTuple):
@@ -71,6 +93,7 @@ class Config:
     dtype: str = "float32"
     attention: str = "blocked"  # one of `attention.FORMS`, in the update
     split: tuple[Stack, ...] = ()  # the stacks of a model with layers of several shapes
+    routing: Routing = Routing()  # of the layers in sparse stacks
 
     @property
     def stacks(self) -> tuple[Stack, ...]:

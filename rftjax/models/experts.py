@@ -1,0 +1,283 @@
+"""Layers of experts: routing, products grouped by expert without a dropped token, and how evenly tokens are shared.
+
+Pairs of a token and one of its experts are sorted by expert, so that each expert's rows lie together. On accelerators
+their product is JAX's ragged one; on CPU, where XLA would compute it as a dense product over all experts, it is a loop
+over blocks of rows of one expert. Every shape is static.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rftjax.models.config import Config, Routing
+from rftjax.models.linear import transposed
+
+BLOCK = 128  # rows of a block at most
+LEAST = 8  # and at least
+COLLECTION = "routing"  # of what `Experts` tells a caller that asks for it
+GATES = ("experts_gate", "experts_up", "experts_down")  # the linear maps of experts
+
+
+def route(
+    routing: Routing, logits_TE: jax.Array, correction_E: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns chosen_TU, weights_TU and entropies_T (nats) of float32 logits; of equal scores the first expert wins.
+
+    Softmax: the largest probabilities (Shazeer et al. 2017). Sigmoid: the largest scores plus correction, within the
+    groups of experts whose two best sum to most, weighted without the correction (DeepSeek-AI 2024).
+    """
+    r = routing
+    if r.scoring == "softmax":
+        scores_TE = choice_TE = jax.nn.softmax(logits_TE, axis=-1)
+        shares_TE = scores_TE
+    else:
+        scores_TE = choice_TE = jax.nn.sigmoid(logits_TE)
+        if correction_E is not None:
+            choice_TE = scores_TE + correction_E[None]
+        if r.groups > 1:
+            choice_TE = _within_groups(r, choice_TE)
+        shares_TE = scores_TE / jnp.sum(scores_TE, axis=-1, keepdims=True)
+    chosen_TU = jax.lax.top_k(jax.lax.stop_gradient(choice_TE), r.chosen)[1]
+    weights_TU = jnp.take_along_axis(scores_TE, chosen_TU, axis=-1)
+    if r.normalised:
+        floor = 0.0 if r.scoring == "softmax" else 1e-20  # as transformers
+        weights_TU = weights_TU / (jnp.sum(weights_TU, axis=-1, keepdims=True) + floor)
+    entropies_T = -jnp.sum(shares_TE * jnp.log(jnp.maximum(shares_TE, 1e-30)), axis=-1)
+    return chosen_TU, weights_TU * r.scale, entropies_T
+
+
+def _within_groups(routing: Routing, choice_TE: jax.Array) -> jax.Array:
+    """Returns the scores with minus infinity outside the best groups."""
+    T, E = choice_TE.shape
+    grouped = choice_TE.reshape(T, routing.groups, E // routing.groups)
+    best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    groups = jax.lax.top_k(best, routing.open_groups)[1]
+    is_open = jnp.any(groups[:, :, None] == jnp.arange(routing.groups)[None, None], axis=1)
+    return jnp.where(is_open[:, :, None], grouped, -jnp.inf).reshape(T, E)
+
+
+@jax.custom_vjp
+def grouped(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns each row's product with its expert's matrix: the first `sizes_E[0]` rows are of expert 0, and so on.
+
+    The product is of x's dtype; the kernel's gradient is float32, as that of `linear`.
+    """
+    return _product(x_JD, kernel_EDF.astype(x_JD.dtype), sizes_E)
+
+
+def _grouped_forward(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> tuple:
+    return grouped(x_JD, kernel_EDF, sizes_E), (x_JD, kernel_EDF, sizes_E)
+
+
+def _grouped_backward(saved: tuple, dy_JF: jax.Array) -> tuple:
+    x_JD, kernel_EDF, sizes_E = saved
+    dy_JF = dy_JF.astype(x_JD.dtype)
+    dx_JD = _product(dy_JF, kernel_EDF.astype(x_JD.dtype).swapaxes(1, 2), sizes_E)
+    dkernel_EDF = jax.lax.platform_dependent(
+        x_JD, dy_JF, sizes_E, cpu=_gradient_by_blocks, default=_ragged_gradient
+    )
+    return dx_JD, dkernel_EDF.astype(kernel_EDF.dtype), None
+
+
+grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _product(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(
+        x_JD, kernel_EDF, sizes_E, cpu=_product_by_blocks, default=jax.lax.ragged_dot
+    )
+
+
+def _ragged_gradient(x_JD: jax.Array, dy_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    return jax.lax.ragged_dot_general(
+        x_JD, dy_JF, sizes_E, numbers, preferred_element_type=jnp.float32
+    )
+
+
+def _blocks(rows: int, sizes_E: jax.Array) -> tuple[int, jax.Array, jax.Array, jax.Array]:
+    """Returns the rows of a block, each block's expert and first row, and how many blocks there are.
+
+    An expert's last block may reach into the rows of the next ones.
+    """
+    E = sizes_E.shape[0]
+    block = min(BLOCK, max(LEAST, 1 << (rows // E).bit_length()))
+    counts_E = -(-sizes_E // block)
+    ends_E = jnp.cumsum(counts_E)
+    at_Z = jnp.arange(min(rows, rows // block + E))
+    expert_Z = jnp.minimum(jnp.searchsorted(ends_E, at_Z, side="right"), E - 1)
+    first_E = jnp.cumsum(sizes_E) - sizes_E
+    row_Z = first_E[expert_Z] + (at_Z - (ends_E - counts_E)[expert_Z]) * block
+    return block, expert_Z, row_Z, ends_E[-1]
+
+
+def _product_by_blocks(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Returns `grouped`; blocks in order, so that what one writes into the next expert's rows is overwritten."""
+    J, F = x_JD.shape[0], kernel_EDF.shape[2]
+    block, expert_Z, row_Z, count = _blocks(J, sizes_E)
+    padded = jnp.pad(x_JD, ((0, block), (0, 0)))
+
+    def one(at: jax.Array, y: jax.Array) -> jax.Array:
+        kernel_DF = jax.lax.dynamic_index_in_dim(kernel_EDF, expert_Z[at], keepdims=False)
+        rows = jax.lax.dynamic_slice_in_dim(padded, row_Z[at], block)
+        return jax.lax.dynamic_update_slice_in_dim(y, rows @ kernel_DF, row_Z[at], 0)
+
+    return jax.lax.fori_loop(0, count, one, jnp.zeros((J + block, F), x_JD.dtype))[:J]
+
+
+def _gradient_by_blocks(x_JD: jax.Array, dy_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    J, D = x_JD.shape
+    E, F = sizes_E.shape[0], dy_JF.shape[1]
+    block, expert_Z, row_Z, count = _blocks(J, sizes_E)
+    ends_E = jnp.cumsum(sizes_E)
+    x, dy = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_JD, dy_JF))
+
+    def one(at: jax.Array, dkernel_EDF: jax.Array) -> jax.Array:
+        expert, row = expert_Z[at], row_Z[at]
+        own = (row + jnp.arange(block) < ends_E[expert])[:, None]
+        rows = jnp.where(own, jax.lax.dynamic_slice_in_dim(x, row, block), 0)
+        # Row-major on the left: XLA's CPU backend is slow, and float32, where it is not (see `linear`).
+        added = jnp.dot(
+            transposed(rows),
+            jax.lax.dynamic_slice_in_dim(dy, row, block),
+            preferred_element_type=jnp.float32,
+        )
+        before = jax.lax.dynamic_index_in_dim(dkernel_EDF, expert, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(dkernel_EDF, before + added, expert, 0)
+
+    return jax.lax.fori_loop(0, count, one, jnp.zeros((E, D, F), jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def spread(x_TD: jax.Array, order_J: jax.Array, place_J: jax.Array, chosen: int) -> jax.Array:
+    """Returns x_JD: the row of each pair's token, pairs in `order_J`, where pair p of token p // chosen lies at
+    `place_J[p]`. The gradient is a gather and a sum, where JAX's own is a scatter."""
+    return jnp.take(x_TD, order_J // chosen, axis=0)
+
+
+def _spread_forward(
+    x_TD: jax.Array, order_J: jax.Array, place_J: jax.Array, chosen: int
+) -> tuple[jax.Array, jax.Array]:
+    return spread(x_TD, order_J, place_J, chosen), place_J
+
+
+def _spread_backward(chosen: int, place_J: jax.Array, dx_JD: jax.Array) -> tuple:
+    by_token = jnp.take(dx_JD, place_J, axis=0).reshape(-1, chosen, dx_JD.shape[1])
+    return jnp.sum(by_token, axis=1, dtype=jnp.float32).astype(dx_JD.dtype), None, None
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def unsorted(y_JD: jax.Array, order_J: jax.Array, place_J: jax.Array) -> jax.Array:
+    """Returns the rows in the order of the pairs; the gradient is a gather too."""
+    return jnp.take(y_JD, place_J, axis=0)
+
+
+unsorted.defvjp(
+    lambda y_JD, order_J, place_J: (unsorted(y_JD, order_J, place_J), order_J),
+    lambda order_J, dy_JD: (jnp.take(dy_JD, order_J, axis=0), None, None),
+)
+
+
+class Grouped(nn.Module):
+    """One linear map an expert, plus a LoRA path where the tree holds one."""
+
+    features: int
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_JD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        shape = (self.config.routing.experts, x_JD.shape[1], self.features)
+        init = nn.initializers.normal(self.config.init_std)
+        y: Any = grouped(x_JD, self.param("kernel", init, shape, jnp.float32), sizes_E)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + grouped(grouped(x_JD, a, sizes_E), b, sizes_E)
+        return y
+
+
+class Router(nn.Module):
+    """Scores of experts, in float32 whatever the compute dtype, so that the sampler and the trainer choose alike."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_TD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        c = self.config
+        init = nn.initializers.normal(c.init_std)
+        weight = self.param("weight", init, (x_TD.shape[1], c.routing.experts), jnp.float32)
+        highest = jax.lax.Precision.HIGHEST
+        logits_TE = jnp.dot(x_TD.astype(jnp.float32), weight, precision=highest)
+        if not c.routing.corrected:
+            return logits_TE, None
+        zeros = nn.initializers.zeros
+        return logits_TE, self.param("correction", zeros, (c.routing.experts,), jnp.float32)
+
+
+class Experts(nn.Module):
+    """A gated feed-forward layer in which each token passes the experts that the router chooses."""
+
+    config: Config
+
+    def setup(self) -> None:
+        c = self.config
+        self.router = Router(c)
+        self.experts_gate = Grouped(c.routing.ffn, c)
+        self.experts_up = Grouped(c.routing.ffn, c)
+        self.experts_down = Grouped(c.width, c)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        routing = self.config.routing
+        x_TD = x.reshape(-1, x.shape[-1])
+        chosen_TU, weights_TU, entropies_T = route(routing, *self.router(x_TD))
+        self.sow(COLLECTION, "chosen", chosen_TU.reshape(*x.shape[:-1], -1))
+        self.sow(COLLECTION, "entropies", entropies_T.reshape(x.shape[:-1]))
+        expert_J = chosen_TU.reshape(-1)
+        order_J = jnp.argsort(expert_J, stable=True)
+        place_J = jnp.zeros_like(order_J).at[order_J].set(jnp.arange(order_J.shape[0]))
+        ends = jnp.searchsorted(expert_J[order_J], jnp.arange(routing.experts + 1))
+        sizes_E = jnp.diff(ends).astype(jnp.int32)
+        rows = spread(x_TD, order_J, place_J, routing.chosen)
+        inner = nn.silu(self.experts_gate(rows, sizes_E)) * self.experts_up(rows, sizes_E)
+        y = unsorted(self.experts_down(inner, sizes_E), order_J, place_J)
+        y_TUD = y.reshape(*chosen_TU.shape, -1)
+        mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
+        return mixed.astype(x.dtype).reshape(x.shape)
+
+
+def balance(
+    routing: Routing, told: list[dict[str, Any]], is_token_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns metrics of what `Experts` told in each stack of layers, over tokens that are not padding.
+
+    `experts/load_max` is the tokens of the busiest expert over the mean of all, of the most uneven layer (1: even);
+    `experts/entropy` the mean entropy of a token's scores in nats.
+    """
+    if not told:
+        return {}
+    chosen = jnp.concatenate([one["chosen"][0] for one in told])  # (L, B, T, U)
+    entropies_LBT = jnp.concatenate([one["entropies"][0] for one in told])
+    tokens = jnp.maximum(jnp.sum(is_token_BT), 1)
+
+    def count(chosen_BTU: jax.Array) -> jax.Array:
+        kept = jnp.where(is_token_BT[:, :, None], chosen_BTU, routing.experts)
+        return jnp.bincount(kept.reshape(-1), length=routing.experts)
+
+    counts_LE = jnp.stack([count(layer) for layer in chosen])
+    load_L = jnp.max(counts_LE, axis=1) * (routing.experts / (tokens * routing.chosen))
+    entropy = jnp.sum(jnp.where(is_token_BT[None], entropies_LBT, 0.0)) / tokens
+    return {
+        "experts/load_max": jnp.max(load_L),
+        "experts/entropy": entropy / entropies_LBT.shape[0],
+    }
