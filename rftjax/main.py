@@ -1,4 +1,4 @@
-"""Flags, the config's check, and one of the modes: train, eval, check, serve or chat."""
+"""Flags, the config's check, and one of the modes: train, eval, check, plan, serve or chat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string(
     "workdir", "", "Directory of the run; one with a checkpoint goes on from there."
 )
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "check", *WITHOUT_SPEC], "What to do.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "check", "plan", *WITHOUT_SPEC], "What to do."
+)
+DEVICE = flags.DEFINE_string(
+    "device", "H100", "Kind of device that --mode=plan plans for; docs/planning.md lists them."
+)
+DEVICES = flags.DEFINE_integer(
+    "devices", 0, "Number of devices that --mode=plan plans for (0: the fewest that hold the job)."
+)
+PRICE = flags.DEFINE_float("price", 0.0, "Price of a device hour, for the cost in --mode=plan.")
 RESTART_FROM = flags.DEFINE_integer(
     "restart_from", -1, "Go back to the checkpoint of this step and drop what follows it (-1: no)."
 )
@@ -41,7 +50,7 @@ def main(argv: list[str]) -> None:
             f"error: unknown arguments {argv[1:]}; settings are given as --config.section.field=value"
         )
     served = MODE.value in WITHOUT_SPEC
-    if not (WORKDIR.value or served):
+    if not (WORKDIR.value or served or MODE.value == "plan"):
         sys.exit("error: --workdir: must be given, a directory for the run's files")
     if STOP_AFTER.value < 0:
         sys.exit(
@@ -76,9 +85,10 @@ def main(argv: list[str]) -> None:
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     workdir = Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
     back = {"restart_from": RESTART_FROM.value, "accepted": ACCEPT.value}
+    planned = {"device": DEVICE.value, "devices": DEVICES.value, "price": PRICE.value}
     run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
     try:
-        modes.run(MODE.value, *run, **back)
+        modes.run(MODE.value, *run, **back, **planned)
     except (Interrupted, KeyboardInterrupt) as error:
         print(failures.interrupted(error, RESTART_FROM.value >= 0), file=sys.stderr)
         sys.exit(INTERRUPTED)

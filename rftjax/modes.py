@@ -1,4 +1,4 @@
-"""What `--mode` chooses: a run with its export and summary, an evaluation, a check, a server or a talk."""
+"""What `--mode` chooses: a run with its export and summary, an evaluation, a check, a plan, a server or a talk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rftjax import train
 from rftjax.monitor import recorder as metrics
 from rftjax.run import build as job
 from rftjax.run import evaluating, lock, preflight, results, serving
+from rftjax.run import plan as planning
 
 
 def run(
@@ -26,12 +27,18 @@ def run(
     *,
     restart_from: int = -1,
     accepted: Sequence[str] = (),
+    device: str = "",
+    devices: int = 0,
+    price: float = 0.0,
 ) -> None:
     """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates,
-    serve serves and chat talks to.
+    serve serves and chat talks to; `device`, `devices` and `price` are what plan plans for.
 
-    Only a run writes a config and takes a lock: the others may run beside it. Serve and chat need no workdir.
+    Only a run writes a config and takes a lock: the others may run beside it. Plan, serve and chat need no workdir.
     """
+    if mode == "plan":
+        print("\n".join(planning.report(given, device, devices, price)))
+        return
     if mode in ("serve", "chat"):
         config = serving.served_config(given, overrides, workdir)
         if mode == "chat":

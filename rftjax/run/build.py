@@ -37,11 +37,15 @@ log = logging.getLogger(__name__)
 
 
 def complete_config(
-    config: ConfigDict, *, resumed: bool = False, needs: Collection[str] = tuple(configs.REQUIRED)
+    config: ConfigDict,
+    *,
+    resumed: bool = False,
+    needs: Collection[str] = tuple(configs.REQUIRED),
+    devices: int = -1,
 ) -> ConfigDict:
     """Returns the config with its preset's fields filled in; raises UserError listing everything wrong with it.
 
-    `needs` are the fields that must be given.
+    `needs` are the fields that must be given. `devices` is how many there will be (-1: as many as here, 0: unknown).
     """
     config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
@@ -52,7 +56,8 @@ def complete_config(
         fields["max_tokens"] = config.sampler.max_new_tokens * config.rollout.max_turns
     with config.unlocked():
         config.grpo.update(fields)
-    devices, processes = jax.device_count(), jax.process_count()
+    devices = jax.device_count() if devices < 0 else devices
+    processes = jax.process_count()
     configs.check(config, devices=devices, processes=processes, resumed=resumed, needs=needs)
     return config
 

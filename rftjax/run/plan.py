@@ -1,0 +1,398 @@
+"""`--mode=plan`: what a job needs of any device and mesh, by arithmetic, without those devices, weights or data.
+
+The formulas are those of `docs/planning.md`. Every conversation is taken to have its full length, prompts what
+`rollout.max_length` leaves: the plan is of the largest step that the spec allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from rftjax.devices import sharding
+from rftjax.devices.accelerators import Accelerator, accelerator
+from rftjax.errors import UserError
+from rftjax.learning import update
+from rftjax.models import cache_leaves, logical_axes
+from rftjax.models.config import Config
+from rftjax.policy import Policy
+from rftjax.run.build import complete_config
+from rftjax.run.start import StateBuilder
+from rftjax.sampler import device
+from rftjax.types import TrainState
+from rftjax.weights import hf
+
+USABLE = 0.92  # of a device's memory: the rest is the runtime's and lost between arrays
+REACHED = {
+    "products": 0.4,
+    "reading": 0.6,
+    "links": 0.7,
+}  # shares of the table's numbers, as large jobs report them
+MOST_DEVICES = 1 << 13
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One spec on one mesh: bytes a device by purpose, seconds of a step by part, tokens that it samples."""
+
+    mesh: dict[str, int]
+    held: dict[str, float]
+    sampling: dict[str, float]
+    updating: dict[str, float]
+    seconds: dict[str, float]
+    tokens: int
+
+    @property
+    def peak(self) -> float:
+        """Bytes on one device at most, in the larger half of a step."""
+        return sum(self.held.values()) + max(
+            sum(self.sampling.values()), sum(self.updating.values())
+        )
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.mesh.values())
+
+
+def report(given: ConfigDict, name: str, devices: int, price: float) -> list[str]:
+    """Returns the plan in words; `devices` 0 takes the fewest that hold it, `price` is that of a device hour (0: none).
+
+    Raises UserError where the mesh does not fit the number of devices.
+    """
+    chip = accelerator(name)
+    config = complete_config(given, devices=devices, needs=("model.path",))
+    model = _model(config)
+    found = plan(config, model, chip, devices) if devices else _fewest(config, model, chip)
+    lines = [_model_line(config, model), _mesh_line(found, chip, chosen=not devices)]
+    for part in (found.held, found.sampling, found.updating):
+        lines += [
+            f"memory      {size / GIB:8.2f} GiB a device  {title}"
+            for title, size in part.items()
+            if size
+        ]
+    room = chip.memory * USABLE
+    fits = found.peak <= room
+    words = "fits" if fits else "DOES NOT FIT"
+    lines.append(
+        f"peak        {found.peak / GIB:8.2f} GiB of {room / GIB:.1f} that can be used: {words}"
+    )
+    lines += [f"time        {seconds:8.1f} s  {title}" for title, seconds in found.seconds.items()]
+    step_s = sum(found.seconds.values())
+    lines.append(
+        f"step        {step_s:8.1f} s, {found.tokens / step_s:,.0f} sampled tokens a second"
+    )
+    if price:
+        hour = price * found.devices
+        cost = hour * step_s / 3600
+        lines.append(
+            f"cost        {cost:8.2f} a step, {cost * config.steps:,.2f} for {config.steps} steps,"
+            f" at {hour:,.2f} an hour"
+        )
+    lines.append(
+        "assumed     every conversation at its full length;"
+        + ",".join(f" {share:.0%} of the table's {what}" for what, share in REACHED.items())
+        + "; evaluators and environments keep up"
+    )
+    if not fits:
+        lines += [f"helps       {text}" for text in _remedies(config, model, chip, found)]
+    return lines
+
+
+def _model(config: ConfigDict) -> Policy:
+    """Returns the model of the spec without weights: a config.json is enough."""
+    opened = hf.open_model(config.model.path, dtype=config.model.dtype, init="random")
+    shape = dataclasses.replace(opened.config, attention=config.model.attention)
+
+    def nothing(masters: bool) -> Any:
+        raise AssertionError("a plan reads no weights")
+
+    return Policy(config.model.path, shape, nothing, opened.fields, masters=config.lora.rank == 0)
+
+
+def _mesh(config: ConfigDict, devices: int) -> AbstractMesh:
+    """Returns the spec's mesh over so many devices."""
+    sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if devices % known or (not rest and known != devices):
+        raise UserError(
+            f"mesh={sizes}: its axes do not multiply to --devices={devices}; set one to -1, the rest"
+        )
+    sizes |= dict.fromkeys(rest, devices // known)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def _fewest(config: ConfigDict, model: Policy, chip: Accelerator) -> Plan:
+    """Returns the plan for the fewest devices, doubled from the smallest mesh of the spec, that hold the job.
+
+    Where the axis of the rest does not shrink what a device holds, the largest number is returned, and does not fit.
+    """
+    sizes = [size for size in (config.mesh[axis] for axis in sharding.AXES) if size != -1]
+    count = least = math.prod(sizes)
+    found = plan(config, model, chip, count)
+    while (
+        found.peak > chip.memory * USABLE
+        and 2 * count <= MOST_DEVICES
+        and -1 in config.mesh.values()
+    ):
+        count *= 2
+        larger = plan(config, model, chip, count)
+        if larger.peak >= found.peak and count > 4 * least:
+            return larger
+        found = larger
+    return found
+
+
+def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> Plan:
+    """Returns the plan of a complete config on so many devices of a kind."""
+    mesh: Any = _mesh(config, devices)
+    state = StateBuilder(config, model, mesh).abstract_state
+    held = {
+        "trained parameters": _bytes(state.trainable),
+        "optimizer": _bytes(state.opt_state),
+        "frozen base": _bytes(state.frozen),
+        "reference of the KL": _bytes(state.reference),
+    }
+    job = _Job(config, model.config, mesh)
+    sampler = _sampler_bytes(model.config, state, mesh)
+    cache = _bytes(device.abstract_cache(model.config, job.rows, job.length, mesh))
+    sampling = {
+        "sampler's weights": sampler,
+        f"cache of {job.rows // job.shards} rows of {job.length} tokens": cache,
+        "logits of a decode step": 2.0 * 4 * job.slots / job.shards * model.config.vocab,
+    }
+    updating = {
+        "gradient": _bytes(state.trainable),
+        f"activations of {job.row_tokens} tokens": job.activations(),
+        "logits of the update": job.head_bytes(),
+    }
+    seconds = job.seconds(chip, sampler, cache, full=not config.lora.rank)
+    return Plan(dict(mesh.shape), held, sampling, updating, seconds, job.sampled)
+
+
+def _sampler_bytes(model: Config, state: TrainState, mesh: Any) -> float:
+    """Returns the bytes of the sampler's weights on one device."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), update.weights(state)
+    )
+    made = jax.eval_shape(lambda given: device.sampler_params(model, *given, mesh=None), shapes)
+    places = sharding.decode_shardings(mesh, logical_axes(model), made)
+    return _bytes(
+        jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), made, places
+        )
+    )
+
+
+def _bytes(tree: Any) -> float:
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+class _Job:
+    """Counts of the largest step that a config allows, on a mesh."""
+
+    def __init__(self, config: ConfigDict, model: Config, mesh: Any) -> None:
+        self.config, self.model, self.mesh = config, model, mesh
+        self.shards = sharding.row_multiple(mesh)
+        self.slots = config.sampler.slots
+        pool = config.sampler.pool or self.slots * (2 if config.environment else 1)
+        self.rows = -(-max(pool, self.slots) // self.shards) * self.shards
+        self.length = min(config.rollout.max_length, model.max_positions)
+        self.conversations = config.batch.prompts * config.batch.group_size
+        new = config.sampler.max_new_tokens * config.rollout.max_turns
+        self.new = min(new, self.length - 1)
+        self.prompt = self.length - self.new
+        self.sampled = self.conversations * self.new
+        self.item = np.dtype("float32").itemsize if model.dtype == "float32" else 2
+        self.row_tokens = max(config.batch.pack_tokens, self.length) * config.batch.pack_rows
+
+    @property
+    def matrices(self) -> int:
+        """Multiplications of one token in all layers, of its own experts alone."""
+        return active_entries(self.model) - self.model.vocab * self.model.width
+
+    def activations(self) -> float:
+        """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and one at work."""
+        c, tensor = self.model, self.mesh.shape["tensor"]
+        shared = (2 * c.heads * c.channels + 2 * c.kv_heads * c.channels + 3 * c.ffn) / tensor
+        layer = self.row_tokens * self.item * (4 * c.width + shared)
+        carried = self.row_tokens * self.item * c.width
+        kept = carried * c.layers if self.config.model.remat else layer * c.layers
+        return kept + 2 * layer
+
+    def head_bytes(self) -> float:
+        """Bytes of the float32 logits that exist at once, with their gradient."""
+        scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
+        whole = 4.0 * self.row_tokens * self.model.vocab
+        one = whole if whole <= update.HEAD_BYTES else 4.0 * scored * self.model.vocab
+        return 2 * one / self.mesh.shape["tensor"]
+
+    def seconds(
+        self, chip: Accelerator, weights: float, cache: float, *, full: bool
+    ) -> dict[str, float]:
+        """Seconds of a step's parts, each device at the shares of REACHED."""
+        c, devices = self.model, self.mesh.size
+        tensor = self.mesh.shape["tensor"]
+        rate = chip.operations * REACHED["products"] * (1.0 if c.dtype == "bfloat16" else 0.5)
+        reading = chip.bandwidth * REACHED["reading"]
+        links = chip.link * REACHED["links"]
+        head = c.width * c.vocab
+        prompts = self.config.batch.prompts
+        pairs = self._pairs()
+        prefill = 2 * self.matrices * prompts * self.prompt + 4 * pairs["prompt"] * self._pair_width
+        steps = math.ceil(self.sampled / max(min(self.slots, self.conversations), 1))
+        step_reads = (weights + cache * self._used_share()) / reading
+        step_computes = 2 * (self.matrices + head) * self.slots / self.shards / tensor / rate
+        tokens = prompts * self.prompt + self.sampled
+        forward = (
+            2 * self.matrices * tokens
+            + 2 * head * self.sampled
+            + 4 * pairs["all"] * self._pair_width
+        )
+        passes = 4 if self.config.model.remat else 3
+        found = {
+            "prefill": prefill / devices / rate,
+            f"decode, {steps:,} steps of {self.slots} rows": steps * max(step_reads, step_computes),
+            "update": passes * forward / devices / rate,
+        }
+        moved = self._moved(tokens, full=full)
+        if moved:
+            found["links between devices"] = moved / links
+        return found
+
+    @property
+    def _pair_width(self) -> int:
+        return self.model.layers * self.model.heads * self.model.channels
+
+    def _pairs(self) -> dict[str, float]:
+        """Pairs of a token and one that it sees, windows left out: in prompts, and in all that is trained on."""
+        group, prompts = self.config.batch.group_size, self.config.batch.prompts
+        whole, prompt = self.length**2 / 2, self.prompt**2 / 2
+        return {"prompt": prompts * prompt, "all": prompts * (prompt + group * (whole - prompt))}
+
+    def _used_share(self) -> float:
+        """Share of the cache that a decode step reads in the mean."""
+        return (self.prompt + self.new / 2) / self.length * min(1.0, self.slots / self.rows)
+
+    def _moved(self, tokens: int, *, full: bool) -> float:
+        """Bytes that each device sends in the update's passes over its micro-batches: weights that are gathered twice,
+        gradients that are scattered or summed (of full fine-tuning), sums over `tensor` twice a layer in each pass."""
+        fsdp, tensor, data = (self.mesh.shape[axis] for axis in ("fsdp", "tensor", "data"))
+        batches = math.ceil(tokens / self.row_tokens / self.shards)
+        shard = entries(self.model) * self.item / fsdp / tensor
+        moved = batches * shard * (fsdp - 1) * (3 if full else 2)
+        if full:
+            moved += batches * 2 * shard * (data - 1) / data
+        a_token = 4 * self.model.layers * self.model.width * self.item
+        return moved + 2 * a_token * (tensor - 1) / tensor * tokens / self.shards
+
+
+def entries(model: Config) -> int:
+    """Returns the number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(hf.abstract_params(model)))
+
+
+def active_entries(model: Config) -> int:
+    """Returns the entries of the matrices that one token is multiplied with, the head's among them."""
+    total = model.vocab * model.width
+    for path, leaf in jax.tree_util.tree_leaves_with_path(hf.abstract_params(model)):
+        names = [key.key for key in path]
+        if names[0] in ("embed", "head") or leaf.ndim < 3:
+            continue
+        total += math.prod(leaf.shape)
+    return total
+
+
+def _model_line(config: ConfigDict, model: Policy) -> str:
+    a_token = sum(math.prod(leaf.shape) for leaves in cache_leaves(model.config) for leaf in leaves)
+    active = active_entries(model.config)
+    kind = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "all parameters"
+    return (
+        f"model       {entries(model.config) / 1e9:.2f} billion parameters, {active / 1e9:.2f} billion used by a token,"
+        f" {a_token:,} cached numbers a token; {kind}, {config.model.dtype}"
+    )
+
+
+def _mesh_line(found: Plan, chip: Accelerator, *, chosen: bool) -> str:
+    axes = ", ".join(f"{axis}={size}" for axis, size in found.mesh.items())
+    why = " (the fewest that hold it)" if chosen else ""
+    return f"mesh        {axes}: {found.devices} {chip.name}{why}; the numbers of {chip.source}"
+
+
+def _remedies(config: ConfigDict, model: Policy, chip: Accelerator, found: Plan) -> list[str]:
+    """Returns what single fields would save, the most first, and whether each is enough."""
+    section = config.batch
+    changes: list[tuple[str, Any]] = [
+        ("model.remat", True),
+        ("model.dtype", "bfloat16"),
+        ("lora.rank", 16),
+        ("sampler.slots", max(config.sampler.slots // 2, 1)),
+        ("sampler.pool", config.sampler.slots),
+        ("batch.pack_tokens", max(section.pack_tokens // 2, 1)),
+        ("batch.pack_rows", 1),
+        ("rollout.max_length", max(config.rollout.max_length // 2, 2)),
+        ("mesh.fsdp", found.devices // found.mesh["tensor"]),
+        ("mesh.tensor", min(8, model.config.kv_heads)),
+    ]
+    room, tried = chip.memory * USABLE, []
+    for field, value in changes:
+        changed = _changed(config, found.devices, {field: value})
+        if changed and (other := _peak(*changed, chip)) < 0.99 * found.peak:
+            tried.append((other, field, value, changed[1]))
+    tried.sort(key=lambda one: one[0])
+    lines = [
+        f"{field}={value}{_on(devices, found)}: {peak / GIB:.2f} GiB,"
+        f" {'enough' if peak <= room else 'not enough alone'}"
+        for peak, field, value, devices in tried
+    ]
+    if tried and tried[0][0] > room:
+        together: dict[str, Any] = {}
+        peak, devices = found.peak, found.devices
+        for _, field, value, _ in tried:
+            changed = _changed(config, found.devices, together | {field: value})
+            if changed and (other := _peak(*changed, chip)) < 0.99 * peak:
+                together, peak, devices = together | {field: value}, other, changed[1]
+            if peak <= room:
+                words = ", ".join(f"{field}={value}" for field, value in together.items())
+                lines.append(f"together {words}{_on(devices, found)}: {peak / GIB:.2f} GiB, enough")
+                break
+    return lines or ["no single field; more devices, and mesh.fsdp over all of them"]
+
+
+def _on(devices: int, found: Plan) -> str:
+    return f" on {devices} devices" if devices != found.devices else ""
+
+
+def _peak(config: ConfigDict, devices: int, chip: Accelerator) -> float:
+    return plan(config, _model(config), chip, devices).peak
+
+
+def _changed(
+    config: ConfigDict, devices: int, fields: dict[str, Any]
+) -> tuple[ConfigDict, int] | None:
+    """Returns the config with other fields and the devices that its mesh then takes, None where nothing changes."""
+    other = config.copy_and_resolve_references()
+    for field, value in fields.items():
+        part, name = field.split(".")
+        if other[part][name] == value or (field == "lora.rank" and config.lora.rank):
+            return None
+        other[part][name] = value
+    known = math.prod(other.mesh[axis] for axis in sharding.AXES if other.mesh[axis] != -1)
+    if "mesh.tensor" in fields or "mesh.fsdp" in fields:
+        known = other.mesh.tensor * max(other.mesh.fsdp, 1)
+        other.mesh.data = -1
+        other.mesh.fsdp = max(other.mesh.fsdp, 1)
+    return other, -(-devices // known) * known

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+
+from rftjax import config as configs
+from rftjax import modes
+from rftjax.devices.accelerators import ACCELERATORS
+from rftjax.errors import UserError
+from rftjax.run import memory, plan
+from rftjax.run.build import build, complete_config
+
+SHAPE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+LAYER = 1024 * 1024 * 2 + 1024 * 512 * 2 + 3 * 1024 * 4096
+ENTRIES = 2 * 32000 * 1024 + 8 * (LAYER + 2 * 1024) + 1024
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A spec whose model is a config.json and whose rows and evaluator do not exist."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    config = configs.base_config()
+    config.model.path, config.model.dtype, config.steps = str(tmp_path), "bfloat16", 10
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.rollout.max_length, config.sampler.max_new_tokens = 1024, 256
+    return config
+
+
+def planned(config, devices, name="H100"):
+    complete = complete_config(config, devices=devices, needs=("model.path",))
+    return plan.plan(complete, plan._model(complete), ACCELERATORS[name], devices)
+
+
+def test_bytes_are_those_of_parameters_optimizer_gradient_and_cache(config):
+    one, four = planned(config, 1), planned(config, 4)
+    assert plan.entries(plan._model(config).config) == ENTRIES
+    assert one.held["trained parameters"] == one.updating["gradient"] == 4 * ENTRIES
+    assert one.held["optimizer"] == pytest.approx(8 * ENTRIES, rel=1e-6)
+    gains = 4 * (8 * 2 + 1) * 1024  # norms are not divided
+    assert four.held["trained parameters"] == 4 * ENTRIES // 4 - gains // 4 + gains
+    assert four.sampling["sampler's weights"] == one.sampling["sampler's weights"]
+    slots = config.sampler.slots
+    assert one.sampling[f"cache of {slots} rows of 1024 tokens"] == slots * 1024 * 8 * 2 * 512 * 2
+    assert (
+        four.sampling[f"cache of {slots // 4} rows of 1024 tokens"]
+        == slots // 4 * 1024 * 8 * 2 * 512 * 2
+    )
+
+
+def test_the_plan_of_the_devices_at_hand_is_what_the_check_says_of_them(config, tiny_dir, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2"}\n')
+    (tmp_path / "own.py").write_text("def evaluate(task, trajectory):\n    return 1.0\n")
+    config.model.path, config.tasks.train = str(tiny_dir), str(tmp_path / "rows.jsonl")
+    config.evaluator = f"{tmp_path / 'own.py'}:evaluate"
+    config.rollout.max_length, config.sampler.max_new_tokens = 32, 8
+    config.batch.pack_tokens, config.sampler.slots = 64, 8
+    with build(complete_config(config), tmp_path / "run", read_ahead=False) as parts:
+        told = memory.estimate(parts)
+    found = planned(config, 8)
+    for name in ("trained parameters", "optimizer"):
+        assert found.held[name] == told[name]
+    assert found.sampling["sampler's weights"] == told["sampler's weights"]
+
+
+def test_operations_and_bytes_make_the_seconds(config):
+    found, slow = planned(config, 1), planned(config, 1, "v5e")
+    chip = ACCELERATORS["H100"]
+    prompts, group, prompt, new = config.batch.prompts, config.batch.group_size, 768, 256
+    tokens, sampled = prompts * (prompt + group * new), prompts * group * new
+    pairs = prompts * (prompt**2 / 2 + group * (1024**2 - prompt**2) / 2)
+    forward = 2 * 8 * LAYER * tokens + 2 * 32000 * 1024 * sampled + 4 * pairs * 8 * 1024
+    assert found.seconds["update"] == pytest.approx(3 * forward / (0.4 * chip.operations))
+    assert found.tokens == sampled
+    [decode] = [title for title in found.seconds if title.startswith("decode")]
+    slots = min(config.sampler.slots, prompts * group)
+    assert f"{-(-sampled // slots):,} steps" in decode
+    used = (768 + 128) / 1024
+    weights, cache = list(found.sampling.values())[:2]
+    read = (weights + used * cache) / (0.6 * chip.bandwidth)
+    assert found.seconds[decode] == pytest.approx(-(-sampled // slots) * read)
+    ratio = chip.operations / ACCELERATORS["v5e"].operations
+    assert slow.seconds["update"] == pytest.approx(ratio * found.seconds["update"])
+
+
+def test_recomputing_activations_costs_a_pass_and_saves_layers(config):
+    kept = planned(config, 1)
+    config.model.remat = True
+    again = planned(config, 1)
+    assert again.seconds["update"] == pytest.approx(4 / 3 * kept.seconds["update"])
+    title = next(title for title in kept.updating if title.startswith("activations"))
+    assert again.updating[title] < 0.5 * kept.updating[title]
+
+
+def test_weights_that_are_divided_cross_the_links(config):
+    assert "links between devices" not in planned(config, 1).seconds
+    config.batch.pack_tokens = config.rollout.max_length
+    full = planned(config, 2)
+    moved = full.seconds["links between devices"] * 0.7 * ACCELERATORS["H100"].link
+    tokens = config.batch.prompts * (768 + config.batch.group_size * 256)
+    assert moved == pytest.approx(3 * -(-tokens // 2048) * ENTRIES * 2 / 2)
+
+
+def test_the_fewest_devices_that_hold_the_job_are_found(config):
+    lines = plan.report(config, "v5e", 0, 0.0)
+    assert "mesh        data=1, fsdp=1, tensor=1: 1 v5e (the fewest that hold it)" in lines[1]
+    config.rollout.max_length, config.sampler.slots = 4096, 512
+    lines = plan.report(config, "v5e", 0, 2.0)
+    count = int(lines[1].partition(": ")[2].split()[0])
+    assert count > 1 and any("GiB of 14.7 that can be used: fits" in line for line in lines)
+    assert planned(config, count // 2, "v5e").peak > 16 * 2**30 * plan.USABLE
+    cost = next(line for line in lines if line.startswith("cost"))
+    assert f"at {2 * count:,.2f} an hour" in cost
+
+
+@pytest.mark.parametrize(("slots", "together"), [(512, False), (4096, True)])
+def test_what_does_not_fit_is_told_with_fields_that_help_when_followed(config, slots, together):
+    config.rollout.max_length, config.sampler.slots = 4096, slots
+    lines = plan.report(config, "v5e", 1, 0.0)
+    assert any(line.endswith("DOES NOT FIT") for line in lines)
+    helps = [line.removeprefix("helps       ") for line in lines if line.endswith("GiB, enough")]
+    assert helps and helps[0].startswith("together ") == together
+    words, _, peak = helps[0].removeprefix("together ").partition(": ")
+    fields, _, devices = words.partition(" on ")
+    for word in fields.split(", "):
+        field, _, value = word.partition("=")
+        part, name = field.split(".")
+        kind = type(config[part][name])
+        config[part][name] = value == "True" if kind is bool else kind(value)
+    config.mesh.data, config.mesh.fsdp = -1, max(config.mesh.fsdp, 1)
+    found = planned(config, int(devices.split()[0]) if devices else 1, "v5e")
+    assert f"{found.peak / 2**30:.2f} GiB, enough" == peak
+    assert found.peak <= 16 * 2**30 * plan.USABLE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "A9000"}, "--device=A9000: must be one of H100, H200"),
+        ({"devices": 3, "fsdp": 2}, "mesh"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(config, change, message):
+    config.mesh.fsdp = change.get("fsdp", -1)
+    with pytest.raises(UserError, match=message):
+        plan.report(config, change.get("name", "H100"), change.get("devices", 0), 0.0)
+
+
+def test_the_mode_needs_no_workdir_no_rows_and_no_weights(config, capsys):
+    modes.run("plan", config, {}, None, device="H100", devices=2, price=1.5)
+    out = capsys.readouterr().out
+    assert "2 H100; the numbers of NVIDIA's data sheet" in out and "\ncost" in out
