@@ -12,9 +12,10 @@ from rftjax.config import specs
 from rftjax.config.flags import WITHOUT_SPEC
 from rftjax.weights import fetch_model
 
-USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=check|train|eval|serve|chat] [--config.FIELD=VALUE ...]
+USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=check|train|eval|serve|chat|score] [--config.FIELD=VALUE]
        rftjax chat MODEL | RUN           talks to a model or to a run's best checkpoint, in the terminal
        rftjax serve MODEL | RUN          serves it in OpenAI's formats (flags as above follow)
+       rftjax score RUN                  scores a run's rollouts again, with --config.evaluator=...
        rftjax compare RUN [RUN ...]      what differs between runs, and what they learned
        rftjax fetch-model                fetches the small model of the specs quickstart and multi_turn
 
@@ -36,19 +37,21 @@ def run() -> None:
     if command in WITHOUT_SPEC:
         if not sys.argv[2:]:
             sys.exit(f"error: rftjax {command}: give a model, or the workdir of a run")
-        sys.argv[1:3] = [f"--mode={command}", _model_or_run(sys.argv[2])]
+        sys.argv[1:3] = [f"--mode={command}", _model_or_run(command, sys.argv[2])]
     from rftjax.config.flags import parse_flags
     from rftjax.main import main
 
     app.run(main, flags_parser=parse_flags)
 
 
-def _model_or_run(place: str) -> str:
+def _model_or_run(command: str, place: str) -> str:
     """Returns the flag that names a model or a run's workdir; a flag stays as it is."""
     if place.startswith("-"):
         return place
     is_run = os.path.isdir(os.path.join(os.path.expanduser(place), "checkpoints"))
-    return f"--workdir={place}" if is_run else f"--config.model.path={place}"
+    if is_run or command == "score":
+        return f"--workdir={place}"
+    return f"--config.model.path={place}"
 
 
 if __name__ == "__main__":

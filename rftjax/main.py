@@ -1,4 +1,4 @@
-"""Flags, the config's check, and one of the modes: train, eval, check, plan, serve or chat."""
+"""Flags, the config's check, and one of the modes: train, eval, check, plan, serve, chat or score."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ RESTART_FROM = flags.DEFINE_integer(
 ACCEPT = flags.DEFINE_list(
     "accept_changed", [], "Inputs of the run that may differ from those that it began with."
 )
+ROLLOUTS = flags.DEFINE_string(
+    "rollouts",
+    "",
+    "What --mode=score scores: a run's workdir, or a JSONL file of rollouts or conversations (the workdir's own).",
+)
 INTERRUPTED = 130  # the exit code of a run that a signal ended
 STOP_AFTER = flags.DEFINE_integer(
     "stop_after", 0, "End cleanly after this step (0: at the config's last)."
@@ -64,6 +69,8 @@ def main(argv: list[str]) -> None:
         sys.exit(
             f"error: --restart_from={RESTART_FROM.value}: must be a step with a checkpoint, in mode train"
         )
+    if ROLLOUTS.value and MODE.value != "score":
+        sys.exit(f"error: --rollouts={ROLLOUTS.value}: is what --mode=score scores; leave it out")
     logging.set_verbosity(logging.WARNING)
     import jax
 
@@ -86,9 +93,10 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
     back = {"restart_from": RESTART_FROM.value, "accepted": ACCEPT.value}
     planned = {"device": DEVICE.value, "devices": DEVICES.value, "price": PRICE.value}
+    rollouts = {"rollouts": ROLLOUTS.value}
     run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
     try:
-        modes.run(MODE.value, *run, **back, **planned)
+        modes.run(MODE.value, *run, **back, **planned, **rollouts)
     except (Interrupted, KeyboardInterrupt) as error:
         print(failures.interrupted(error, RESTART_FROM.value >= 0), file=sys.stderr)
         sys.exit(INTERRUPTED)

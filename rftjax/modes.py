@@ -1,4 +1,4 @@
-"""What `--mode` chooses: a run with its export and summary, an evaluation, a check, a plan, a server or a talk."""
+"""What `--mode` chooses: a run with its export and summary, an evaluation, check, plan, server, talk or scores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import jax
 from ml_collections import ConfigDict
 
 from rftjax import train
+from rftjax.errors import UserError
 from rftjax.monitor import recorder as metrics
 from rftjax.run import build as job
-from rftjax.run import evaluating, lock, preflight, results, serving
+from rftjax.run import evaluating, lock, preflight, rescoring, results, serving
 from rftjax.run import plan as planning
 
 
@@ -30,9 +31,11 @@ def run(
     device: str = "",
     devices: int = 0,
     price: float = 0.0,
+    rollouts: str = "",
 ) -> None:
     """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates,
-    serve serves and chat talks to; `device`, `devices` and `price` are what plan plans for.
+    serve serves and chat talks to; `device`, `devices` and `price` are what plan plans for; `rollouts` is what score
+    scores, by default the workdir's own.
 
     Only a run writes a config and takes a lock: the others may run beside it. Plan, serve and chat need no workdir.
     """
@@ -45,7 +48,13 @@ def run(
             config.sampler.slots = 1
         (serving.serve if mode == "serve" else serving.chat)(config, workdir, step)
         return
-    assert workdir is not None
+    if workdir is None:
+        raise UserError("--workdir: must be given, a directory for the files of this mode")
+    if mode == "score":
+        config = rescoring.score_config(given, overrides, workdir)
+        place = Path(rollouts).expanduser().absolute() if rollouts else workdir
+        print("\n".join(rescoring.score(config, workdir, place)))
+        return
     if mode == "check":
         preflight.check(given, workdir)
         return

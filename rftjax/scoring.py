@@ -85,7 +85,7 @@ class Scorer:
                 env_field="scoring.env",
             )
         form = json.loads(self._workers.about) if self._workers else {}
-        self._scope, self._separable = form.get("scope", SAMPLE), form.get("separable", False)
+        self.scope, self._separable = form.get("scope", SAMPLE), form.get("separable", False)
         self.form = form.get("kind", "sum of the turn rewards")  # what the evaluator was taken for
 
     def submit(self, trajectory: Trajectory, group_size: int = 0) -> None:
@@ -99,9 +99,9 @@ class Scorer:
         score = self._without_call(trajectory)
         call = _Call([trajectory], future=done([score]) if score else None)
         self._pending[id(trajectory)] = call
-        if self._scope == SAMPLE and not score:
+        if self.scope == SAMPLE and not score:
             self._start(call)
-        elif self._scope == GROUP:
+        elif self.scope == GROUP:
             key = id(trajectory.task), trajectory.draw
             group = self._groups.setdefault(key, _Call([]))
             group.seen += 1
@@ -137,7 +137,7 @@ class Scorer:
         for trajectory in trajectories:
             if call := self._groups.pop((id(trajectory.task), trajectory.draw), None):
                 self._start(call)
-        if self._scope == ALL:
+        if self.scope == ALL:
             together = _Call([one for one in trajectories if not self._pending[id(one)].future])
             self._pending |= {id(one): together for one in together.members}
             self._start(together)

@@ -88,7 +88,8 @@ class Score:
     """What an evaluator says of one trajectory; an invalid score takes the sample out of its group.
 
     `parts` are the requirements that an answer meets (1.0) or misses (0.0): strict and lenient held-out scores are made
-    of them. `metrics` are further numbers, which are averaged and recorded only.
+    of them. `metrics` are further numbers, which are averaged and recorded only. `seconds` is what the call took,
+    filled in by the worker.
     """
 
     reward: float
@@ -96,6 +97,7 @@ class Score:
     valid: bool = True
     reason: str = ""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = dataclasses.field(default=0.0, compare=False, repr=False)
 
 
 @dataclasses.dataclass

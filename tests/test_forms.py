@@ -252,7 +252,7 @@ def test_a_sum_leaves_out_what_does_not_score_a_sample_and_drops_faults(folder):
 def test_a_sum_with_a_coroutine_function_runs_many_calls_at_once(folder):
     text = f"{folder}/trl_rewards.py:length_reward*10, {folder}/native.py:rank*0"
     with Scorer(text, workers=1) as scorer:
-        assert scorer._scope == GROUP and "10 length_reward (TRL)" in scorer.form
+        assert scorer.scope == GROUP and "10 length_reward (TRL)" in scorer.form
         assert [one.reward for one in scorer.gather(group("a b", "c"))] == [2.0, 1.0]
 
 

@@ -19,7 +19,7 @@ from rftjax.config.fields import field_type, flatten, suggest
 from rftjax.config.specs import folder, locate, names, on_path
 from rftjax.errors import UserError
 
-WITHOUT_SPEC = ("serve", "chat")  # modes that a workdir or a model is enough for
+WITHOUT_SPEC = ("serve", "chat", "score")  # modes that a workdir or a model is enough for
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 

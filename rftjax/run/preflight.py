@@ -16,7 +16,7 @@ from rftjax.learning.learner import has_variance, set_advantages
 from rftjax.monitor import reasons, rollout_files, transcripts
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.monitor.step_metrics import rollout_metrics
-from rftjax.run import memory
+from rftjax.run import judging, memory
 from rftjax.run.build import Parts, build, complete_config
 from rftjax.run.heldout import MAIN
 from rftjax.run.sampling import sampling_params
@@ -90,6 +90,10 @@ def check(given: Any, workdir: Path) -> None:
                 f"the reward is the same within each of {groups} groups of {size}: there is"
                 " nothing to learn from; make tasks easier or harder, raise batch.group_size or give partial rewards"
             )
+        for text in judging.findings(
+            parts.scorer, trajectories, conversations=parts.environments.active
+        ):
+            report.say("WARNING", text)
         _check_heldout(parts, report)
         report.say("check", "passed")
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -32,15 +33,16 @@ def evaluation(evaluator: str, field: str) -> Callable[..., Any]:
     form = load(evaluator, field)
 
     async def evaluate_async(seed: int, trajectories: list[Trajectory]) -> list[Score]:
-        return scores(await form.rate(trajectories), len(trajectories))
+        return await _timed(form.rate(trajectories), len(trajectories), time.perf_counter())
 
     def evaluate_sync(seed: int, trajectories: list[Trajectory]) -> Any:
         first = trajectories[0]
         _seed_generators(f"{seed} {first.task.id} {first.draw} {first.sample}")
+        began = time.perf_counter()
         results = form.rate(trajectories)
         if inspect.isawaitable(results):
-            return _scores_later(results, len(trajectories))
-        return scores(results, len(trajectories))
+            return _timed(results, len(trajectories), began)
+        return _stamped(scores(results, len(trajectories)), began)
 
     handler: Any = evaluate_async if form.concurrent else evaluate_sync
     handler.about = json.dumps(
@@ -120,8 +122,15 @@ def _made(evaluator: type) -> Any:
     return evaluator()
 
 
-async def _scores_later(results: Any, count: int) -> list[Score]:
-    return scores(await results, count)
+async def _timed(results: Any, count: int, began: float) -> list[Score]:
+    return _stamped(scores(await results, count), began)
+
+
+def _stamped(found: list[Score], began: float) -> list[Score]:
+    """Writes the time of the call into its scores."""
+    for score in found:
+        score.seconds = time.perf_counter() - began
+    return found
 
 
 def _seed_generators(text: str) -> None:
