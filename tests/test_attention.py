@@ -7,18 +7,27 @@ import pytest
 from jax import export
 
 from rftjax.models import attention
+from rftjax.models.layout import Layout
+from rftjax.models.tiled import TILE, tiled
+
+
+def packed(T: int, rows: int = 2, cuts: int = 8):
+    """The layout of packed rows: groups of a prefix and three segments, then padding."""
+    groups, segments, positions = np.zeros((3, rows, T), np.int32)
+    places = np.linspace(0, T - T // 8, cuts + 1).astype(int)
+    for piece, (start, end) in enumerate(itertools.pairwise(places)):
+        groups[:, start:end] = 1 + piece // 4
+        segments[:, start:end] = piece % 4
+        before = places[piece - piece % 4 + 1] - places[piece - piece % 4] if piece % 4 else 0
+        positions[:, start:end] = before + np.arange(end - start)
+    return Layout(groups, segments, positions)
 
 
 def inputs(T: int, heads: int = 6, dtype: str = "float32", rows: int = 2):
-    """Queries, keys, values and the mask of packed rows: two groups of a prefix and three segments, then padding."""
+    """Queries, keys, values and the mask of packed rows."""
     rng = np.random.default_rng(T)
     q, k, v = (jnp.asarray(rng.normal(size=(rows, T, count, 4)), dtype) for count in (heads, 2, 2))
-    groups, segments = np.zeros((2, rows, T), np.int32)
-    cuts = np.linspace(0, T - T // 8, 9).astype(int)
-    for piece, (start, end) in enumerate(itertools.pairwise(cuts)):
-        groups[:, start:end] = 1 + piece // 4
-        segments[:, start:end] = piece % 4
-    return q, k, v, attention.Layout(groups, segments, np.zeros_like(groups)).mask()
+    return q, k, v, packed(T, rows).mask()
 
 
 def gradients(form, q, k, v, mask):
@@ -73,12 +82,86 @@ def test_a_block_computes_no_score_beyond_its_end():
     assert "1024,1024" not in text.replace("bool[1,1024,1024]", "")
 
 
+@pytest.mark.parametrize(("T", "window"), [(40, None), (300, 40), (700, None), (700, 150)])
+def test_visible_tiles_give_the_values_and_gradients_of_the_plain_form(T, window):
+    q, k, v, _ = inputs(T)
+    layout = packed(T)
+    mask = layout.mask(window)
+    used = np.asarray(jnp.any(mask, axis=-1))
+
+    def form(q, k, v, _):
+        return tiled(q, k, v, layout, window)
+
+    found, wanted = jax.jit(form)(q, k, v, mask), attention.plain(q, k, v, mask)
+    np.testing.assert_allclose(found[used], wanted[used], atol=2e-6)
+    pairs = zip(
+        gradients(form, q, k, v, mask), gradients(attention.plain, q, k, v, mask), strict=True
+    )
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_visible_tiles_in_bfloat16_stay_near_float32():
+    q, k, v, mask = inputs(300, dtype="bfloat16")
+    layout = packed(300)
+    wide = (q.astype(jnp.float32), k.astype(jnp.float32), v.astype(jnp.float32))
+    pairs = zip(
+        gradients(lambda q, k, v, _: tiled(q, k, v, layout), q, k, v, mask),
+        gradients(attention.plain, *wide, mask),
+        strict=True,
+    )
+    for got, expected in pairs:
+        assert got.dtype == jnp.bfloat16
+        scale = float(jnp.max(jnp.abs(expected)))
+        np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02 * scale)
+
+
+def test_rows_of_padding_give_no_nan_over_tiles():
+    q, k, v, mask = inputs(256)
+    empty = Layout(*np.zeros((3, 2, 256), np.int32))
+    for array in gradients(lambda q, k, v, _: tiled(q, k, v, empty), q, k, v, mask | True):
+        assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_the_visible_tiles_are_those_that_the_mask_has_a_pair_in(window):
+    layout = packed(16 * 100, cuts=16)
+    pairs = np.asarray(layout.mask(window)).reshape(2, 100, 16, 100, 16).any(axis=(2, 4))
+    visible = np.asarray(layout.tiles(16, window))
+    if window is None:
+        np.testing.assert_array_equal(visible, pairs)
+    assert not (pairs & ~visible).any() and visible.sum() <= 1.3 * pairs.sum()
+
+
+def test_a_completion_does_not_pay_for_its_neighbours():
+    def visible(completions: int) -> int:
+        lengths = [TILE] + completions * [4 * TILE]
+        segments = np.repeat(np.arange(completions + 1), lengths)[None]
+        return int(Layout(np.ones_like(segments), segments, segments).tiles(TILE).sum())
+
+    assert visible(3) - visible(2) == visible(2) - visible(1) == 4 + 4 * 5 // 2
+
+
+def test_long_rows_on_a_cpu_keep_nothing_of_rows_by_rows():
+    def program(T: int) -> str:
+        q, k, v, _ = inputs(T, rows=1)
+        layout = packed(T, rows=1)
+        run = jax.grad(lambda q: attention.attend("blocked", q, k, v, layout).sum())
+        return str(jax.make_jaxpr(run)(q))
+
+    for T in (attention.LONG, 2 * attention.LONG):
+        assert f"{T},{T}" not in program(T)
+    short = attention.LONG - TILE
+    assert f"bool[1,{short},{short}]" in program(short)
+
+
 @pytest.mark.parametrize("T", [40, 300])
 def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(T, splash_on_cpu):
     q, k, v, mask = inputs(T, rows=1)
+    layout = packed(T, rows=1)
     used = np.asarray(jnp.any(mask, axis=-1))
-    found = np.asarray(attention.splash(q, k, v, mask))
-    grads = gradients(attention.splash, q, k, v, mask)
+    found = np.asarray(attention.splash(q, k, v, layout))
+    grads = gradients(lambda q, k, v, _: attention.splash(q, k, v, layout), q, k, v, mask)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[used], attention.plain(q, k, v, mask)[used], atol=2e-6)
     for got, expected in zip(grads, gradients(attention.plain, q, k, v, mask), strict=True):
@@ -89,7 +172,11 @@ def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(T,
 @pytest.mark.parametrize("channels", [64, 80, 128])
 def test_the_kernel_for_tpus_compiles_for_them(channels, dtype):
     q, k = (jax.ShapeDtypeStruct((2, 500, heads, channels), dtype) for heads in (6, 2))
-    mask = jax.ShapeDtypeStruct((2, 500, 500), bool)
-    grad = jax.jit(lambda q, k, v, mask: gradients(attention.splash, q, k, v, mask))
-    text = export.export(grad, platforms=["tpu"])(q, k, k, mask).mlir_module()
+    layout = Layout(*(jax.ShapeDtypeStruct((2, 500), "int32"),) * 3)
+
+    def total(q, k, v, layout):
+        return jnp.sum(attention.splash(q, k, v, layout).astype(jnp.float32))
+
+    grad = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    text = export.export(grad, platforms=["tpu"])(q, k, k, layout).mlir_module()
     assert text.count("tpu_custom_call") >= 3  # forward, queries, and keys with values

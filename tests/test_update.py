@@ -192,14 +192,17 @@ def test_weights_and_shares_of_rows_reach_the_loss(params):
     assert_close(gradient(params, weighted, loss=loss)[0], shared)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 1, 4)])  # the heads divide over 2
-def test_the_attention_kernel_for_tpus_does_not_change_the_gradient(
-    params, uneven, expected, shape, splash_on_cpu
+@pytest.mark.parametrize(
+    ("form", "shape"),  # the heads divide over 2
+    [("splash", (1, 1, 1)), ("splash", (2, 2, 2)), ("splash", (1, 1, 4)), ("tiled", (2, 2, 2))],
+)
+def test_the_form_of_attention_does_not_change_the_gradient(
+    params, uneven, expected, form, shape, splash_on_cpu
 ):
     devices = np.asarray(jax.devices()[: int(np.prod(shape))])
     mesh = Mesh(devices.reshape(shape), sharding.AXES)
     batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
-    config = dataclasses.replace(CONFIG, attention="splash")
+    config = dataclasses.replace(CONFIG, attention=form)
     found, _ = gradient(params, batch, mesh=mesh, config=config, unroll=True)
     assert_close(found, expected)
 

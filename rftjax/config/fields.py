@@ -97,7 +97,7 @@ def base_config() -> ConfigDict:
                 "path": "",  # directory, .gguf file or hub name; required
                 "dtype": "float32",  # of the computation; master weights are float32
                 "init": "pretrained",  # or "random", from a config.json alone
-                "attention": "blocked",  # or "plain"; "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs
+                "attention": "blocked",  # or "tiled", "plain"; "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs
                 "remat": False,  # compute activations again in the backward pass, to save memory
             },
             "tasks": {

@@ -99,7 +99,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 _CHOICES = {
     "export_step": ("best", "last"),
-    "model.attention": ("blocked", "plain", "cudnn", "splash"),
+    "model.attention": ("blocked", "tiled", "plain", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "model.init": ("pretrained", "random"),
     "rollout.truncated_turns": ("environment", "end", "mask"),

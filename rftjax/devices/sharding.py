@@ -241,7 +241,7 @@ def over_rows(
 def over_heads(
     mesh: Mesh | None, function: Callable[..., jax.Array], kv_heads: int
 ) -> Callable[..., jax.Array]:
-    """Returns attention (q_BTHC, k_BTKC, v_BTKC, mask_BTT) as each device runs it on its own rows and heads.
+    """Returns attention (q_BTHC, k_BTKC, v_BTKC, layout, window) as each device runs it on its own rows and heads.
 
     For kernels that the compiler cannot share out. Heads that `tensor` does not divide are computed on each of its
     devices.
@@ -252,7 +252,7 @@ def over_heads(
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(ROWS)),
+        in_specs=(heads, heads, heads, PartitionSpec(ROWS), PartitionSpec()),
         out_specs=heads,
         check_vma=False,
     )

@@ -1,43 +1,24 @@
-"""Attention under a causal mask: plain, in blocks of queries that keep nothing of size T by T, cuDNN's or for TPUs."""
+"""Attention of packed rows: plain, in causal blocks of queries, over visible tiles, cuDNN's or for TPUs."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
+from rftjax.models.layout import Layout
+from rftjax.models.tiled import FLOOR, tiled
 
-# A finite floor keeps rows of padding, which attend to nothing, free of NaN.
-FLOOR = -1e30
 BLOCK = 128  # queries of a block, and at most BLOCKS of them
 BLOCKS = 8
 TILE = 128  # what `splash` rounds T up to
+LONG = 512  # tokens of a row from which on `tiled` is faster than `blocked` on a CPU
 CUDNN = "cudnn"  # as JAX names it
-FORMS = ("blocked", "plain", "cudnn", "splash")
-
-
-class Layout(NamedTuple):
-    """Which tokens of a row see each other, as `types.Pack` says it with arrays of these names."""
-
-    groups_BT: jax.Array
-    segments_BT: jax.Array
-    positions_BT: jax.Array
-
-    def mask(self, window: Any = None) -> jax.Array:
-        """Returns mask_BTT, true where a token attends, at most `window` - 1 positions back (None: no limit)."""
-        groups_BT, segments_BT, positions_BT = self
-        mine_BT1, own_BT1 = groups_BT[:, :, None], segments_BT[:, :, None]
-        theirs_B1T, other_B1T = groups_BT[:, None], segments_BT[:, None]
-        mask_BTT = (mine_BT1 == theirs_B1T) & (mine_BT1 > 0)
-        mask_BTT &= (own_BT1 == other_B1T) | (other_B1T == 0)
-        mask_BTT &= jnp.tril(jnp.ones(mask_BTT.shape[1:], bool))[None]
-        if window is None:
-            return mask_BTT
-        return mask_BTT & (positions_BT[:, :, None] - positions_BT[:, None] < window)
+FORMS = ("blocked", "tiled", "plain", "cudnn", "splash")
 
 
 def attend(
@@ -51,15 +32,19 @@ def attend(
 ) -> jax.Array:
     """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `splash` on TPUs only.
 
-    `window` limits how many positions back a token sees, itself included. On a mesh, B lies over data and fsdp and is a
-    multiple of their devices; only `splash` needs to know.
+    `blocked` is `tiled` for long rows on one CPU device. `window` limits how many positions back a token sees, itself
+    included. On a mesh, B lies over data and fsdp and is a multiple of their devices.
     """
-    mask_BTT = layout.mask(window)
+    alone = mesh is None or mesh.size == 1
+    long = q_BTHC.shape[1] >= LONG and alone and jax.default_backend() == "cpu"
+    if form == "tiled" or (form == "blocked" and long):
+        run = sharding.over_heads(mesh, tiled, k_BTKC.shape[2])
+        return run(q_BTHC, k_BTKC, v_BTKC, layout, window)
     if form == "splash":
         run = sharding.over_heads(mesh, splash, k_BTKC.shape[2])
-        return run(q_BTHC, k_BTKC, v_BTKC, mask_BTT)
+        return run(q_BTHC, k_BTKC, v_BTKC, layout, window)
     form_of = {"blocked": blocked, "plain": plain, "cudnn": cudnn}
-    return form_of[form](q_BTHC, k_BTKC, v_BTKC, mask_BTT)
+    return form_of[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window))
 
 
 def cudnn(
@@ -85,7 +70,11 @@ def plain(
 
 
 def splash(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    layout: Layout,
+    window: Any = None,
 ) -> jax.Array:
     """Returns what `plain` does, for tokens that attend to any, by the kernel that JAX has for TPUs (splash attention).
 
@@ -110,7 +99,10 @@ def splash(
 
     q_BHXC, k_BKXC, v_BKXC = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
     # The kernel gives NaN for padding that attends to nothing; the others see themselves anyhow.
-    mask_BXX = jnp.pad(mask_BTT, ((0, 0), (0, spare), (0, spare))) | jnp.eye(X, dtype=bool)[None]
+    mask_BXX = (
+        jnp.pad(layout.mask(window), ((0, 0), (0, spare), (0, spare)))
+        | jnp.eye(X, dtype=bool)[None]
+    )
     rows = [row(q_BHXC[at], k_BKXC[at], v_BKXC[at], mask_BXX[at]) for at in range(B)]
     return jnp.stack(rows).swapaxes(1, 2)[:, :T]
 

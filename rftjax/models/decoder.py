@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rftjax.models.attention import Layout, attend
+from rftjax.models.attention import attend
 from rftjax.models.config import FULL, Config, Rope, Stack
 from rftjax.models.layers import Block, Norm, causal
+from rftjax.models.layout import Layout
 from rftjax.models.linear import linear
 from rftjax.models.rotary import rotation
 from rftjax.types import Params
