@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snippets import blocks
 
 from rftjax.environments import Environments, ToolEpisode, as_turn, tools
+from rftjax.environments.handler import environment_handler
 from rftjax.types import Task, Turn
 from rftjax.workers.pool import WorkerError
 
@@ -492,3 +494,33 @@ def test_schemas_say_what_the_functions_take():
             },
         }
     ]
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "environments.md"
+# The forms that need nothing else: the name in the file, the row's fields, what the model says, and the answers to it.
+SHOWN = {
+    "guess.py": ("reply", {"answer": "3"}, "2", [("No. Try again.", 0.0)]),
+    "counter.py": ("Counter", {"count": 2}, "1", [("Go on.", 1.0)]),
+    "shop.py": (
+        "environment",
+        {},
+        '<tool_call>{"name": "price", "arguments": {"item": "pear", "count": 2}}</tool_call>',
+        [("1.5", 0.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_environments_of_the_docs_answer(tmp_path: Path, name: str):
+    (tmp_path / name).write_text(
+        next(b for b in blocks(DOCS, "python") if b.startswith(f"# {name}"))
+    )
+    target, data, said, answers = SHOWN[name]
+    handler = environment_handler(f"{tmp_path / name}:{target}", "environment")
+    message, task = {"role": "assistant", "content": said}, Task("t", [], data)
+    if json.loads(handler.about)["stateful"]:
+        handler("start", "a", task, 0)
+        turns = [handler("step", "a", message)]
+    else:
+        turns = [handler("reply", "", task, [message])]
+    assert [(turn.messages[0]["content"], turn.reward) for turn in turns] == answers

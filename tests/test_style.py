@@ -18,7 +18,9 @@ MAX_LINES = 500
 OWNERS = {
     "datasets": {"tasks.sources"},
     "gguf": {"weights.gguf"},
+    "httpx2": {"environments.mcp_servers"},
     "huggingface_hub": {"weights.directories"},
+    "mcp": {"environments.mcp_servers"},
     "orbax": {"run.checkpoint"},
     "safetensors": {"weights.shards"},
     "starlette": {"serving.app", "serving.tracing"},

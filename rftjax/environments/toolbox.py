@@ -7,13 +7,15 @@ when tools are made, so that workers without tools start fast.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import functools
 import inspect
 import json
 import re
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rftjax.environments.calls import tool_calls
@@ -27,23 +29,26 @@ _ENTRY = re.compile(r"^\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
 _FIELD = re.compile(r"^:param\s+(?:[^:]*\s)?(\w+):\s*(.*)$")
 
 
-def tools(*functions: Callable[..., Any]) -> Tools:
+def tools(*sources: Callable[..., Any]) -> Tools:
     """Makes an environment from functions: a user's file has `environment = tools(search, calculator)`.
 
     The model writes one or more calls as its chat template teaches (`environments.calls` lists the formats) and gets a
     message of role "tool" for each, which holds the result or the exception. An answer without a call ends the episode.
     Arguments are converted to the annotated types. A parameter named `task` gets the episode's task. Coroutine
-    functions work too.
+    functions work too. A source may also be another such environment, of an MCP server for example.
     """
-    return Tools(functions)
+    joined = [source for source in sources if isinstance(source, Tools)]
+    functions = [source for source in sources if not isinstance(source, Tools)]
+    functions += [tool.function for other in joined for tool in other.tools.values()]
+    return Tools(functions, [server for other in joined for server in other.servers])
 
 
 class Tools:
-    """A factory of tool environments, made by `tools`; `schemas` describes the functions for chat templates."""
+    """A factory of tool environments, made by `tools`; `schemas` describes the tools for chat templates."""
 
     has_state = False
 
-    def __init__(self, functions: tuple[Callable[..., Any], ...]):
+    def __init__(self, functions: Sequence[Callable[..., Any]], servers: Sequence[Any] = ()):
         self.tools: dict[str, Tool] = {}
         for function in functions:
             tool = Tool(function)
@@ -52,8 +57,23 @@ class Tools:
                     f"tools: two functions are named {tool.name!r}, and the model calls them by name; rename one"
                 )
             self.tools[tool.name] = tool
-        self.schemas = [tool.schema for tool in self.tools.values()]
-        self.asynchronous = any(tool.asynchronous for tool in self.tools.values())
+        self.servers = list(servers)
+        concurrent = bool(servers) or any(tool.asynchronous for tool in self.tools.values())
+        self.asynchronous = concurrent
+
+    @functools.cached_property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The schemas of functions and of servers, which are started once to say theirs."""
+        found = [tool.schema for tool in self.tools.values()]
+        for server in self.servers:
+            found += server.schemas
+        names = collections.Counter(schema["function"]["name"] for schema in found)
+        if twice := sorted(name for name, count in names.items() if count > 1):
+            raise UserError(
+                f"tools: two tools are named {', '.join(twice)}, and the model calls them by name; "
+                "give one server a prefix, as in mcp(..., prefix='files_')"
+            )
+        return found
 
     def __call__(self, task: Task, seed: int) -> Any:
         """Returns the environment of one episode."""
@@ -130,26 +150,46 @@ class ToolEpisode:
     """One episode with tools."""
 
     def __init__(self, tools: Tools, task: Task):
-        self._tools, self._task = tools.tools, task
+        self._tools, self._task, self._servers = tools.tools, task, tools.servers
+        self._remote: dict[str, Any] = {}  # the open session of each tool of a server
+        self._sessions: list[Any] = []
         if tools.asynchronous:
             self.step = self._step_async
+        if tools.servers:
+            self.reset, self.close = self._reset_async, self._close_async
+
+    async def _reset_async(self) -> None:
+        """Opens a session of every server."""
+        for server in self._servers:
+            session = await server.open()
+            self._sessions.append(session)
+            self._remote |= dict.fromkeys(server.tools, session)
+
+    async def _close_async(self) -> None:
+        await asyncio.gather(*(session.close() for session in self._sessions))
 
     def step(self, message: Message) -> Any:
         """Runs the calls of one assistant message in their order."""
-        calls = tool_calls(message, self._tools)
+        calls = tool_calls(message, self._names())
         answers = [_tool_message(call, self._begin(call)) for call in calls]
         return Turn(answers, done=not calls)
 
     async def _step_async(self, message: Message) -> Turn:
         """Runs the calls of one assistant message concurrently."""
-        calls = tool_calls(message, self._tools)
+        calls = tool_calls(message, self._names())
         results = await asyncio.gather(*(self._run_async(call) for call in calls))
         return Turn(
             [_tool_message(call, result) for call, result in zip(calls, results, strict=True)],
             done=not calls,
         )
 
+    def _names(self) -> list[str]:
+        return [*self._tools, *self._remote]
+
     async def _run_async(self, call: dict[str, Any]) -> Any:
+        session = self._remote.get(call.get("name", ""))
+        if session is not None and "problem" not in call:
+            return await session.call(call["name"], call["arguments"])
         tool = self._tools.get(call.get("name", ""))
         if tool is None or not tool.asynchronous:
             return await asyncio.to_thread(self._begin, call)  # does not block the other calls
@@ -164,7 +204,7 @@ class ToolEpisode:
             if "problem" in call:
                 raise UserError(call["problem"])
             if call["name"] not in self._tools:
-                known = ", ".join(self._tools)
+                known = ", ".join(self._names())
                 raise UserError(f"there is no tool {call['name']!r}; there is {known}")
             tool = self._tools[call["name"]]
             bound = tool.bind(call["arguments"], self._task)
@@ -211,11 +251,15 @@ def _json_schema(converter: Any) -> dict[str, Any]:
         schema = converter.json_schema()
     except Exception:  # a type without a JSON schema
         return {}
+    return inlined(schema)
+
+
+def inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns a JSON schema as chat templates need it: without references, titles and defaults."""
     return _inlined(schema, schema.get("$defs", {}), ())
 
 
 def _inlined(schema: Any, definitions: dict[str, Any], outer: tuple[str, ...]) -> Any:
-    """Inlines definitions, as chat templates need, and removes titles and defaults."""
     if isinstance(schema, list):
         return [_inlined(part, definitions, outer) for part in schema]
     if not isinstance(schema, dict):
