@@ -1,9 +1,27 @@
 """Model families by the `model_type` of their Hugging Face config."""
 
 from rftjax.models.config import CacheLeaf, Config
-from rftjax.models.families import llama, qwen2
+from rftjax.models.families import (
+    gemma3,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 
-FAMILIES = {"llama": llama, "qwen2": qwen2}
+FAMILIES = {
+    "gemma3_text": gemma3,
+    "llama": llama,
+    "ministral": ministral,
+    "mistral": mistral,
+    "olmo2": olmo2,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+}
 
 
 def logical_axes(config: Config) -> dict[tuple[str, str], tuple[str, ...]]:

@@ -10,7 +10,7 @@ FULL = 1 << 30  # a window that no sequence fills
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: `kind` is default, linear, llama3 or yarn; the rest are its settings."""
+    """Rotary embedding: `kind` is default, linear, llama3, yarn or none (nothing turns); the rest are its settings."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -68,7 +68,8 @@ class CacheLeaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shape of a model; `windows` holds one attention window a layer (FULL: no limit).
+    """Shape of a model; `windows` holds one attention window a layer (FULL: no limit), `ropes` one rotary embedding a
+    layer (empty: `rope` in each).
 
     What differs between layers of equal shapes is data, one entry a layer; layers of other shapes are other `stacks`.
     """
@@ -94,6 +95,14 @@ class Config:
     attention: str = "blocked"  # one of `attention.FORMS`, in the update
     split: tuple[Stack, ...] = ()  # the stacks of a model with layers of several shapes
     routing: Routing = Routing()  # of the layers in sparse stacks
+    ropes: tuple[Rope, ...] = ()
+    norms: str = "before"  # of a layer's two halves: "before", "after" (of what is added), "both"
+    norm_offset: float = 0.0  # a norm multiplies by its gain plus this
+    qk_norm: str = ""  # of queries and keys before they turn: "head" (each head alone), "whole" (all heads together)
+    query_scale: float = 0.0  # of attention scores, 0.0: 1 / sqrt(channels)
+    activation: str = "silu"  # one of `layers.ACTIVATIONS`
+    embed_scale: float = 1.0  # of embeddings
+    logit_cap: float = 0.0  # logits become cap * tanh(logits / cap), 0.0: off
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -103,6 +112,22 @@ class Config:
     def stack(self, name: str) -> Stack:
         """Returns the stack of that name in the tree."""
         return next(stack for stack in self.stacks if stack.name == name)
+
+    @property
+    def distinct_ropes(self) -> tuple[Rope, ...]:
+        """The rotary embeddings that any layer has, each once."""
+        return tuple(dict.fromkeys(self.ropes)) or (self.rope,)
+
+    @property
+    def rope_indices(self) -> tuple[int, ...]:
+        """Which of `distinct_ropes` each layer has."""
+        distinct = self.distinct_ropes
+        return tuple(map(distinct.index, self.ropes)) or (0,) * self.layers
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The window of each layer."""
+        return self.windows or (FULL,) * self.layers
 
     @property
     def windowed(self) -> bool:

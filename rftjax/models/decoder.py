@@ -5,7 +5,9 @@ The only stack of most families is called `layers`:
 
     embed/embedding (V, D)
     layers/attention_norm/scale (L, D)          layers/mlp_norm/scale (L, D)
+    [layers/attention_output_norm/scale (L, D)  layers/mlp_output_norm/scale (L, D)]
     layers/attention/query/kernel (L, D, H, C)  [bias (L, H, C)]; key and value with K for H
+    [layers/attention/query_norm/scale (L, C) or (L, H, C); key_norm with K for H]
     layers/attention/output/kernel (L, H, C, D) [bias (L, D)]
     layers/mlp/gate/kernel, up/kernel (L, D, F) [bias (L, F)]; down/kernel (L, F, D) [bias (L, D)]
     final_norm/scale (D)
@@ -17,6 +19,7 @@ LoRA adapters are a tree of the same form in which each adapted linear layer hol
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -28,7 +31,7 @@ from rftjax.models.config import FULL, Config, Rope, Stack
 from rftjax.models.layers import Block, Norm, causal
 from rftjax.models.layout import Layout
 from rftjax.models.linear import linear
-from rftjax.models.rotary import rotation
+from rftjax.models.rotary import rotations
 from rftjax.types import Params
 
 __all__ = [
@@ -63,7 +66,10 @@ def cast(params: Params, dtype: str) -> Params:
 
 def embed(config: Config, params: Params, tokens_BT: jax.Array) -> jax.Array:
     """Returns x_BTD in the compute dtype."""
-    return jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(config.dtype)
+    x_BTD = jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(config.dtype)
+    return (
+        x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+    )
 
 
 def hidden(
@@ -80,14 +86,16 @@ def hidden(
 ) -> jax.Array:
     """Returns the last layer's normed output x_RXD for packed rows (see `types.Pack`), which lie on the mesh."""
     final_norm: Any = Norm(config)
-    turn = rotation(config, positions_RX)
+    turns = rotations(config, positions_RX)
+    # A scan takes the rotation of its layer out of all of them.
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *turns) if len(turns) > 1 else turns[0]
     layout = Layout(groups_RX, segments_RX, positions_RX)
 
     def run(stack: Stack, x_RXD: jax.Array) -> jax.Array:
         block: Any = Block(config, stack)
 
         def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
-            tree, window = inputs
+            tree, window, turn = inputs
             limit = window if config.windowed else None
 
             def among(q: jax.Array, new: dict[str, jax.Array]) -> tuple[jax.Array, None]:
@@ -99,15 +107,24 @@ def hidden(
         trees = {"params": params[stack.name]}
         if lora and stack.name in lora:
             trees["lora"] = lora[stack.name]
-        windows = config.windows[stack.first : stack.first + stack.count] or (FULL,) * stack.count
+        here = slice(stack.first, stack.first + stack.count)
+        windows, indices = config.layer_windows[here], config.rope_indices[here]
         body = jax.checkpoint(layer) if remat else layer
         if isinstance(params[stack.name], dict):
-            windows_L = jnp.asarray(windows, jnp.int32)
-            return jax.lax.scan(body, x_RXD, (trees, windows_L))[0]
+
+            def scanned(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+                tree, window, index = inputs
+                turn = (
+                    jax.tree.map(lambda part: part[index], stacked) if len(turns) > 1 else stacked
+                )
+                return body(x_RXD, (tree, window, turn))
+
+            data = (trees, jnp.asarray(windows, jnp.int32), jnp.asarray(indices, jnp.int32))
+            return jax.lax.scan(scanned, x_RXD, data)[0]
         body = jax.jit(body)  # traced once for all layers
-        for index, window in enumerate(windows):
-            tree = {name: layers[index] for name, layers in trees.items()}
-            x_RXD, _ = body(x_RXD, (tree, window))
+        for at, (window, index) in enumerate(zip(windows, indices, strict=True)):
+            tree = {name: layers[at] for name, layers in trees.items()}
+            x_RXD, _ = body(x_RXD, (tree, window, turns[index]))
         return x_RXD
 
     x_RXD = embed(config, params, tokens_RX)
@@ -149,16 +166,20 @@ def roll(config: Config, tree: Params) -> Params:
 def logits(config: Config, params: Params, x_MD: jax.Array) -> jax.Array:
     """Returns logits_MV in float32; a tied head is the embedding where the tree holds none of its own."""
     if "head" in params:
-        return linear(x_MD, params["head"]["kernel"], 1, True)
-    kernel_VD = params["embed"]["embedding"].astype(config.dtype)
-    return jnp.einsum("MD,VD->MV", x_MD, kernel_VD, preferred_element_type=jnp.float32)
+        logits_MV: Any = linear(x_MD, params["head"]["kernel"], 1, True)
+    else:
+        kernel_VD = params["embed"]["embedding"].astype(config.dtype)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        logits_MV = product("MD,VD->MV", x_MD, kernel_VD)
+    cap = config.logit_cap
+    return cap * jnp.tanh(logits_MV / cap) if cap else logits_MV
 
 
 def init(config: Config, key: jax.Array) -> Params:
     """Returns fresh float32 parameters, normal with the config's standard deviation."""
     embed_key, layers_key, head_key = jax.random.split(key, 3)
     x_BTD = jnp.zeros((1, 1, config.width), config.dtype)
-    turn = rotation(config, jnp.zeros((1, 1), jnp.int32))
+    turn = rotations(config, jnp.zeros((1, 1), jnp.int32))[0]
 
     def layers(stack: Stack, keys_L: jax.Array) -> Params:
         block = Block(config, stack)
@@ -169,7 +190,7 @@ def init(config: Config, key: jax.Array) -> Params:
             "embedding": jax.random.normal(embed_key, (config.vocab, config.width))
             * config.init_std
         },
-        "final_norm": {"scale": jnp.ones((config.width,))},
+        "final_norm": {"scale": jnp.full((config.width,), 1.0 - config.norm_offset)},
     }
     keys_L = jax.random.split(layers_key, config.layers)
     for stack in config.stacks:

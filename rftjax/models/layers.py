@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,18 @@ import jax.numpy as jnp
 from rftjax.models.attention import plain
 from rftjax.models.config import Config, Stack
 from rftjax.models.linear import linear
-from rftjax.models.rotary import rotate
+from rftjax.models.rotary import Turn, rotate
 
 # What a layer calls with the queries and with what the cache holds of its new tokens, by the names that the family
 # declares, each (B, T, ...); returns attended values (B, T, H, C) and whatever the caller wants to keep.
 Attend = Callable[[jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
 
 
 class Linear(nn.Module):
@@ -48,17 +56,21 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019)."""
+    """Root-mean-square norm over the trailing `axes` axes, computed in float32 (Zhang and Sennrich 2019)."""
 
     config: Config
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        offset, over = self.config.norm_offset, tuple(range(-self.axes, 0))
+        one = nn.initializers.constant(1.0 - offset)
+        scale = self.param("scale", one, x.shape[-self.axes :], jnp.float32)
         wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        mean_square = jnp.mean(wide * wide, axis=over, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.config.norm_eps)
-        return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        gain = scale + offset if offset else scale
+        return (normed * gain.reshape((1,) * (x.ndim - self.axes) + gain.shape)).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -72,18 +84,24 @@ class Attention(nn.Module):
         self.key = Linear((c.kv_heads, c.channels), c, use_bias=c.qkv_bias)
         self.value = Linear((c.kv_heads, c.channels), c, use_bias=c.qkv_bias)
         self.output = Linear((c.width,), c, axes=2, use_bias=c.output_bias)
+        if c.qk_norm:
+            axes = {"head": 1, "whole": 2}[c.qk_norm]
+            self.query_norm, self.key_norm = Norm(c, axes), Norm(c, axes)
 
-    def __call__(
-        self, x_BTD: jax.Array, turn: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, turn: Turn, attend: Attend) -> tuple[jax.Array, Any]:
+        c = self.config
         q_BTHC, k_BTKC, v_BTKC = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        if c.qk_norm:
+            q_BTHC, k_BTKC = self.query_norm(q_BTHC), self.key_norm(k_BTKC)
+        # Attention divides by sqrt(C) itself.
+        scale = c.query_scale * math.sqrt(c.channels) if c.query_scale else 1.0
         new = {"keys": rotate(k_BTKC, turn), "values": v_BTKC}
-        attended_BTHC, kept = attend(rotate(q_BTHC, turn), new)
+        attended_BTHC, kept = attend(rotate(q_BTHC, turn, scale), new)
         return self.output(attended_BTHC), kept
 
 
 class Mlp(nn.Module):
-    """Gated feed-forward layer with SiLU (Shazeer 2020)."""
+    """Gated feed-forward layer (Shazeer 2020)."""
 
     config: Config
 
@@ -92,7 +110,8 @@ class Mlp(nn.Module):
         c = self.config
         gate = Linear((c.ffn,), c, use_bias=c.mlp_bias, name="gate")(x)
         up = Linear((c.ffn,), c, use_bias=c.mlp_bias, name="up")(x)
-        return Linear((c.width,), c, use_bias=c.mlp_bias, name="down")(nn.silu(gate) * up)
+        hidden = ACTIVATIONS[c.activation](gate) * up
+        return Linear((c.width,), c, use_bias=c.mlp_bias, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -102,18 +121,21 @@ class Block(nn.Module):
     stack: Stack
 
     def setup(self) -> None:
-        self.attention_norm = Norm(self.config)
-        self.attention = Attention(self.config)
-        self.mlp_norm = Norm(self.config)
-        self.mlp = Mlp(self.config)
+        c = self.config
+        self.attention, self.mlp = Attention(c), Mlp(c)
+        if c.norms in ("before", "both"):
+            self.attention_norm, self.mlp_norm = Norm(c), Norm(c)
+        if c.norms in ("after", "both"):
+            self.attention_output_norm, self.mlp_output_norm = Norm(c), Norm(c)
 
-    def __call__(
-        self, x_BTD: jax.Array, turn: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, turn: Turn, attend: Attend) -> tuple[jax.Array, Any]:
         """Returns the layer's output x_BTD and what `attend` kept."""
-        added_BTD, kept = self.attention(self.attention_norm(x_BTD), turn, attend)
-        x_BTD = x_BTD + added_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), kept
+        before, after = self.config.norms != "after", self.config.norms != "before"
+        normed_BTD = self.attention_norm(x_BTD) if before else x_BTD
+        added_BTD, kept = self.attention(normed_BTD, turn, attend)
+        x_BTD = x_BTD + (self.attention_output_norm(added_BTD) if after else added_BTD)
+        added_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD)
+        return x_BTD + (self.mlp_output_norm(added_BTD) if after else added_BTD), kept
 
 
 def causal(q_BTHC: jax.Array, new: dict[str, jax.Array]) -> tuple[jax.Array, None]:

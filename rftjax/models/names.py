@@ -11,6 +11,10 @@ DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("head", "kernel"): ("width", "vocab"),
     ("attention_norm", "scale"): ("gain",),
     ("mlp_norm", "scale"): ("gain",),
+    ("attention_output_norm", "scale"): ("gain",),
+    ("mlp_output_norm", "scale"): ("gain",),
+    ("query_norm", "scale"): ("gain",),
+    ("key_norm", "scale"): ("gain",),
     ("final_norm", "scale"): ("gain",),
     ("query", "kernel"): ("width", "heads", "channels"),
     ("query", "bias"): ("heads", "channels"),
@@ -26,6 +30,29 @@ DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("up", "bias"): ("ffn",),
     ("down", "kernel"): ("ffn", "width"),
     ("down", "bias"): ("width",),
+}
+
+# Of a norm over all heads together, whose gain has their shape.
+WHOLE_NORM_AXES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("query_norm", "scale"): ("heads", "channels"),
+    ("key_norm", "scale"): ("kv_heads", "channels"),
+}
+# A layer's norms by where they stand (`Config.norms`): ours, and Hugging Face's name.
+NORMS = {
+    "before": {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+    },
+    "after": {
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    },
 }
 
 
@@ -81,10 +108,15 @@ def _layer_names(config: Config, stack: Stack) -> list[Name]:
         table.append(Name((*path, "kernel"), stem + ".weight", (*inputs, *outputs), len(inputs)))
         if bias:
             table.append(Name((*path, "bias"), stem + ".bias", outputs, 0))
-    for ours, theirs in [
-        ("attention_norm", "input_layernorm"),
-        ("mlp_norm", "post_attention_layernorm"),
-    ]:
+    if c.qk_norm:
+        for ours, theirs, heads in (
+            ("query_norm", "q_norm", head),
+            ("key_norm", "k_norm", kv_head),
+        ):
+            shape = heads if c.qk_norm == "whole" else heads[1:]
+            hf = "model.layers.{layer}.self_attn." + theirs + ".weight"
+            table.append(Name((stack.name, "attention", ours, "scale"), hf, shape, 0))
+    for ours, theirs in NORMS[c.norms].items():
         hf = "model.layers.{layer}." + theirs + ".weight"
         table.append(Name((stack.name, ours, "scale"), hf, (c.width,), 0))
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.models.config import Rope
+from rftjax.models.config import Config, Rope
 
 TEXTS = ("rope_type", "type")
 FIELDS = {
@@ -28,7 +28,7 @@ FIELDS = {
 }
 
 
-def read_rope(fields: dict[str, Any]) -> Rope:
+def read_rope(fields: dict[str, Any], default_theta: float = 10000.0) -> Rope:
     """Returns the rotary settings; refuses what is not implemented, and fields that contradict each other.
 
     transformers 4 reads `rope_scaling` and `rope_theta`, version 5 `rope_parameters` too, so a config may have all.
@@ -51,7 +51,7 @@ def read_rope(fields: dict[str, Any]) -> Rope:
                 )
     thetas = {section["rope_theta"] for section in sections if section.get("rope_theta")}
     thetas |= {given["rope_theta"]} if "rope_theta" in given else set()
-    theta = float(min(thetas, default=10000.0))
+    theta = float(min(thetas, default=default_theta))
     ropes = {_read_section(fields, section, theta) for section in sections or [{}]}
     if len(thetas) > 1 or len(ropes) > 1:
         raise UserError(
@@ -96,3 +96,32 @@ def _read_section(fields: dict[str, Any], section: dict[str, Any], theta: float)
         attention_factor=float(found.get("attention_factor") or 0.0),
         truncate=bool(found.get("truncate", True)),
     )
+
+
+def rope_fields(fields: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Returns the rotary settings of an export, for both transformers 4 (`rope_theta`, `rope_scaling`) and 5
+    (`rope_parameters`)."""
+    given = fields.get("rope_parameters") or {}
+    by_kind = len({rope for rope in config.ropes if rope.kind != "none"}) > 1
+    if by_kind:
+        local = next(rope for rope in config.ropes if rope != config.rope)
+        full = _section(
+            given.get("full_attention") or fields.get("rope_scaling") or {}, config.rope
+        )
+        sliding = _section(given.get("sliding_attention") or {}, local)
+        sections = {"full_attention": full, "sliding_attention": sliding}
+        kept = {"rope_local_base_freq": local.theta, "rope_parameters": sections}
+    else:
+        full = _section(given or fields.get("rope_scaling") or {}, config.rope)
+        kept = {"rope_parameters": full}
+    scaling = {name: value for name, value in full.items() if name != "rope_theta"}
+    return kept | {
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None if config.rope.kind == "default" else scaling,
+    }
+
+
+def _section(given: dict[str, Any], rope: Rope) -> dict[str, Any]:
+    """Returns settings in new names, as they were given."""
+    own = {name: value for name, value in given.items() if name not in ("rope_theta", *TEXTS)}
+    return {"rope_type": rope.kind} | own | {"rope_theta": rope.theta}

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from rftjax.models.config import Config, Rope
 
+Turn = tuple[jax.Array, jax.Array]  # sine and cosine (B, T, C / 2)
+
 
 def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
     """Returns the inverse frequencies (C / 2,) and the factor on sine and cosine.
@@ -16,6 +18,8 @@ def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
     Sources: Su et al. 2021; linear: Chen et al. 2023; llama3: Llama 3.1; yarn: Peng et al. 2023.
     """
     exponents = jnp.arange(0, channels, 2, dtype=jnp.float32) / channels
+    if rope.kind == "none":
+        return jnp.zeros_like(exponents), 1.0
     plain = 1.0 / (rope.theta**exponents)
     if rope.kind == "default":
         return plain, 1.0
@@ -46,16 +50,21 @@ def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
     return plain / rope.factor * ramp + plain * (1 - ramp), attention_factor
 
 
-def rotation(config: Config, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns sine and cosine (B, T, C / 2) in float32 for each position."""
-    inverse, factor = frequencies(config.rope, config.channels)
-    angles = positions_BT[..., None].astype(jnp.float32) * inverse[None, None, :]
-    return jnp.sin(angles) * factor, jnp.cos(angles) * factor
+def rotations(config: Config, positions_BT: jax.Array) -> list[Turn]:
+    """Returns sine and cosine (B, T, C / 2) in float32 for each position, by each of the distinct rotary embeddings."""
+    turns = []
+    for rope in config.distinct_ropes:
+        inverse, factor = frequencies(rope, config.channels)
+        angles = positions_BT[..., None].astype(jnp.float32) * inverse[None, None, :]
+        turns.append((jnp.sin(angles) * factor, jnp.cos(angles) * factor))
+    return turns
 
 
-def rotate(x_BTHC: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the two halves of the channels against each other (Hugging Face's layout)."""
-    sine, cosine = (part[:, :, None, :] for part in rotation)
+def rotate(x_BTHC: jax.Array, turn: Turn, scale: float = 1.0) -> jax.Array:
+    """Rotates the two halves of the channels against each other (Hugging Face's layout), and scales them."""
+    if scale != 1.0:
+        turn = turn[0] * scale, turn[1] * scale
+    sine, cosine = (part[:, :, None, :] for part in turn)
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     turned = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(turned, axis=-1).astype(x_BTHC.dtype)

@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from rftjax.devices import sharding
 from rftjax.models import cache_leaves, decoder, logical_axes
 from rftjax.models.cached import attend
-from rftjax.models.config import FULL, Config
+from rftjax.models.config import Config
 from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
 from rftjax.models.layers import Block, Norm
-from rftjax.models.rotary import rotation
+from rftjax.models.rotary import Turn, rotations
 from rftjax.types import Params
 
 Cache = list[dict[str, jax.Array]]
@@ -208,7 +208,7 @@ def _layers(
 
     `rows_B` names the tokens' cache rows (None: row i for i, without a gather).
     """
-    turn = rotation(config, positions_BT)
+    turns = rotations(config, positions_BT)
     x_BTD = embed(config, params, tokens_BT)
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
 
@@ -221,7 +221,9 @@ def _layers(
         block: Any = Block(config, stack)
 
         @jax.jit  # traced once for all layers
-        def layer(tree: Params, x_BTD: jax.Array, cached: dict, window: Any, block=block) -> tuple:
+        def layer(
+            tree: Params, x_BTD: jax.Array, cached: dict, window: Any, turn: Turn, block=block
+        ) -> tuple:
             def attend_cached(q: jax.Array, new: dict[str, jax.Array]) -> tuple:
                 written = {name: write(leaf, new[name]) for name, leaf in cached.items()}
                 seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
@@ -231,9 +233,9 @@ def _layers(
             return block.apply(tree, x_BTD, turn, attend_cached)
 
         for index in range(stack.first, stack.first + stack.count):
-            window = config.windows[index] if config.windows else FULL
+            window, turn = config.layer_windows[index], turns[config.rope_indices[index]]
             tree = {"params": params["layers"][index]}
-            x_BTD, leaves = layer(tree, x_BTD, cache[index], window)
+            x_BTD, leaves = layer(tree, x_BTD, cache[index], window, turn)
             written.append(leaves)
     return x_BTD, written
 

@@ -96,6 +96,7 @@ def open_model(
         readers = gguf.tensors(gguf.read(found), fields)
     else:
         readers = shards.open_directory(found if found.is_dir() else found.parent)
+    readers = shards.text_tensors(readers)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tied and head in readers and embedding not in readers:
         readers[embedding] = readers.pop(head)  # one tensor under its other name

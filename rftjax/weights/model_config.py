@@ -8,6 +8,8 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.models import FAMILIES
 from rftjax.models.config import Config
+from rftjax.models.families import qwen3
+from rftjax.models.rope import rope_fields
 from rftjax.weights import gguf
 from rftjax.weights.directories import config_file, locate, read_json
 
@@ -64,6 +66,7 @@ HARMLESS = {
 # config only.
 GENERATION = {
     "bad_words_ids",
+    "cache_implementation",
     "begin_suppress_tokens",
     "decoder_start_token_id",
     "diversity_penalty",
@@ -113,6 +116,10 @@ EXACT = {
     "rope_interleaved": (False, None),
     "tie_encoder_decoder": (False, None),
 }
+# Fields of a model that also sees which count for the text model in it, wherever they stand.
+OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+# The text model of a kind of model whose text_config does not name it, as in transformers.
+TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_vl": "qwen3_vl_text"}
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -140,12 +147,30 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
     if found.suffix == ".gguf" and found.is_file():
         return gguf.hf_fields(gguf.read(found))
     file = config_file(found)
-    fields = read_json(file)
+    fields = text_fields(read_json(file))
     if "model_type" not in fields and file.name != "config.json":
         raise UserError(
             f"model.path={file}: is no config.json (no model_type); give the directory of the model, {file.parent}"
         )
     return fields
+
+
+def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a model that also sees as those of the language model in it, others as they are."""
+    inner = fields.get("text_config")
+    if not isinstance(inner, dict):
+        return fields
+    outer = {name: fields[name] for name in OF_BOTH if fields.get(name) is not None}
+    found = inner | outer
+    kind = found.get("model_type") or TOWERS.get(fields.get("model_type", ""), "")
+    if kind == "qwen3_vl_text":
+        kind, found = "qwen3", qwen3.of_vision(found)
+    if kind not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type={fields.get('model_type')!r} with a text_config of model_type={kind!r} is not"
+            f" implemented; rftjax knows text models of {', '.join(FAMILIES)}"
+        )
+    return found | {"model_type": kind, "architectures": [FAMILIES[kind].ARCHITECTURE]}
 
 
 def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
@@ -157,6 +182,7 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
             f" rftjax knows {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
+    fields = family.DEFAULTS | fields
     exact = EXACT | family.EXACT
     for name, value in fields.items():
         if name in exact and value not in exact[name]:
@@ -198,18 +224,5 @@ def _check_types(fields: dict[str, Any], kind: str) -> None:
 
 
 def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:
-    """Returns the config of an export, for both transformers 4 and 5.
-
-    Version 4 reads `torch_dtype`, `rope_theta` and `rope_scaling`, version 5 `dtype` and `rope_parameters`.
-    """
-    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    kind = config.rope.kind
-    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}
-    scaling = {"rope_type": kind} | {k: v for k, v in scaling.items() if k != "rope_type"}
-    return fields | {
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": None if kind == "default" else scaling,
-        "rope_parameters": scaling | {"rope_theta": config.rope.theta},
-    }
+    """Returns the config of an export, for both transformers 4 (which reads `torch_dtype`) and 5 (`dtype`)."""
+    return fields | {"dtype": dtype, "torch_dtype": dtype} | rope_fields(fields, config)

@@ -20,6 +20,16 @@ Readers = dict[str, Callable[[], np.ndarray]]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 READ = ("F32", "F16", "BF16")
+# How names of the language model begin in a model that also sees, and alone; and those of its other parts.
+TEXT = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+OTHER_TOWERS = (
+    *("model.vision_tower.", "model.visual.", "model.multi_modal_projector."),
+    *("vision_tower.", "visual.", "multi_modal_projector."),
+)
 OTHERS = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.ckpt")  # weights in other formats
 
 
@@ -48,6 +58,20 @@ def open_directory(directory: Path) -> Readers:
             )
         readers |= found
     return readers
+
+
+def text_tensors(readers: Readers) -> Readers:
+    """Returns the language model's tensors of a model that also sees, under the names that it has alone."""
+    if not any(name.startswith(tuple(TEXT)) for name in readers):
+        return readers
+    found: Readers = {}
+    for name, read in readers.items():
+        prefix = next((prefix for prefix in TEXT if name.startswith(prefix)), None)
+        if prefix is not None:
+            found[TEXT[prefix] + name.removeprefix(prefix)] = read
+        elif not name.startswith(OTHER_TOWERS):
+            found[name] = read
+    return found
 
 
 def _indexed(directory: Path, index: Path) -> Readers:

@@ -1,0 +1,262 @@
+"""Every family against numbers that transformers' own models gave, and what their configs may say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seeded
+
+from rftjax.devices import sharding
+from rftjax.errors import UserError
+from rftjax.models import FAMILIES, decoder, logical_axes
+from rftjax.models.config import FULL
+from rftjax.policy import Policy
+from rftjax.weights import hf
+from rftjax.weights.model_config import exported_fields
+from rftjax.weights.shards import write_safetensors
+
+DATA = Path(__file__).parent / "data" / "families"
+EVERY = [*seeded.CONFIGS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def checkpoint(folder: Path, name: str, renamed: Any = str) -> Path:
+    """Writes the checkpoint of a name, as it was when transformers gave its numbers."""
+    shapes = {key: tuple(shape) for key, shape in shapes_of(name).items()}
+    made = seeded.tensors(shapes, centred="gemma3" in name)
+    folder.mkdir()
+    write_safetensors(
+        folder / "model.safetensors", {renamed(key): one for key, one in made.items()}
+    )
+    (folder / "config.json").write_text(json.dumps((seeded.CONFIGS | seeded.VISION)[name]))
+    return folder
+
+
+def shapes_of(name: str) -> dict[str, list[int]]:
+    return json.loads((DATA / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
+    """Every family's model."""
+    folder = tmp_path_factory.mktemp("families")
+    found = {}
+    for name in EVERY:
+        path = checkpoint(folder / name, name)
+        found[name] = Policy(str(path), *hf.load(path))
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_all_logits_equal_those_of_transformers(models: dict[str, Policy], name: str):
+    expected = np.load(DATA / f"{name}.npz")["logits"]
+    found = np.asarray(models[name].logits(seeded.tokens(name)))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_cache_continues_as_that_of_transformers_and_agrees_with_one_forward_pass(
+    models: dict[str, Policy], name: str
+):
+    model, prompt = models[name], seeded.tokens(name)[0].tolist()
+    expected = np.load(DATA / f"{name}.npz")["continuation"]
+    settings: dict[str, Any] = {"max_new_tokens": len(expected), "stop": []}
+    greedy, drawn = (
+        model.sample([prompt], temperature=heat, **settings)[0].sequences[0] for heat in (0.0, 0.8)
+    )
+    assert greedy.tokens[len(prompt) :] == expected.tolist()
+    logprobs_BT = np.asarray(model.logprobs([drawn.tokens], temperature=0.8))
+    np.testing.assert_allclose(
+        logprobs_BT[0, len(prompt) :], drawn.logprobs[len(prompt) :], atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_export_has_the_names_and_values_of_the_checkpoint(
+    models: dict[str, Policy], name: str, tmp_path: Path
+):
+    model = models[name]
+    model.export(tmp_path / "out")
+    found = hf.read_safetensors(tmp_path / "out" / "model.safetensors")
+    before = hf.read_safetensors(Path(model.path) / "model.safetensors")
+    assert found.keys() == before.keys()
+    assert all(np.array_equal(found[key], before[key]) for key in found)
+    config, _, fields = hf.load(tmp_path / "out")
+    assert config == model.config
+    assert {name: fields[name] for name in model.fields} == model.fields
+
+
+@pytest.mark.parametrize("name", ["smollm3", "olmo2", "gemma3"])
+def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Policy], name: str):
+    config, params = models[name].config, models[name].params
+    tokens_BT = jnp.asarray(seeded.tokens(name))
+    ones_BT = jnp.ones_like(tokens_BT)
+    steps_BT = jnp.broadcast_to(jnp.arange(24), (2, 24))
+
+    def loss(tree: Any) -> jax.Array:
+        x = decoder.hidden(config, tree, tokens_BT, steps_BT, ones_BT, 0 * ones_BT)
+        return jnp.mean(decoder.logits(config, tree, x.reshape(-1, config.width)) ** 2)
+
+    expected = jax.jit(jax.grad(loss))(params)
+    lists = jax.jit(lambda tree: jax.grad(loss)(decoder.unroll(config, tree)))(params)
+    found = decoder.roll(config, lists)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, one), two in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert np.abs(two).max() > 1e-6, path  # every weight is in use
+        np.testing.assert_allclose(one, two, atol=1e-5, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_fresh_parameters_have_the_names_and_shapes_of_the_table(
+    models: dict[str, Policy], name: str
+):
+    config = models[name].config
+    fresh = jax.eval_shape(lambda key: decoder.init(config, key), jax.random.key(0))
+    stored = jax.tree.map(lambda leaf: leaf.shape, models[name].params)
+    assert jax.tree.map(lambda leaf: leaf.shape, fresh) == stored
+    axes = FAMILIES[config.family].LOGICAL_AXES
+    for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
+        names = tuple(key.key for key in path)
+        assert len(axes[names[-2:]]) == leaf.ndim - (names[0] == "layers"), names
+
+
+def as_published(name: str) -> str:
+    """The name of a tensor as hub checkpoints of models that see have it: before transformers 4.52."""
+    for now, then in (
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ):
+        if name.startswith(now):
+            return then + name.removeprefix(now)
+    return name.removeprefix("model.")
+
+
+@pytest.mark.parametrize("renamed", [str, as_published])
+@pytest.mark.parametrize("name", [*seeded.VISION])
+def test_the_text_model_of_a_model_that_sees_is_loaded_and_exported_alone(
+    name: str, renamed: Any, tmp_path: Path
+):
+    path = checkpoint(tmp_path / "whole", name, renamed)
+    expected = np.load(DATA / f"{name}.npz")["logits"]
+    model = Policy(str(path), *hf.load(path))
+    np.testing.assert_allclose(model.logits(seeded.tokens(name)), expected, atol=1e-4)
+    model.export(tmp_path / "out")
+    alone, fields = hf.load(tmp_path / "out")[0], hf.read_fields(tmp_path / "out")
+    assert alone == model.config and "text_config" not in fields
+    assert fields["architectures"][0].endswith("ForCausalLM")
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+def test_the_logits_on_a_mesh_are_those_of_one_device(models: dict[str, Policy], name: str):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
+    model = models[name]
+    placed = sharding.shard_tree(mesh, logical_axes(model.config), model.params)
+    shared = Policy(model.path, model.config, placed, model.fields, mesh)
+    tokens = seeded.tokens(name)
+    np.testing.assert_allclose(shared.logits(tokens), model.logits(tokens), atol=1e-5)
+
+
+# As they are published: old fields, and what has a default left out.
+PUBLISHED = {
+    "Qwen3-0.6B": """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true,
+        "use_sliding_window": false, "vocab_size": 151936}""",
+    "Mistral-7B-v0.1": """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "sliding_window": 4096, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "vocab_size": 32000}""",
+    "SmolLM3-3B": """{"architectures": ["SmolLM3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 11008, "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": false,
+        "model_type": "smollm3", "no_rope_layer_interval": 4, "num_attention_heads": 16, "num_hidden_layers": 36,
+        "num_key_value_heads": 4, "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-06,
+        "rope_scaling": null, "rope_theta": 5000000.0, "sliding_window": null, "torch_dtype": "bfloat16",
+        "use_cache": false, "use_sliding_window": false, "vocab_size": 128256}""",
+    "OLMo-2-0425-1B": """{"architectures": ["Olmo2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 8192, "max_position_embeddings": 4096, "model_type": "olmo2",
+        "num_attention_heads": 16, "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 500000, "tie_word_embeddings": false,
+        "torch_dtype": "float32", "use_cache": false, "vocab_size": 100352}""",
+    "gemma-3-1b-it": """{"architectures": ["Gemma3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "attn_logit_softcapping": null, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
+        "final_logit_softcapping": null, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152, "initializer_range": 0.02, "intermediate_size": 6912, "max_position_embeddings": 32768,
+        "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 262144}""",
+    "gemma-3-4b-it": """{"architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+        "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02,
+        "mm_tokens_per_image": 256, "model_type": "gemma3", "text_config": {"hidden_size": 2560,
+        "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024},
+        "torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"}}""",
+}
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED])
+def test_published_configs_are_read(name: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(PUBLISHED[name])
+    fields = hf.read_fields(tmp_path)
+    config = hf.read_config(fields)
+    assert (config.width, config.layers) == (fields["hidden_size"], fields["num_hidden_layers"])
+    again = hf.read_config(exported_fields(fields, config, "float32"))
+    assert again == config
+    if name == "gemma-3-4b-it":
+        assert (config.vocab, config.heads, config.channels, config.tied) == (262208, 8, 256, True)
+        assert (config.rope.theta, config.rope.factor, config.rope.kind) == (1e6, 8.0, "linear")
+        assert config.ropes[0].theta == 1e4 and config.ropes[5] == config.rope
+        assert config.windows[:6] == (1024,) * 5 + (FULL,)
+    if name == "SmolLM3-3B":
+        assert [rope.kind for rope in config.ropes[:4]] == ["default"] * 3 + ["none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "rule"),
+    [
+        ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types="),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("ministral", {"layer_types": ["full_attention"] * 3}, "for each of the 4 layers"),
+        ("ministral", {"layer_types": ["linear_attention"] * 4}, "must name one of"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=.*each of the 4 layers"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("gemma3", {"hidden_activation": "quick_gelu"}, "hidden_activation='quick_gelu'"),
+        ("qwen3", {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
+        ("qwen3", {"num_experts": 8}, "num_experts=8"),
+    ],
+)
+def test_what_a_family_does_not_implement_is_refused_by_name(
+    name: str, fields: dict[str, Any], rule: str
+):
+    with pytest.raises(UserError, match=rf"config\.json: .*{rule}"):
+        hf.read_config(seeded.CONFIGS[name] | fields)
+
+
+def test_a_model_that_sees_around_an_unknown_text_model_is_refused(tmp_path: Path):
+    fields = {"model_type": "llava", "text_config": {"model_type": "mamba"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="'llava' with a text_config of model_type='mamba'"):
+        hf.read_fields(tmp_path)
