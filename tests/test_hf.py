@@ -182,7 +182,9 @@ def test_a_config_field_of_the_wrong_kind_is_named(field: str, value: Any):
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"model_type='mamba' is not implemented.*llama, ministral, .*qwen2"):
+    with pytest.raises(
+        ValueError, match=r"model_type='mamba' is not implemented.*llama, ministral, .*qwen2"
+    ):
         hf.read_config({"model_type": "mamba"})
 
 

@@ -96,7 +96,7 @@ class Config:
     split: tuple[Stack, ...] = ()  # the stacks of a model with layers of several shapes
     routing: Routing = Routing()  # of the layers in sparse stacks
     ropes: tuple[Rope, ...] = ()
-    norms: str = "before"  # of a layer's two halves: "before", "after" (of what is added), "both"
+    norms: str = "before"  # of a layer's halves: "before" or "after" them, or "both"
     norm_offset: float = 0.0  # a norm multiplies by its gain plus this
     qk_norm: str = ""  # of queries and keys before they turn: "head" (each head alone), "whole" (all heads together)
     query_scale: float = 0.0  # of attention scores, 0.0: 1 / sqrt(channels)
