@@ -14,7 +14,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from rftjax import types
 from rftjax.environments import Environments
@@ -26,6 +26,32 @@ from rftjax.workers.pool import WorkerError
 TRAIN = 0  # the noise stream of training; held-out sets have the numbers from 1 on
 
 Finish = Callable[[Trajectory], None]
+
+
+class Sampling(Protocol):
+    """What samples groups of a run: conversations with environments, or rollouts by agents."""
+
+    engine: Engine
+    tokenizer: Any
+    policy_version: int
+    stop_strings: tuple[str, ...]
+
+    @property
+    def bystanders(self) -> int:
+        """Samples stopped by another one's fault so far; they are tried again."""
+        ...
+
+    def __call__(
+        self,
+        draws: Iterable[tuple[int, Task]],
+        group_size: int,
+        params: SamplingParams,
+        *,
+        stream: int = TRAIN,
+        on_finish: Finish = lambda trajectory: None,
+    ) -> list[Trajectory]:
+        """Returns `group_size` trajectories a draw, in order; `on_finish` gets each one as soon as it ends."""
+        ...
 
 
 @dataclasses.dataclass
@@ -65,6 +91,11 @@ class Rollout:
         self.seed, self.policy_version, self.stop_strings = seed, 0, stop_strings
         # Of each group under way: what its first turns go on from.
         self._openings: dict[int, tuple[list[Message], str, list[int]]] = {}
+
+    @property
+    def bystanders(self) -> int:
+        """Calls of environments stopped by another call's fault so far."""
+        return self.environments.bystanders
 
     def __call__(
         self,

@@ -22,14 +22,15 @@ from rftjax.devices.compilation import Compilations
 from rftjax.environments import Environments
 from rftjax.learning import custom
 from rftjax.models import logical_axes
-from rftjax.rollout import Rollout
+from rftjax.rollout import Sampling
 from rftjax.run import checkpoint, checks
 from rftjax.run.binding import stored_config
 from rftjax.run.heldout import MAIN, HeldOut, set_field
 from rftjax.run.hooks import Hook
-from rftjax.run.sampling import SamplerWeights, make_rollout
+from rftjax.run.sampling import SamplerWeights, make_rollout, open_agent_rollout
 from rftjax.run.start import StateBuilder
 from rftjax.scoring import Scorer
+from rftjax.serving.agents import Agents, open_agents
 from rftjax.types import Task
 from rftjax.weights import lora
 
@@ -117,7 +118,7 @@ class Parts:
     train_tasks: list[Task]
     scorer: Scorer
     environments: Environments
-    rollout: Rollout
+    rollout: Sampling
     sampler_weights: SamplerWeights
     heldout: HeldOut
     hook: Hook
@@ -147,6 +148,7 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
             closing.callback(heldout_scorer.close)
         environments = Environments(config.environment, **config.environments)
         closing.callback(environments.close)
+        agents = _open_agents(config, closing)
         mesh = sharding.make_mesh(**config.mesh)
         checks.check_attention(config)
         custom.check(config.grpo)
@@ -169,7 +171,11 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
         state_builder = StateBuilder(config, model, mesh)
         if not resumes:
             _ = state_builder.adapters  # those of lora.path are checked before anything is sampled
-        rollout = make_rollout(config, model, environments)
+        rollout: Sampling
+        if agents is None:
+            rollout = make_rollout(config, model, environments)
+        else:
+            rollout = closing.enter_context(open_agent_rollout(config, model, agents))
         compilations = Compilations()
         closing.callback(compilations.close)
         sets = {name: fitting[set_field(name)] for name in heldout}
@@ -191,6 +197,15 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
             shortest_prompt=shortest,
             compilations=compilations,
         )
+
+
+def _open_agents(config: ConfigDict, closing: contextlib.ExitStack) -> Agents | None:
+    if not config.agent:
+        return None
+    settings = {name: config.agents[name] for name in ("workers", "timeout_s", "env")}
+    agents = open_agents(config.agent, **settings)
+    closing.callback(agents.close)
+    return agents
 
 
 def open_model(config: ConfigDict, mesh: Mesh) -> policy.Policy:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from rftjax.errors import UserError
 from rftjax.monitor.rollouts import commonest, mean_by_name
-from rftjax.rollout import Rollout
+from rftjax.rollout import Sampling
 from rftjax.run.sampling import sampling_params
 from rftjax.scoring import Scorer, answered
 from rftjax.types import SamplingParams, Score, Task, Trajectory
@@ -38,7 +38,7 @@ class HeldOut:
         self,
         config: ConfigDict,
         sets: Mapping[str, Sequence[Task]],
-        rollout: Rollout,
+        rollout: Sampling,
         scorer: Scorer,
     ) -> None:
         self.sets = sets
@@ -92,7 +92,7 @@ def evaluate_set(
     tasks: Sequence[Task],
     samples: int,
     params: SamplingParams,
-    rollout: Rollout,
+    rollout: Sampling,
     scorer: Scorer,
     *,
     pass_k: Sequence[int] = (),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,13 @@ from rftjax import policy
 from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
+from rftjax.errors import UserError
 from rftjax.learning import update
 from rftjax.models.config import Config
-from rftjax.rollout import Rollout
+from rftjax.rollout import Rollout, Sampling
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
+from rftjax.serving.agents import Agents
 from rftjax.text import chat
 from rftjax.types import SamplingParams, TrainState
 
@@ -33,11 +37,37 @@ def make_rollout(config: ConfigDict, model: policy.Policy, environments: Environ
     )
 
 
+@contextlib.contextmanager
+def open_agent_rollout(
+    config: ConfigDict, model: policy.Policy, agents: Agents
+) -> Iterator[Sampling]:
+    """Opens what samples groups of rollouts by agents; its sampler has no weights yet."""
+    try:
+        from rftjax.serving.agent_rollout import AgentRollout
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"agent={config.agent!r}: {error}; agents need the extra `serve` (pip install 'rftjax[serve]', or"
+            " ./scripts/setup.sh serve)"
+        ) from error
+    rollout = AgentRollout(
+        make_engine(config, model),
+        model.tokenizer,
+        agents,
+        seed=config.seed,
+        stop_strings=model.stop_strings(config.sampler.stop),
+        address=config.agents.address,
+        rewarded=not config.evaluator,
+        temperature=config.sampler.temperature,
+    )
+    with contextlib.closing(rollout):
+        yield rollout
+
+
 def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     """Returns the sampler of the config on the model's mesh, with rows for conversations that wait where there is an
-    environment."""
+    environment or an agent."""
     section = config.sampler
-    pool = section.pool or section.slots * (2 if config.environment else 1)
+    pool = section.pool or section.slots * (2 if config.environment or config.agent else 1)
     shape = model.config
     if shape.attention == "cudnn" and model.mesh is not None and model.mesh.shape["tensor"] > 1:
         # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
@@ -79,7 +109,7 @@ def sampling_params(config: ConfigDict, *, heldout: bool = False) -> SamplingPar
 class SamplerWeights:
     """Hands the weights of a training state to the sampler, in the sampler's dtype and shardings."""
 
-    def __init__(self, rollout: Rollout, model: Config, mesh: Mesh, lora_scale: float) -> None:
+    def __init__(self, rollout: Sampling, model: Config, mesh: Mesh, lora_scale: float) -> None:
         self._rollout, self._model, self._mesh = rollout, model, mesh
         self._lora_scale = lora_scale
 

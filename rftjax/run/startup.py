@@ -55,10 +55,10 @@ def step_counts(parts: Parts) -> dict[str, float]:
     """Returns metrics of what happened since the last call: programs compiled, cache rows evicted from waiting
     conversations, and bystanders of faults in user code."""
     metrics = parts.compilations.take()
-    if parts.config.environment:
+    if parts.config.environment or parts.config.agent:
         counters = parts.rollout.engine.counters
         metrics["throughput/evicted_rows"] = float(counters.evicted_rows)
         counters.evicted_rows = 0
-        metrics["environment/bystanders"] = float(parts.environments.bystanders)
+        metrics["environment/bystanders"] = float(parts.rollout.bystanders)
     metrics["evaluator/bystanders"] = float(parts.scorer.bystanders)
     return metrics

@@ -192,6 +192,11 @@ class App:
         if request.path_params:
             # What an agent calls the model says nothing: its address does.
             desk = self.tracing.recording(request.path_params) or desk
+        elif self.tracing.closed:
+            raise BadRequest(
+                "calls belong to a rollout: give the client the base_url that the agent got",
+                status=403,
+            )
         else:
             self._check_model(asked.model)
         waiting = self.service.active - self.service.engine.slots

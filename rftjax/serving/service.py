@@ -61,6 +61,7 @@ class Service:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.fault: Exception | None = None  # the engine's last, which failed all calls
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # What follows belongs to the engine's thread.
@@ -200,6 +201,7 @@ class Service:
 
     def _give_up(self, error: Exception) -> None:
         """Fails every call by the engine's error and starts with an empty cache."""
+        self.fault = error
         for call in self._calls.values():
             call.fail(error)
         self._calls.clear()

@@ -17,16 +17,14 @@ from starlette.responses import JSONResponse, Response
 
 from rftjax.serving.answers import with_text_arguments
 from rftjax.serving.exchange import Exchange
+from rftjax.serving.protocol import ALSO, PARTS
 from rftjax.serving.requests import BadRequest, ChatRequest, Request
 from rftjax.serving.turns import Recording
 
-# Codes of google.rpc.Code, and those that the protocol adds.
-OK, FINISHED, RUNNING, SCORE_INVALID = 0, 100, 101, 102
-PARTS = ("rollout_id", "invocation_id", "experiment_id", "run_id", "row_id")
-_ALSO = ("project_id", "encoded_base_url")
 MAX_ROLLOUTS, MAX_ENTRIES = 4096, 1000
 MAX_LISTED = 1000
 
+Find = Callable[[str], Recording | None]
 # Gets the rollout's id, a status code and its message.
 OnStatus = Callable[[str, int, str], None]
 
@@ -44,20 +42,27 @@ class _Rollout:
 class Tracing:
     """Keeps what calls under an address said.
 
-    A run's rollouts are those that it puts into `recordings`, and `closed` to others. A server that is not `closed`
-    serves any address and keeps the traces alone, of the last `MAX_ROLLOUTS` rollouts.
+    A run's rollouts are those for which `find` has a recording; `on_status` gets their statuses. A server without
+    `find` serves any address and keeps the traces alone, of the last `MAX_ROLLOUTS` rollouts.
     """
 
-    def __init__(self, *, closed: bool = False, on_status: OnStatus | None = None) -> None:
-        self.recordings: dict[str, Recording] = {}
-        self._closed, self._on_status = closed, on_status
+    def __init__(self, *, find: Find | None = None, on_status: OnStatus | None = None) -> None:
+        self._find, self._on_status = find, on_status
         self._rollouts: collections.OrderedDict[str, _Rollout] = collections.OrderedDict()
 
     def recording(self, params: Mapping[str, Any]) -> Recording | None:
         """Returns the recording of an address, None where any address is served; BadRequest where it is none."""
         key = _tags(params)["rollout_id"]
-        found = self.recordings.get(key)
-        if found is None and self._closed:
+        return self._own(key) if self._find else None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the rollouts of a run alone are served."""
+        return self._find is not None
+
+    def _own(self, key: str) -> Recording:
+        found = self._find(key) if self._find else None
+        if found is None:
             raise BadRequest(
                 f"rollout {key!r}: there is none, or it is over", status=410, code="rollout_over"
             )
@@ -65,12 +70,12 @@ class Tracing:
 
     def opens(self, request: HttpRequest, given: Any) -> bool:
         """Whether a request names a rollout of the run, whose id nobody can guess."""
-        return self._closed and _rollout_of(request, given) in self.recordings
+        return self._find is not None and self._find(_rollout_of(request, given)) is not None
 
-    def forget(self, key: str) -> Recording | None:
-        """Takes a rollout out and returns its recording."""
-        self._rollouts.pop(key, None)
-        return self.recordings.pop(key, None)
+    def forget(self, key: str) -> None:
+        """Drops what is kept of a rollout."""
+        for name in [name for name in self._rollouts if name.partition(".")[0] == key]:
+            del self._rollouts[name]
 
     def keep(self, params: Mapping[str, Any], asked: Request, exchange: Exchange) -> None:
         """Keeps the trace of an answered chat."""
@@ -139,12 +144,8 @@ class Tracing:
             "extras": extras,
         }
         for key in keys:
-            if self._closed and key not in self.recordings:
-                raise BadRequest(
-                    f"rollout {key!r}: there is none, or it is over",
-                    status=410,
-                    code="rollout_over",
-                )
+            if self._find:
+                self._own(key)
             rollout = self._rollout(key)
             rollout.logs.append(kept)
             if status is not None:
@@ -183,19 +184,13 @@ class Tracing:
         return [*self._rollouts.values()]
 
 
-def address(key: str, tags: Mapping[str, str]) -> str:
-    """Returns the path of a rollout's address, as the managed service writes it."""
-    found = {"rollout_id": key, **tags}
-    return "".join(f"/{name}/{found[name]}" for name in PARTS)
-
-
 def _tags(params: Mapping[str, Any]) -> dict[str, str]:
     """Returns the tags of an address, `rollout_id` among them; raises BadRequest for another path."""
     if "rollout" in params:
         return {"rollout_id": str(params["rollout"])}
     parts = str(params.get("trace", "")).removeprefix("v1/").split("/")
     tags = dict(zip(parts[::2], parts[1::2], strict=False))
-    if len(parts) % 2 or "rollout_id" not in tags or not tags.keys() <= {*PARTS, *_ALSO}:
+    if len(parts) % 2 or "rollout_id" not in tags or not tags.keys() <= {*PARTS, *ALSO}:
         raise BadRequest(f"/{'/'.join(parts)}: is no address of a rollout", status=404)
     return {name: value for name, value in tags.items() if name in PARTS}
 

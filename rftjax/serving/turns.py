@@ -136,7 +136,7 @@ class Recording:
         self.threads: list[_Thread] = []
         self.turns = 0  # answered or under way
         self.refused = ""  # turns or length: the limit that a request ran into
-        self.over = False
+        self.over = self._cut = False
         self._answers: dict[tuple[str, str], list[_Sampled]] = {}
         self._numbers: dict[int, int] = {}
 
@@ -144,6 +144,12 @@ class Recording:
         """Raises BadRequest where a request asks for another distribution than the spec's, or for too many turns."""
         if self.over:
             raise BadRequest("this rollout is over", status=410, code="rollout_over")
+        if self._cut:
+            raise BadRequest(
+                f"rollout.truncated_turns={self.params.truncated_turns!r}: a token limit cut an answer, which ends the"
+                " rollout",
+                code="rollout_over",
+            )
         wanted, own = asked.temperature, self.params.temperature
         if wanted is not None and wanted not in (own, self._also):
             raise BadRequest(
@@ -215,6 +221,8 @@ class Recording:
         thread, tokens, messages, text = turn.place
         if self.over:
             return
+        if not sampled.stopped and self.params.truncated_turns != "environment":
+            self._cut, self.refused = True, "length"
         thread.sequence.extend(tokens)
         thread.sequence.extend(sampled.tokens, sampled.logprobs, self.policy_version)
         message: Message = {"role": "assistant", "content": turn.answer.text}
