@@ -28,6 +28,7 @@ from rftjax.errors import NotFinite, UserError
 from rftjax.models.config import Config
 from rftjax.models.distribution import RowSettings
 from rftjax.sampler import device
+from rftjax.sampler.counters import Counters
 from rftjax.sampler.pool import GRANULE, Piece, Pool, Prompt, Saved
 from rftjax.types import Params, SamplingParams
 
@@ -97,18 +98,6 @@ class _Flight:
     tokens_BT: jax.Array
     logprobs_BT: jax.Array
     steps: jax.Array
-
-
-@dataclasses.dataclass
-class Counters:
-    """What the device did since the last reset, in tokens, steps and calls."""
-
-    decode_steps: int = 0
-    sampled_tokens: int = 0
-    prefilled_tokens: int = 0
-    copied_rows: int = 0
-    evicted_rows: int = 0
-    dispatches: int = 0
 
 
 class Engine:
