@@ -5,10 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
+
+DATA = Path(__file__).parent / "data" / "families"
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 48,
@@ -161,3 +167,14 @@ def tensors(shapes: dict[str, tuple[int, ...]], *, centred: bool) -> dict[str, n
 def tokens(name: str) -> np.ndarray:
     """Returns (2, 24) token ids, below those that stand for images."""
     return np.random.default_rng(zlib.crc32(name.encode())).integers(3, 40, (2, 24))
+
+
+def checkpoint(folder: Path, name: str, renamed: Callable[[str], str] = str) -> Path:
+    """Writes the checkpoint of a name, as it was when transformers gave its numbers."""
+    stored = json.loads((DATA / f"{name}.json").read_text())
+    shapes = {key: tuple(shape) for key, shape in stored.items()}
+    made = tensors(shapes, centred="gemma3" in name)
+    folder.mkdir(parents=True)
+    save_file({renamed(key): one for key, one in made.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps((CONFIGS | VISION)[name]))
+    return folder

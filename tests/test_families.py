@@ -17,11 +17,13 @@ from rftjax.errors import UserError
 from rftjax.models import FAMILIES, decoder, logical_axes
 from rftjax.models.config import FULL
 from rftjax.policy import Policy
+from rftjax.sampler import device
+from rftjax.sampler.engine import Engine, noise_key
+from rftjax.types import SamplingParams, Sequence
 from rftjax.weights import hf
 from rftjax.weights.model_config import exported_fields
-from rftjax.weights.shards import write_safetensors
 
-DATA = Path(__file__).parent / "data" / "families"
+DATA = seeded.DATA
 EVERY = [*seeded.CONFIGS]
 
 
@@ -32,29 +34,13 @@ def quick_compiler():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def checkpoint(folder: Path, name: str, renamed: Any = str) -> Path:
-    """Writes the checkpoint of a name, as it was when transformers gave its numbers."""
-    shapes = {key: tuple(shape) for key, shape in shapes_of(name).items()}
-    made = seeded.tensors(shapes, centred="gemma3" in name)
-    folder.mkdir()
-    write_safetensors(
-        folder / "model.safetensors", {renamed(key): one for key, one in made.items()}
-    )
-    (folder / "config.json").write_text(json.dumps((seeded.CONFIGS | seeded.VISION)[name]))
-    return folder
-
-
-def shapes_of(name: str) -> dict[str, list[int]]:
-    return json.loads((DATA / f"{name}.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     """Every family's model."""
     folder = tmp_path_factory.mktemp("families")
     found = {}
     for name in EVERY:
-        path = checkpoint(folder / name, name)
+        path = seeded.checkpoint(folder / name, name)
         found[name] = Policy(str(path), *hf.load(path))
     return found
 
@@ -67,21 +53,38 @@ def test_all_logits_equal_those_of_transformers(models: dict[str, Policy], name:
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def conversation(model: Policy, prompt: list[int], heat: float, budget: int) -> Sequence:
+    """Samples three turns over one cache, between which an environment says five tokens."""
+    engine = Engine(model.config, slots=2, max_length=100, prefill_chunk=8)
+    engine.set_params(device.sampler_params(model.config, model.params))
+    settings = SamplingParams(budget, temperature=heat)
+    engine.open((0, 0), prompt, budget, noise_key(0, 0, 0), settings)
+    sequence = Sequence()
+    sequence.extend(prompt)
+    for turn in range(3):
+        done = []
+        while not done:
+            done = engine.step()
+        sequence.extend(done[0].tokens, done[0].logprobs, 0)
+        if turn < 2:
+            sequence.extend([7, 8, 9, 10, 11 + turn])
+            engine.extend((0, 0), [7, 8, 9, 10, 11 + turn], budget)
+    return sequence
+
+
 @pytest.mark.parametrize("name", EVERY)
-def test_the_cache_continues_as_that_of_transformers_and_agrees_with_one_forward_pass(
+def test_three_turns_over_the_cache_agree_with_one_forward_pass_and_go_on_as_transformers(
     models: dict[str, Policy], name: str
 ):
     model, prompt = models[name], seeded.tokens(name)[0].tolist()
     expected = np.load(DATA / f"{name}.npz")["continuation"]
-    settings: dict[str, Any] = {"max_new_tokens": len(expected), "stop": []}
-    greedy, drawn = (
-        model.sample([prompt], temperature=heat, **settings)[0].sequences[0] for heat in (0.0, 0.8)
-    )
-    assert greedy.tokens[len(prompt) :] == expected.tolist()
+    greedy = conversation(model, prompt, 0.0, len(expected))
+    assert greedy.tokens[len(prompt) : len(prompt) + len(expected)] == expected.tolist()
+    drawn = conversation(model, prompt, 0.8, 12)
+    sampled, found = np.asarray(drawn.sampled), np.asarray(drawn.logprobs)
     logprobs_BT = np.asarray(model.logprobs([drawn.tokens], temperature=0.8))
-    np.testing.assert_allclose(
-        logprobs_BT[0, len(prompt) :], drawn.logprobs[len(prompt) :], atol=1e-4
-    )
+    assert sampled.sum() == 36
+    np.testing.assert_allclose(logprobs_BT[0, sampled], found[sampled], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -151,7 +154,7 @@ def as_published(name: str) -> str:
 def test_the_text_model_of_a_model_that_sees_is_loaded_and_exported_alone(
     name: str, renamed: Any, tmp_path: Path
 ):
-    path = checkpoint(tmp_path / "whole", name, renamed)
+    path = seeded.checkpoint(tmp_path / "whole", name, renamed)
     expected = np.load(DATA / f"{name}.npz")["logits"]
     model = Policy(str(path), *hf.load(path))
     np.testing.assert_allclose(model.logits(seeded.tokens(name)), expected, atol=1e-4)
