@@ -93,10 +93,9 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
     back = {"restart_from": RESTART_FROM.value, "accepted": ACCEPT.value}
     planned = {"device": DEVICE.value, "devices": DEVICES.value, "price": PRICE.value}
-    rollouts = {"rollouts": ROLLOUTS.value}
     run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
     try:
-        modes.run(MODE.value, *run, **back, **planned, **rollouts)
+        modes.run(MODE.value, *run, **back, **planned, rollouts=ROLLOUTS.value)
     except (Interrupted, KeyboardInterrupt) as error:
         print(failures.interrupted(error, RESTART_FROM.value >= 0), file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -15,6 +15,7 @@ import pytest
 import served
 from served import CALL, END, KEY, NAME
 
+from rftjax.evaluators.forms.judge import Judge
 from rftjax.sampler.engine import noise_key
 from rftjax.serving.service import Service
 from rftjax.serving.terminal import talk
@@ -414,3 +415,25 @@ def test_a_talk_goes_on_in_the_same_row_until_it_is_begun_anew(weights, tokenize
     assert new[0] == first - 1 and new[1] == new[2] == 0 and 4 <= new[3] <= again
     assert "/new begins" in answers[3] and "max_length" in answers[-3]
     assert answers[1] != answers[6] and answers[-2]  # other noise; and the talk goes on
+
+
+def test_a_judge_of_an_evaluator_gets_this_server_s_answers_and_counts_their_tokens(
+    server, client, monkeypatch
+):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    sampling = {"max_tokens": 4, "temperature": 1.0, "seed": 3}
+    judge = Judge("tiny", base_url=f"{server.url}/v1", key_variable="JUDGE_KEY", sampling=sampling)
+    texts = [f"w{number}" for number in range(6)]
+
+    async def ask():
+        return await asyncio.gather(*(judge.ask(user(text)) for text in texts))
+
+    try:
+        found = asyncio.run(ask())
+    finally:
+        judge.close()
+    for text, answer in zip(texts, found, strict=True):
+        wanted = client.chat.completions.create(model="tiny", messages=user(text), **sampling)
+        assert answer.text == (wanted.choices[0].message.content or "")
+        assert answer.completion_tokens == wanted.usage.completion_tokens > 0
+        assert answer.prompt_tokens == wanted.usage.prompt_tokens

@@ -8,6 +8,9 @@ import lzma
 import pytest
 
 from rftjax import tasks
+from rftjax.errors import UserError
+from rftjax.scoring import Scorer
+from rftjax.types import Trajectory
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -266,3 +269,36 @@ def test_a_function_may_return_a_dataset_and_nothing_that_is_one_row(tmp_path):
     assert rows(f"{tmp_path}/made.py:saved") == [{"prompt": "a"}, {"prompt": "b", "x": 1}]
     assert "iterable of dicts, and returned a dict" in faults(f"{tmp_path}/made.py:one")
     assert "and returned a DataFrame" in faults(f"{tmp_path}/made.py:frame")
+
+
+def test_rows_of_reasoning_gym_come_by_name_and_are_scored_by_it(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    found = tasks.read("reasoning_gym:chain_sum?size=3&max_terms=2")
+    assert [one.id for one in found] == ["chain_sum-0-0", "chain_sum-0-1", "chain_sum-0-2"]
+    assert found[0].messages[0]["content"].endswith("between <answer> and </answer>.")
+    other = tasks.read("reasoning_gym:chain_sum?size=3&max_terms=2", split="test")
+    assert not {one.id for one in found} & {one.id for one in other}
+    (again, _, _) = tasks.read("reasoning_gym:chain_sum?size=3&max_terms=2&seed=0", split="test")
+    assert again == found[0]
+    said = [
+        [*one.messages, {"role": "assistant", "content": f"<answer>{text}</answer>"}]
+        for one, text in ((found[0], found[0].data["answer"]), (found[1], "no"))
+    ]
+    with Scorer("reasoning_gym:chain_sum", workers=1) as scorer:
+        scores = scorer.gather(
+            [Trajectory(one, 0, 0, text) for one, text in zip(found, said, strict=False)]
+        )
+    assert scores[0].reward == 1.0 and scores[1].reward < 0.5
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("reasoning_gym:chain_sums", "no dataset 'chain_sums'; did you mean chain_sum"),
+        ("reasoning_gym:chain_sum?min_terms=9&max_terms=2", "refuses these options"),
+    ],
+)
+def test_a_wrong_name_or_option_of_reasoning_gym_is_refused(source, fault):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match=f"reasoning_gym:.*{fault}"):
+        tasks.read(source)

@@ -10,7 +10,7 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.monitor import transcripts
 from rftjax.tasks import rows
-from rftjax.types import Score, Task, Trajectory
+from rftjax.types import Message, Score, Task, Trajectory
 from rftjax.types import Sequence as Tokens
 
 # Fields of a conversation's line that are not the task's.
@@ -82,8 +82,7 @@ def _rollout(record: Mapping[str, Any], tasks: Mapping[str, Task]) -> Trajectory
 def _conversation(record: Any) -> Trajectory:
     if not isinstance(record, dict):
         raise ValueError("must be an object")
-    said: Any = record.get("completion")
-    given: Any
+    said = record.get("completion")
     if said is None:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -93,11 +92,11 @@ def _conversation(record: Any) -> Trajectory:
             raise ValueError("has no message of the assistant")
         given, answer = messages[:last], messages[last:]
     else:
-        given = record.get("prompt") or record.get("messages")
-        answer = [{"role": "assistant", "content": said}] if isinstance(said, str) else list(said)
+        given = record.get("prompt") or record.get("messages") or []
+        answer = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
     data = {key: value for key, value in record.items() if key not in _OWN}
     text = given if isinstance(given, str) else None
-    prompt = [{"role": "user", "content": text}] if text else [dict(one) for one in given or ()]
+    prompt = _listed([{"role": "user", "content": text}] if text is not None else given)
     name = str(record.get("id") or record.get("task_id") or rows.digest([prompt, data])[:16])
     task = Task(name, prompt, data, text)
     draw, sample = int(record.get("draw", 0)), int(record.get("sample", -1))
@@ -105,11 +104,19 @@ def _conversation(record: Any) -> Trajectory:
         task,
         draw,
         sample,
-        [*prompt, *answer],
+        prompt + _listed(answer),
         turn_rewards=[0.0],
         finish_reason="stop",
         score=_recorded(record),
     )
+
+
+def _listed(messages: Any) -> list[Message]:
+    if not isinstance(messages, (list, tuple)) or not all(
+        isinstance(one, dict) for one in messages
+    ):
+        raise ValueError("prompt and completion must be texts or lists of messages")
+    return [dict(one) for one in messages]
 
 
 def _last_answer(messages: Sequence[Any]) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.tasks import compressed
+from rftjax.tasks import compressed, gym
 from rftjax.workers.user_code import load_function
 
 # A row as read: its place, its value, and the problem with reading it ("" for none).
@@ -43,6 +43,8 @@ def read(source: str, split: str, field: str) -> Iterator[Read]:
 
     `split` is a name with an optional slice ("train[:100]", "train[10%:]"); a single file uses the slice only.
     """
+    if gym.matches(source):
+        return ((place, row, "") for place, row in gym.rows(source, split, field))
     path = os.path.expanduser(source)
     if not os.path.exists(path):
         left, colon, _ = source.partition(":")

@@ -1,8 +1,6 @@
 """OpenAI's graders in JSON: `string_check`, `text_similarity`, `python`, `score_model`, `label_model` and `multi`.
 
-Templates read `{{ item.FIELD }}`, the row's fields, and `{{ sample.output_text }}`, `output_json`, `output_tools` and
-`choices`; paths go on by `.name` and `[index]`. A path that is not there is an error of its sample. The code of a
-`python` grader runs in the worker process, like any evaluator.
+The code of a `python` grader runs in the worker process, like any evaluator; `rank_model` is this project's own kind.
 """
 
 from __future__ import annotations
@@ -10,29 +8,27 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
-import json
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.evaluators.forms import similarity
-from rftjax.evaluators.forms.form import Form, is_coroutine, number
+from rftjax.evaluators.forms import model_graders, similarity
+from rftjax.evaluators.forms.form import Form, as_score, is_coroutine
+from rftjax.evaluators.forms.templates import Values, filled, values_of
 from rftjax.types import Score, Trajectory
 
-Values = dict[str, Any]  # {"item": ..., "sample": ...}
-Grade = Callable[[Values], Any]  # a number, or an awaitable of one
-
-_TEMPLATE = re.compile(r"\{\{\s*(.+?)\s*\}\}")
-_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d+)\]")
+Grade = Callable[[Values], Any]  # a number or a Score, or an awaitable of one
+Total = Callable[[Mapping[str, float]], float]
 
 
 def form(grader: Mapping[str, Any]) -> Form:
     """Returns the form of a grader; raises UserError for one that is not understood."""
+    if grader.get("type") == "rank_model":
+        return model_graders.ranking(grader)
     parts: dict[str, Grade] = {}
-    total: Callable[[Mapping[str, float]], float] | None = None
+    total: Total | None = None
     if grader.get("type") == "multi":
         given = _field(grader, "graders", dict)
         parts = {name: _grade(one, f"graders.{name}") for name, one in given.items()}
@@ -43,40 +39,47 @@ def form(grader: Mapping[str, Any]) -> Form:
 
     async def rate_async(trajectories: Sequence[Trajectory]) -> list[Score]:
         (trajectory,) = trajectories
-        values = {"item": item_of(trajectory), "sample": sample_of(trajectory)}
+        values = values_of(trajectory)
         grades = [grade(values) for grade in parts.values()]
-        found = await asyncio.gather(*filter(inspect.isawaitable, grades))
-        later = iter(found)
+        later = iter(await asyncio.gather(*filter(inspect.isawaitable, grades)))
         results = [next(later) if inspect.isawaitable(one) else one for one in grades]
         return [_score(dict(zip(parts, results, strict=True)), total)]
 
     def rate(trajectories: Sequence[Trajectory]) -> list[Score]:
         (trajectory,) = trajectories
-        values = {"item": item_of(trajectory), "sample": sample_of(trajectory)}
+        values = values_of(trajectory)
         return [_score({name: grade(values) for name, grade in parts.items()}, total)]
 
     return Form("OpenAI grader", rate_async if concurrent else rate, concurrent=concurrent)
 
 
-def _score(grades: dict[str, Any], total: Callable[[Mapping[str, float]], float] | None) -> Score:
-    parts = {name: number(value, f"the grade of {name!r}") for name, value in grades.items()}
+def _score(grades: Mapping[str, Any], total: Total | None) -> Score:
+    """Returns the sum of a multi grader with its grades as parts, and what the models' answers cost together."""
+    found = {name: as_score(value) for name, value in grades.items()}
+    metrics: dict[str, float] = {}
+    for score in found.values():
+        for name, value in score.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    rewards = {name: score.reward for name, score in found.items()}
     if total is None:
-        (reward,) = parts.values()
-        return Score(reward)
-    return Score(total(parts), parts)
+        (reward,) = rewards.values()
+        return Score(reward, metrics=metrics)
+    return Score(total(rewards), rewards, metrics=metrics)
 
 
 def _grade(grader: Any, place: str) -> Grade:
     kind = grader.get("type") if isinstance(grader, Mapping) else None
-    makers = {
+    makers: dict[str, Callable[[Mapping[str, Any]], Grade]] = {
         "string_check": _string_check,
         "text_similarity": _text_similarity,
         "python": _python,
+        "score_model": model_graders.grade,
+        "label_model": model_graders.grade,
     }
     if kind not in makers:
         raise UserError(
             f"evaluator: the grader{' ' + place if place else ''} has type {kind!r}; it must be one of "
-            f"{', '.join(makers)} or multi (which stands at the top only)"
+            f"{', '.join(makers)}, or at the top multi or rank_model"
         )
     return makers[kind](grader)
 
@@ -120,46 +123,6 @@ def _python(grader: Mapping[str, Any]) -> Grade:
     if not callable(grade):
         raise UserError("evaluator: the source of a python grader must define grade(sample, item)")
     return lambda values: grade(values["sample"], values["item"])
-
-
-def item_of(trajectory: Trajectory) -> Values:
-    """Returns the row: its fields, with `messages` (the prompt) and `id`."""
-    task = trajectory.task
-    return {"id": task.id, "messages": task.messages, **task.data}
-
-
-def sample_of(trajectory: Trajectory) -> Values:
-    """Returns what the model said in the form that templates read."""
-    said = [one for one in trajectory.messages if one.get("role") == "assistant"]
-    last = said[-1] if said else {}
-    try:
-        parsed = json.loads(trajectory.completion)
-    except ValueError:
-        parsed = None
-    return {
-        "output_text": trajectory.completion,
-        "output_json": parsed if isinstance(parsed, dict) else {},
-        "output_tools": last.get("tool_calls") or [],
-        "choices": [{"index": 0, "finish_reason": trajectory.finish_reason, "message": dict(last)}],
-    }
-
-
-def filled(template: str, values: Values) -> str:
-    """Replaces the variables of a template; raises ValueError for a path that is not there."""
-
-    def one(match: re.Match[str]) -> str:
-        found: Any = values
-        for name, index in _STEP.findall(match[1]):
-            try:
-                found = found[int(index)] if index else found[name]
-            except (KeyError, IndexError, TypeError):
-                there = ", ".join(map(str, found)) if isinstance(found, dict) else repr(found)
-                raise ValueError(
-                    f"the template's {match[0]} is not there: no {name or index!r} in {there:.200}"
-                ) from None
-        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-
-    return _TEMPLATE.sub(one, template)
 
 
 _OPERATORS: dict[type, Callable[..., Any]] = {
