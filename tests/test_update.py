@@ -207,6 +207,24 @@ def test_the_form_of_attention_does_not_change_the_gradient(
     assert_close(found, expected)
 
 
+def test_no_device_computes_the_rows_of_others_where_weights_lie_over_fsdp(params, uneven):
+    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(1, 4, 1), sharding.AXES)
+    placed = sharding.shard_tree(mesh, LOGICAL, jax.tree.map(jnp.array, params))
+    batch = sharding.put_batch(mesh, batch_of(uneven, pack_rows=4))
+    optimizer = optax.sgd(1.0)
+    state = TrainState(jnp.zeros((), jnp.int32), placed, {}, optimizer.init(placed))
+    text = (
+        update.make_update(CONFIG, optimizer, LOSS, mesh=mesh)
+        .lower(state, batch)
+        .compile()
+        .as_text()
+    )
+    X = batch.pack.tokens_RX.shape[-1]
+    assert f"[1,{X},{CONFIG.ffn}]" in text  # of its own row
+    for width in (CONFIG.ffn, CONFIG.width, CONFIG.ffn // 4, CONFIG.width // 4):
+        assert f"[4,{X},{width}]" not in text
+
+
 def test_an_update_on_a_mesh_of_tpus_is_lowered_for_them(params, uneven):
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
     config = dataclasses.replace(CONFIG, attention="splash")

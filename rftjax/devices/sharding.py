@@ -201,6 +201,18 @@ def row_sharding(mesh: Mesh, *others: str | None) -> NamedSharding:
     return NamedSharding(mesh, _spec([rows[0] if len(rows) == 1 else rows or None, *others]))
 
 
+def keep_rows(mesh: Mesh | None, array: jax.Array) -> jax.Array:
+    """Keeps a first axis of rows over data and fsdp inside a compiled function.
+
+    Without it the compiler may rather divide the products of weights that lie over fsdp, and has every device compute,
+    and keep, all rows.
+    """
+    if row_multiple(mesh) == 1:
+        return array
+    assert mesh is not None
+    return jax.lax.with_sharding_constraint(array, row_sharding(mesh))
+
+
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
     """Returns where a leaf of the cache lies, which has a token's `shape` of these logical axes: rows over data and
     fsdp, heads over tensor if it divides them.

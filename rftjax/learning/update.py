@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from rftjax import grpo
+from rftjax.devices import sharding
 from rftjax.learning import merging
 from rftjax.models import decoder
 from rftjax.models.config import Config
@@ -85,7 +86,8 @@ def logprobs(
         sources_RM: jax.Array, targets_RM: jax.Array, temperatures_RM: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
-        logits_BV = decoder.logits(config, params, x_RMD.reshape(-1, config.width))
+        x_BD = sharding.keep_rows(mesh, x_RMD.reshape(-1, config.width))
+        logits_BV = sharding.keep_rows(mesh, decoder.logits(config, params, x_BD))
         targets_B = targets_RM.reshape(-1)
         ones_B = jnp.ones(targets_B.shape)
         own = temperature if temperatures_RM is None else temperatures_RM.reshape(-1)

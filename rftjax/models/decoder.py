@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rftjax.devices import sharding
 from rftjax.models.attention import attend
 from rftjax.models.config import FULL, Config, Rope, Stack
 from rftjax.models.layers import Block, Norm, causal
@@ -96,6 +97,7 @@ def hidden(
 
         def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
             tree, window, turn = inputs
+            x_RXD = sharding.keep_rows(mesh, x_RXD)
             limit = window if config.windowed else None
 
             def among(q: jax.Array, new: dict[str, jax.Array]) -> tuple[jax.Array, None]:
@@ -130,7 +132,7 @@ def hidden(
     x_RXD = embed(config, params, tokens_RX)
     for stack in config.stacks:
         x_RXD = run(stack, x_RXD)
-    return final_norm.apply({"params": params["final_norm"]}, x_RXD)
+    return final_norm.apply({"params": params["final_norm"]}, sharding.keep_rows(mesh, x_RXD))
 
 
 def layer_trees(stack: Stack, tree: Params) -> list[Params]:
