@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import jax
 import pytest
+from snippets import blocks
 
 from rftjax import config as configs
 from rftjax import tasks, train
@@ -442,12 +444,26 @@ class SingleTurnEnv:
 """
 
 
+PLAIN = """
+import verifiers as vf
+
+async def short(completion):
+    return 1 / (1 + len(completion))
+
+def turns(state):
+    return state["turn"]
+
+ENV = vf.SingleTurnEnv(None, vf.Rubric(funcs=[short, turns], weights=[1.0, 0.0]))
+"""
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> str:
     """A user's environment beside what it needs of the package, which rftjax's requirements do not go with."""
     folder = tmp_path_factory.mktemp("verifiers")
     (folder / "verifiers.py").write_text(VERIFIERS)
     (folder / "env.py").write_text((DATA / "verifiers/env.py").read_text())
+    (folder / "plain.py").write_text(PLAIN)
     return f"{folder}/env.py"
 
 
@@ -493,7 +509,7 @@ def quick_compiler():
 
 
 def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
-    folder, tiny_dir, tmp_path, quick_compiler
+    folder, environment, tiny_dir, tmp_path, quick_compiler
 ):
     """One run whose reward is the sum of one evaluator of each form, over rows as TRL and verl write them."""
     rows = [
@@ -521,6 +537,7 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
             f"verl={folder}/verl_reward.py:compute_score*0.5",
             f"openai={tmp_path}/grader.json",
             f"ep={Path(__file__).parent}/data/eval_protocol/groups.py:test_shortest*0.1",
+            f"rubric={environment.replace('env.py', 'plain.py')}:ENV*0",
         ]
     )
     config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 128
@@ -535,5 +552,60 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
             for name in ("native", "group", "trl", "verl", "openai", "ep")
         }
         assert line["evaluator/error_share"] == 0.0 and parts["group"] == 0.25
+        assert 0 < line["reward/part/rubric"] < 1 and line["metric/rubric/turns"] == 1.0
         total = sum(parts.values()) - 0.5 * parts["verl"] - 0.9 * parts["ep"]
         assert line["reward/mean"] == pytest.approx(total) and line["grad_norm"] > 0
+
+
+# ---- The page about them
+
+PAGE = Path(__file__).parents[1] / "docs" / "evaluators.md"
+KINDS = {
+    "reward.py:evaluate": "evaluate",
+    "rank.py:evaluate_group": "evaluate_group",
+    "rewards.py:accuracy_reward": "TRL",
+    "rewards.py:format_reward": "TRL",
+    "compute_score.py:compute_score": "verl",
+    "grader.json": "OpenAI grader",
+    "test_sums.py:test_sums": "Eval Protocol, pointwise",
+    "env.py:load_environment": "verifiers rubric",
+    "judge.json": "OpenAI grader",
+}
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> Path:
+    """The files of the page, under the names that they have there."""
+    folder = tmp_path_factory.mktemp("shown")
+    for block in blocks(PAGE, "python"):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name, block
+        (folder / name[1]).write_text(block)
+    for name, block in zip(("grader.json", "judge.json"), blocks(PAGE, "json"), strict=True):
+        (folder / name).write_text(block)
+    (folder / "verifiers.py").write_text(VERIFIERS)
+    return folder
+
+
+def test_the_page_shows_an_example_of_each_form_and_names_every_one_of_its_files(shown):
+    commands = re.findall(r"--config\.evaluator=(\"[^\"]*\"|[^\s`]+)", PAGE.read_text())
+    sources = {one.source for text in commands for one in named.parse(text.strip('"'))}
+    assert sources - {"graders.py:GRADER", "rftjax.evaluators.number:evaluate"} == set(KINDS)
+    assert {path.name for path in shown.iterdir()} - {"verifiers.py"} == {
+        source.partition(":")[0] for source in KINDS
+    }
+
+
+@pytest.mark.parametrize("source", [one for one in KINDS if one != "judge.json"])
+def test_what_the_page_shows_runs_and_tells_a_right_answer_from_a_wrong_one(shown, source):
+    task = Task("sum", [{"role": "user", "content": "5 + 7 ="}], ROW | {"question": "5 + 7 ="})
+    with Scorer(f"{shown}/{source}", workers=1) as scorer:
+        assert scorer.form == KINDS[source]
+        right, wrong = scorer.gather(
+            group("<think>5</think> 12", "it is, let me say, thirteen", task=task)
+        )
+    assert right.valid and wrong.valid and right.reward > wrong.reward
+
+
+def test_the_judge_of_the_page_is_understood(shown):
+    assert load(f"{shown}/judge.json").concurrent

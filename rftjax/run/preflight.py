@@ -91,7 +91,9 @@ def check(given: Any, workdir: Path) -> None:
                 " nothing to learn from; make tasks easier or harder, raise batch.group_size or give partial rewards"
             )
         for text in judging.findings(
-            parts.scorer, trajectories, conversations=parts.environments.active
+            parts.scorer,
+            trajectories,
+            conversations=bool(parts.config.environment or parts.config.agent),
         ):
             report.say("WARNING", text)
         _check_heldout(parts, report)

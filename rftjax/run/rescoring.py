@@ -57,7 +57,9 @@ def score(config: ConfigDict, workdir: Path, place: Path) -> list[str]:
         given = [score.reward if score else None for score in before]
         report = measure(trajectories, given)
         suspicions = list(
-            judging.findings(scorer, trajectories, conversations=bool(config.environment))
+            judging.findings(
+                scorer, trajectories, conversations=bool(config.environment or config.agent)
+            )
         )
         form = scorer.form
     report |= {"evaluator": config.evaluator, "form": form, "suspicions": suspicions}
@@ -112,6 +114,8 @@ def measure(trajectories: Sequence[Trajectory], given: Sequence[float | None]) -
             }
         report["parts"] = mean_by_name("", [one.parts for one in scores if one.valid])
         report["metrics"] = mean_by_name("", [one.metrics for one in scores if one.valid])
+        costs = {name: value * len(valid) for name, value in report["metrics"].items()}
+        report["judge"] = {name: round(value) for name, value in costs.items() if "judge_" in name}
     times = np.asarray([one.seconds for one in scores if one.seconds])
     if len(times):
         p50, p95 = map(float, np.quantile(times, [0.5, 0.95]))
@@ -197,6 +201,7 @@ def _shown(
         "spread": "in groups",
         "parts": "parts",
         "metrics": "metrics",
+        "judge": "judge's sum",
         "seconds_a_call": "s a call",
         "agreement": "recorded",
     }
