@@ -36,6 +36,9 @@ def evaluate_group(task, trajectories):
     found = [float(one is longest) for one in trajectories]
     return found[1:] if "short" in longest.completion else found
 
+def places(task, trajectories):
+    return [float(at) for at, one in enumerate(trajectories)]
+
 async def rank(task, trajectories):
     order = sorted(trajectories, key=lambda one: one.completion)
     return [order.index(one) / len(order) if "nan" not in one.completion else float("nan") for one in trajectories]
@@ -184,13 +187,13 @@ def test_verl_gets_its_fields_and_its_other_numbers_are_recorded(folder):
 
 def test_a_group_is_called_once_its_samples_are_there_in_their_order(folder):
     members = group("bb", "a", "dddd", "ccc")
-    with Scorer(f"{folder}/native.py:rank", workers=1) as scorer:
+    with Scorer(f"{folder}/native.py:places", workers=1) as scorer:
         submit = scorer.of_groups(4)
         for one in reversed(members):
             assert not scorer._pending.get(id(one))
             submit(one)
         assert scorer._pending[id(members[0])].future  # the call began before `gather`
-        assert [score.reward for score in scorer.gather(members)] == [0.25, 0.0, 0.75, 0.5]
+        assert [score.reward for score in scorer.gather(members)] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_groups_are_draws_and_samples_without_a_score_are_not_in_them(folder):
@@ -227,6 +230,58 @@ def test_a_fault_of_a_reward_that_looks_at_each_sample_costs_that_sample_only(fo
     ]  # fmt: skip
     assert "RuntimeError: a hard one" in found[0].reason and "died" in found[3].reason
     assert "returned None: it does not score this sample" in found[5].reason
+
+
+FAULTS = """
+import ctypes, os, time
+
+def reward(completions, **kwargs):
+    found = []
+    for one in completions:
+        what = one[0]["content"]
+        if what == "raise":
+            raise RuntimeError("a hard one")
+        if what == "loop":
+            while True:
+                pass
+        if what == "exit":
+            os._exit(3)
+        if what == "crash":
+            ctypes.string_at(0)
+        found.append({"nan": float("nan"), "none": None, "text": "1.0"}.get(what, 0.5))
+    contents = [one[0]["content"] for one in completions]
+    return found[1:] if "short" in contents else found
+"""
+
+
+def test_faults_of_every_kind_among_many_cost_exactly_their_own_samples(tmp_path):
+    (tmp_path / "faults.py").write_text(FAULTS)
+    faults = {
+        "raise": "RuntimeError: a hard one (faults.py",
+        "loop": "overran the time limit of 1 s",
+        "exit": "the worker process died (exit status 3)",
+        "crash": "the worker process died",
+        "nan": "must be finite, not nan",
+        "none": "returned None",
+        "text": "must be a number, not str",
+        "short": "returned 0 results for 1 samples",
+    }
+    batch = [
+        one
+        for draw, what in enumerate([*faults, "fine", "fine"])
+        for one in group("a", what, "b", "c", draw=draw)
+    ]
+    with Scorer(f"{tmp_path}/faults.py:reward", workers=2, timeout_s=1.0) as scorer:
+        submit = scorer.of_groups(4)
+        for one in batch:
+            submit(one)
+        found = scorer.gather(batch)
+        lost = [(one.completion, one.score.reason) for one in batch if not one.score.valid]
+    assert [what for what, _ in lost] == list(faults)
+    for what, reason in lost:
+        assert faults[what] in reason
+    assert {one.reward for one in found if one.valid} == {0.5}
+    assert not any(one.bystander for one in batch if not one.score.valid)
 
 
 # ---- Sums

@@ -59,6 +59,8 @@ def test_the_check_shows_prompt_stops_samples_and_grouped_reasons_and_keeps_them
         "worst ",
         "example ",
         "rollouts ",
+        "evaluator   evaluate",
+        "WARNING     the answer '0' to 4 tasks scores 0.857 on average",
     ):
         assert wanted in out, wanted
     assert "4 of 16 samples\n            4 x ValueError: no number in '…' of draw …" in out

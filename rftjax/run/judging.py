@@ -12,7 +12,8 @@ from rftjax.monitor.transcripts import short
 from rftjax.scoring import Scorer
 from rftjax.types import Trajectory
 
-TRIED = 16  # samples that are scored a second time, and tasks that a constant answer is given to
+TRIED = 16  # samples that are scored a second time
+TASKS = 8  # that each constant answer is given to: an evaluator may cost money
 CONSTANTS = ("", "0", "1", "A", "yes", "I do not know.")  # beside the best answer that was sampled
 SAME = 1e-6  # rewards that differ by less are equal
 
@@ -58,7 +59,7 @@ def _disagreements(scorer: Scorer, valid: Sequence[Trajectory]) -> Iterator[str]
 def _constants(scorer: Scorer, valid: Sequence[Trajectory]) -> Iterator[str]:
     """Yields the texts that score better than the samples on average, whatever the task."""
     tasks = {one.task.id: one for one in valid}
-    chosen = list(tasks.values())[:TRIED]
+    chosen = list(tasks.values())[:TASKS]
     if len(chosen) < 2:
         return
     mean = math.fsum(map(reward_of, valid)) / len(valid)
