@@ -501,6 +501,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "environments.md"
 SHOWN = {
     "guess.py": ("reply", {"answer": "3"}, "2", [("No. Try again.", 0.0)]),
     "counter.py": ("Counter", {"count": 2}, "1", [("Go on.", 1.0)]),
+    "words.py": ("Guess", {"seed": 1}, "123456789", [("Yes.", 1.0)]),
     "shop.py": (
         "environment",
         {},

@@ -12,10 +12,10 @@ import json
 from collections.abc import Callable, Generator
 from typing import Any
 
+from rftjax.environments.forms import load
 from rftjax.errors import UserError
 from rftjax.types import Message, Turn
 from rftjax.workers.plain import FLOAT32_MAX, checked, plain, scalar
-from rftjax.workers.user_code import load_function
 
 MAX_INFO_BYTES = 2**18  # of one turn's info, or of an end state, as JSON
 
@@ -27,7 +27,7 @@ def environment_handler(name: str, field: str) -> Callable[..., Any]:
     stateful environments; any other function takes (task, messages) and answers. A factory of environments with
     coroutine methods sets `asynchronous = True`.
     """
-    target = load_function(name, field=field)
+    target = load.target(name, field)
     stateful = inspect.isclass(target) or {"task", "seed"} <= set(_parameters(target))
     _check_signature(target, stateful)
     names = ("reset", "step") if inspect.isclass(target) else ("__call__",)
@@ -87,7 +87,7 @@ def _operate(
     if operation == "reply":
         return as_turn((yield target(*args)), "the reply")
     if operation == "start":
-        environment = yield target(*args)
+        environment = load.episode((yield target(*args)), *args)
         episodes[episode] = environment
         reset = getattr(environment, "reset", None)
         return as_messages((yield reset()), "reset()") if reset else []

@@ -40,6 +40,8 @@ class Checker:
         problems = [
             f"{key!r}: a field's name must be a text" for key in row if not isinstance(key, str)
         ]
+        if row.get("messages") is None and row.get("prompt") is None:
+            row = _of_responses(row)
         messages: Any = row.get("messages")
         prompt: Any = row.get("prompt")
         if messages is None and isinstance(prompt, (list, tuple)):  # as TRL and verl write them
@@ -137,6 +139,22 @@ def mapped(mapping: Callable[[Any], Any], row: Any, name: str) -> tuple[Any, str
     if value is not None and not isinstance(value, dict):
         return None, f"map: {name} returned a {type(value).__name__}; it must be a dict or None"
     return value, ""
+
+
+def _of_responses(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of NeMo Gym, which holds parameters of OpenAI's Responses API, with messages and tools."""
+    params = row.get("responses_create_params")
+    if not isinstance(params, dict) or not params.get("input"):
+        return row
+    given = params["input"]
+    first = [{"role": "system", "content": text}] if (text := params.get("instructions")) else []
+    asked = [{"role": "user", "content": given}] if isinstance(given, str) else list(given)
+    names = ("name", "description", "parameters")
+    tools = [
+        {"type": "function", "function": {name: tool[name] for name in names if name in tool}}
+        for tool in params.get("tools") or []
+    ]
+    return row | {"messages": [*first, *asked]} | ({"tools": tools} if tools else {})
 
 
 def _fields(row: Mapping[Any, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Environments as other libraries write them, found out by looking at the object; none is needed for the others."""
