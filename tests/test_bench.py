@@ -204,3 +204,18 @@ def test_pairs_are_those_that_tokens_see(parts):
     # A prompt of 2 and two completions of 1: tokens see 1 + 2 of the prompt, then 3 each.
     assert arithmetic.group_pairs(2, 1, 2, shared=True) == 1 + 2 + 3 + 3
     assert arithmetic.group_pairs(2, 1, 2, shared=False) == 2 * (1 + 2 + 3)
+
+
+def test_a_server_gives_its_clients_the_engines_own_answers(bench):
+    said = bench(
+        "serving",
+        MODEL,
+        "--clients=5",
+        "--rounds=1",
+        "--prompt_tokens=6",
+        "--new_tokens=5",
+        "--slots=2",
+        "--long_prompt=20",
+    )
+    assert said["wrong"] == 0 and said["clients"] == 5
+    assert said["ratio"] > 0 and said["first_token_s"] > 0
