@@ -75,7 +75,8 @@ async def ask_all(url: str, asked: list[Asked]) -> tuple[list[list[int]], float]
                 seed=seed,
                 extra_body={"return_token_ids": True},
             )
-            return answer.choices[0].to_dict()["token_ids"]  # pyright knows no further fields
+            choice: Any = answer.choices[0].to_dict()
+            return choice["token_ids"]
 
         await client.models.list()  # connects
         start_s = time.perf_counter()
