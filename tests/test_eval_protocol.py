@@ -32,6 +32,13 @@ def test_scores_without_the_package_are_those_with_it(test):
         assert found["metrics"] == wanted["metrics"], text
 
 
+def test_the_reward_for_mathematics_reads_numbers_as_the_package_does():
+    found = made.sum_scores()
+    assert sum(score > 0 for score in SCORES["sums"]) > made.SUMS / 10
+    for case, score, wanted in zip(made.sums(), found, SCORES["sums"], strict=True):
+        assert score == pytest.approx(wanted, abs=1e-12), case
+
+
 @pytest.mark.parametrize(
     ("test", "scope", "concurrent"),
     [
@@ -87,8 +94,10 @@ def test_the_dataset_adapter_is_the_mapping_of_the_rows(tmp_path):
 
 
 def test_what_the_stand_in_has_not_is_named_with_the_package(tmp_path):
-    (tmp_path / "math_eval.py").write_text("from eval_protocol.rewards.math import math_reward\n")
-    with pytest.raises(ValueError, match="no module eval_protocol.rewards.math; install the pack"):
+    (tmp_path / "math_eval.py").write_text(
+        "from eval_protocol.rewards.lean_prover import lean_prover_reward\n"
+    )
+    with pytest.raises(ValueError, match="no module eval_protocol.rewards.lean_prover; install"):
         load(f"{tmp_path}/math_eval.py:f")
 
 

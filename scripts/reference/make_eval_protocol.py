@@ -9,14 +9,18 @@ else of the project's requirements is needed:
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.metadata
 import inspect
 import json
+import random
+import re
 from pathlib import Path
 
 from rftjax.evaluators.forms.form import SAMPLE, scores
 from rftjax.evaluators.forms.load import load
 from rftjax.types import Task, Trajectory
+from rftjax.workers import stand_ins
 
 FOLDER = Path(__file__).parents[2] / "tests" / "data" / "eval_protocol"
 TESTS = (
@@ -40,6 +44,61 @@ ANSWERS = (
     "",
     "A good deal longer than all of the other answers, with many words and with many words and so on.",
 )
+
+
+# What answers to sums are made of, for the reward that reads numbers in many forms.
+PIECES = (
+    *("12", "-3", "3.5", "1,234", "1/2", "3 / 4", "12 apples", "5x", "2 y", "7%", "1e5", "2.5E-3"),
+    *("$4$", "$$\\frac{1}{2}$$", "$3 \\times 10^{4}$", "$5n + 3$", "$\\boxed{4}$", "12.0001"),
+    *("\\boxed{12}", "\\boxed{\\frac{1}{2}}", "\\boxed{B}", "\\boxed{3 or 4}", "\\boxed{12 cm}"),
+    *("#### 12", "#### 1,234.5", "#### 12345", "<answer>12</answer>", "<answer>$12$</answer>"),
+    *(
+        "<answer>\\frac{1}{2}</answer>",
+        "<answer>12 km</answer>",
+        "<ANS> 1/2 </ANS>",
+        " or ",
+        "x = ",
+    ),
+    *(
+        "so it is ",
+        "0",
+        "12.0",
+        "12.01",
+        "item_5",
+        "1.2.3",
+        "2024-01-02",
+        "4 a b",
+        "1 / 0",
+        "12,34",
+    ),
+)
+SUMS = 400
+
+
+def sums() -> list[tuple[str, str, dict]]:
+    """Answers with their truths and the reward's settings, the same ones each time."""
+    drawn = random.Random(0)
+
+    def text() -> str:
+        found = (drawn.choice(PIECES) + drawn.choice(("", " ", " and ", "\n")) for _ in range(4))
+        return "".join(list(found)[: drawn.randint(1, 4)])
+
+    settings = ({}, {}, {"require_units": True}, {"tolerance": 0.1})
+    truths = ("12", "#### 12", "\\boxed{12}", "0.5")
+    return [
+        (text(), drawn.choice((text(), drawn.choice(PIECES), *truths)), drawn.choice(settings))
+        for _ in range(SUMS)
+    ]
+
+
+def sum_scores() -> list[float]:
+    """What the reward for mathematics says of each."""
+    stand_ins.offer()
+    reward = importlib.import_module("eval_protocol.rewards.math").math_reward
+    return [
+        reward([{"role": "assistant", "content": text}], ground_truth=truth, **settings).score
+        for text, truth, settings in sums()
+    ]
 
 
 def trajectories() -> list[Trajectory]:
@@ -74,8 +133,10 @@ def main() -> None:
     result = {
         "package": f"eval-protocol {package}",
         "scores": {one: measured(one) for one in TESTS},
+        "sums": sum_scores(),
     }
-    (FOLDER / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = re.sub(r"\n {3,}|\n {2}(?=[\]}])", " ", json.dumps(result, indent=1))
+    (FOLDER / "scores.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

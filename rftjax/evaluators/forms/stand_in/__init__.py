@@ -13,7 +13,11 @@ from rftjax.evaluators.forms.stand_in.models import (
     Status,
     StepOutput,
 )
-from rftjax.evaluators.forms.stand_in.pytest import SingleTurnRolloutProcessor, evaluation_test
+from rftjax.evaluators.forms.stand_in.pytest import (
+    RemoteRolloutProcessor,
+    SingleTurnRolloutProcessor,
+    evaluation_test,
+)
 from rftjax.evaluators.forms.stand_in.typed_interface import reward_function
 
 __all__ = [
@@ -22,6 +26,7 @@ __all__ = [
     "InputMetadata",
     "Message",
     "MetricResult",
+    "RemoteRolloutProcessor",
     "SingleTurnRolloutProcessor",
     "Status",
     "StepOutput",

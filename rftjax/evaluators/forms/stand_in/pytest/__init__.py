@@ -1,9 +1,13 @@
 """The decorator `evaluation_test`, and names that stand for ways of making rollouts, which are rftjax's own here."""
 
 from rftjax.evaluators.forms.stand_in.pytest.default_single_turn_rollout_process import (
+    AgentRolloutProcessor,
+    ExceptionHandlerConfig,
+    MCPGymRolloutProcessor,
     NoOpRolloutProcessor,
     RemoteRolloutProcessor,
     RolloutProcessor,
+    RolloutProcessorConfig,
     SingleTurnRolloutProcessor,
 )
 from rftjax.evaluators.forms.stand_in.pytest.evaluation_test import (
@@ -12,9 +16,13 @@ from rftjax.evaluators.forms.stand_in.pytest.evaluation_test import (
 )
 
 __all__ = [
+    "AgentRolloutProcessor",
+    "ExceptionHandlerConfig",
+    "MCPGymRolloutProcessor",
     "NoOpRolloutProcessor",
     "RemoteRolloutProcessor",
     "RolloutProcessor",
+    "RolloutProcessorConfig",
     "SingleTurnRolloutProcessor",
     "default_dataset_adapter",
     "evaluation_test",

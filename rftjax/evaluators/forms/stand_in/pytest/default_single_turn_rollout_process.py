@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 
-class RolloutProcessor:
+class _Kept:
     """Keeps what it is made with."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs = args, kwargs
+
+
+class RolloutProcessorConfig(_Kept):
+    """Settings of rollouts."""
+
+
+class ExceptionHandlerConfig(_Kept):
+    """Which failures of rollouts are tried again."""
+
+
+class RolloutProcessor(_Kept):
+    """What makes rollouts."""
 
 
 class SingleTurnRolloutProcessor(RolloutProcessor):
@@ -22,3 +34,11 @@ class NoOpRolloutProcessor(RolloutProcessor):
 
 class RemoteRolloutProcessor(RolloutProcessor):
     """Conversations that an agent elsewhere has."""
+
+
+class AgentRolloutProcessor(RolloutProcessor):
+    """Conversations with tools of MCP servers."""
+
+
+class MCPGymRolloutProcessor(RolloutProcessor):
+    """Conversations with an environment that is an MCP server."""

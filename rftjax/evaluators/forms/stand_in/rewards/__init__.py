@@ -4,6 +4,7 @@ from rftjax.evaluators.forms.stand_in.rewards import (
     format,
     function_calling,
     length,
+    math,
     repetition,
     tag_count,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "format",
     "function_calling",
     "length",
+    "math",
     "repetition",
     "tag_count",
 ]
