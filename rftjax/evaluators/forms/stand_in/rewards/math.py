@@ -112,7 +112,9 @@ def extract_numbers(text: str) -> list[Found]:
         numbers = [value for _, value in found if isinstance(value, float)]
         same = all(math.isclose(one, numbers[0], rel_tol=1e-9, abs_tol=1e-9) for one in numbers)
         return found[:1] if len(numbers) == len(found) and same else found
-    marked = [(one[0], float(one[1].replace(",", ""))) for one in _MARKED.finditer(text)]
+    marked: list[Found] = [
+        (one[0], float(one[1].replace(",", ""))) for one in _MARKED.finditer(text)
+    ]
     return marked or _anywhere(text)
 
 
@@ -218,7 +220,8 @@ def _has_unit(shown: str, value: float | str) -> bool:
     if shown.startswith("\\boxed{") and shown.endswith("}"):
         shown = shown[7:-1].strip()
     assert isinstance(value, float)
-    for term in dict.fromkeys([str(value), *([str(int(value))] if value == int(value) else [])]):
+    whole = str(int(value)) if value == int(value) else str(value)
+    for term in (str(value), whole):
         _, found, behind = shown.partition(term)
         word = behind.strip().split(" ")[0]
         if found and word and not word.replace(".", "", 1).isdigit() and word.lower() != "or":
