@@ -56,6 +56,16 @@ def test_a_whole_step_is_measured_and_compiles_in_its_first_step_only(bench):
     assert said["settings"]["new_tokens"] == 5
 
 
+def test_the_growth_of_a_step_has_a_process_and_a_floor_for_each_point(bench, parts, monkeypatch):
+    arithmetic, _ = parts
+    monkeypatch.setattr(arithmetic, "matmul_peak", lambda dtype, size: 1e9)
+    flags = ("--prompts=1", "--group=2", "--slots=2", "--steps=1")
+    said = bench("growth", MODEL, *flags, "--update_only", "--points=turns")["points"]["turns"]
+    assert said["row_tokens"] == 64 * -(-(64 + 2 * 4 * 164) // 64) and said["rows"] == 1
+    assert said["floor_s"]["update"] == pytest.approx(said["operations"]["update"] / 1e9)
+    assert said["peak_bytes"] > 0 and "sample_s" not in said
+
+
 def test_a_decode_step_stands_beside_its_floor(bench, parts):
     said = bench(
         "decode", MODEL, "--points=4x40,2x200", "--steps=2", "--rounds=2", "--read_mebibytes=1"

@@ -117,8 +117,9 @@ def base_config() -> ConfigDict:
             "batch": {
                 "prompts": 8,
                 "group_size": 8,  # samples a prompt
-                "pack_tokens": 512,  # tokens of a packed row, or of the longest sequence
+                "pack_tokens": 0,  # tokens of a packed row, or of the longest sequence; 0: by the job's lengths
                 "pack_rows": 1,  # packed rows of a micro-batch, a device
+                "memory": 0.0,  # GB a device for activations where pack_tokens is 0; 0.0: a quarter of it
             },
             "sampler": {
                 "max_new_tokens": 256,  # of one turn

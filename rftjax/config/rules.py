@@ -25,7 +25,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be at least 1",
         lambda value: value >= 1,
-        "steps batch.prompts batch.group_size batch.pack_tokens batch.pack_rows sampler.max_new_tokens sampler.slots "
+        "steps batch.prompts batch.group_size batch.pack_rows sampler.max_new_tokens sampler.slots "
         "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
         "scoring.workers environments.workers agents.workers serving.max_request_bytes "
         "grpo.updates_per_batch grpo.minibatches "
@@ -39,6 +39,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be at least 0 (0 switches it off)",
         lambda value: value >= 0,
+        "batch.pack_tokens batch.memory "
         "tasks.heldout_count tasks.limit tasks.max_prompt_tokens sampler.top_k sampler.pool eval.every eval.max_tasks "
         "eval.top_k "
         "checkpoint.every logging.rollouts serving.max_waiting lora.rank eval.patience eval.dead_steps "

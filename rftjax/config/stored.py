@@ -37,6 +37,7 @@ FREE = (
     "model.remat",
     "model.attention",
     "batch.pack_",
+    "batch.memory",
     "sampler.slots",
     "sampler.pool",
     "sampler.dispatch_steps",

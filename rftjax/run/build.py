@@ -123,7 +123,7 @@ class Parts:
     heldout: HeldOut
     hook: Hook
     replicated: list[str]  # what the mesh cannot share out, a sentence each
-    shortest_prompt: int  # tokens, of the training tasks
+    prompt_tokens: list[int]  # of the training tasks
     compilations: Compilations
 
 
@@ -165,7 +165,7 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
             log.warning("%s", text)
         checks.check_environment(config, environments.active)
         named = {set_field(name): found for name, found in heldout.items()}
-        fitting, shortest = checks.fit_prompts(
+        fitting, prompt_tokens = checks.fit_prompts(
             config, model.tokenizer, {"tasks.train": train_tasks} | named, environments.tools
         )
         state_builder = StateBuilder(config, model, mesh)
@@ -194,7 +194,7 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
             heldout=HeldOut(config, sets, rollout, heldout_scorer),
             hook=hook,
             replicated=replicated,
-            shortest_prompt=shortest,
+            prompt_tokens=prompt_tokens,
             compilations=compilations,
         )
 

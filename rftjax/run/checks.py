@@ -57,27 +57,27 @@ def check_environment(config: ConfigDict, active: bool) -> None:
 
 def fit_prompts(
     config: ConfigDict, tokenizer: Any, named: dict[str, list[Task]], tools: list[Any]
-) -> tuple[dict[str, list[Task]], int]:
+) -> tuple[dict[str, list[Task]], list[int]]:
     """Renders and measures every row; returns the sets without the rows that `tasks.max_prompt_tokens` leaves out, and
-    the tokens of the shortest prompt in the first set.
+    the tokens of the prompts in the first set.
 
     Raises UserError listing the rows that cannot be rendered, and where a set is left without a row that has room for
     an answer. Warns of single rows without it, and where the chat template rewrites history or drops the tools.
     """
     _check_templates(config, tokenizer, named, tools)
-    fitting, shortest, refused = {}, [], []
+    fitting, lengths, refused = {}, [], []
     for field, rows in named.items():
         counts, faults = _measured(config, tokenizer, field, rows, tools)
         refused += faults
         if not faults:
             fitting[field], kept = _fitting(config, field, rows, counts)
-            shortest.append(min(kept, default=1))
+            lengths.append(kept)
     if refused:
         raise UserError(
             f"{len(refused)} rows cannot be shown to the model; correct them, or leave them out in tasks.map:\n  "
             f"{_listed(refused)}"
         )
-    return fitting, shortest[0]
+    return fitting, lengths[0]
 
 
 def _check_templates(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import statistics
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from rftjax import grpo
 from rftjax.devices import sharding
-from rftjax.learning import batching, custom, update
+from rftjax.learning import batching, custom, row_length, update
 from rftjax.learning.learner import Learner
 from rftjax.run.build import Parts, lora_scale
 from rftjax.run.sampling import sampling_params
 from rftjax.text import chat
+
+SHARE = 4  # one part in so many of a device's memory is for activations, where `batch.memory` names none
 
 
 def make_learner(parts: Parts) -> Learner:
@@ -64,19 +69,48 @@ def batch_shape(parts: Parts) -> dict[str, Any]:
     config, params = parts.config, sampling_params(parts.config)
     section = config.batch
     samples = -(-section.prompts * section.group_size // config.grpo.minibatches)
+    pack_tokens = section.pack_tokens or chosen_tokens(parts)
     own_temperatures = any(task.temperature for task in parts.train_tasks)
     sampled = section.group_size * params.max_new_tokens * params.max_turns
     return {
         "rows": samples * params.max_turns if _rewrites_history(parts) else samples,
         "max_length": config.rollout.max_length,
-        "pack_tokens": section.pack_tokens,
+        "pack_tokens": pack_tokens,
         "pack_scored": batching.most_scored(
-            section.pack_tokens, prompt=parts.shortest_prompt, sampled=sampled
+            pack_tokens, prompt=min(parts.prompt_tokens, default=1), sampled=sampled
         ),
         "pack_rows": section.pack_rows * sharding.row_multiple(parts.mesh),
         "mask_truncated": config.grpo.mask_truncated or config.rollout.truncated_turns == "mask",
         "temperature": config.sampler.temperature * own_temperatures,
     }
+
+
+def chosen_tokens(parts: Parts) -> int:
+    """Returns the length of a packed row for prompts of mean length and completions of full length."""
+    config, params = parts.config, sampling_params(parts.config)
+    prompt = round(statistics.fmean(parts.prompt_tokens or [1]))
+    room = max(1, config.rollout.max_length - prompt)
+    own = room if params.max_turns > 1 else min(params.max_new_tokens, room)
+    each = row_length.token_bytes(parts.policy.config, remat=config.model.remat)
+    most = activation_bytes(config) / config.batch.pack_rows / each
+    groups = -(
+        -config.batch.prompts // (config.grpo.minibatches * sharding.row_multiple(parts.mesh))
+    )
+    return row_length.row_tokens(
+        row_length.Group(prompt, own, config.batch.group_size), groups, most=most
+    )
+
+
+def activation_bytes(config: ConfigDict) -> float:
+    """Returns what a micro-batch's activations may take on a device."""
+    return config.batch.memory * 1e9 or device_bytes() / SHARE
+
+
+def device_bytes() -> float:
+    """Returns the memory of a device, in whole GiB so that like machines agree."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return float(stats.get("bytes_limit", host) // 2**30 * 2**30)
 
 
 def _distribution(parts: Parts) -> dict[str, Any]:

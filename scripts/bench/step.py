@@ -22,6 +22,7 @@ import workload
 from rftjax import grpo
 from rftjax.learning import optim, update
 from rftjax.learning.batching import make_batch, most_scored
+from rftjax.learning.row_length import Group, row_tokens
 from rftjax.models.config import Config
 from rftjax.sampler.engine import Engine
 from rftjax.types import Params, TrainState, Trajectory
@@ -72,8 +73,9 @@ def set_advantages(trajectories: list[Trajectory]) -> None:
 
 
 def pack_tokens(flags: argparse.Namespace) -> int:
-    """Returns the length of a packed row: as asked for, else that of one group."""
-    return flags.pack_tokens or flags.prompt_tokens + flags.group * flags.new_tokens
+    """Returns the length of a packed row: as asked for, else what a job chooses without a bound on memory."""
+    group = Group(flags.prompt_tokens, flags.new_tokens, flags.group)
+    return flags.pack_tokens or row_tokens(group, flags.prompts)
 
 
 def one_step(
@@ -110,7 +112,7 @@ def parse() -> argparse.Namespace:
     parser = workload.arguments(__doc__)
     workload.add_engine_flags(parser)
     parser.add_argument("--steps", type=int, default=4, help="the first, which compiles, included")
-    parser.add_argument("--pack_tokens", type=int, default=0, help="0: as long as one group")
+    parser.add_argument("--pack_tokens", type=int, default=0, help="0: as a job chooses")
     parser.add_argument("--pack_rows", type=int, default=1)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--profile", default="", help="folder for a trace of the last step")

@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser = workload.arguments(__doc__)
     parser.add_argument("--forms", default="packed,unpacked")
     parser.add_argument("--steps", type=int, default=4, help="the first, which compiles, included")
-    parser.add_argument("--pack_tokens", type=int, default=0, help="0: as long as one group")
+    parser.add_argument("--pack_tokens", type=int, default=0, help="0: as a job chooses")
     parser.add_argument("--pack_rows", type=int, default=1)
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--peak", type=float, default=0.0, help="operations a second; 0: measured")
