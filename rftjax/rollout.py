@@ -165,7 +165,8 @@ class Rollout:
         """Appends what the environment said, cut where it is longer than any text that fits."""
         most = chat.CHARACTERS * self.engine.max_length
         for message in messages:
-            content = message["content"]
+            limit = self.environments.max_message_tokens
+            content = chat.shorten(self.tokenizer, message["content"], limit)
             if len(content) > most:
                 rest = len(content) - most
                 # Longer than what fits by this note, so that the conversation ends.

@@ -277,6 +277,16 @@ def test_half_a_surrogate_pair_is_named_and_no_crash():
     assert isinstance(faults[0], int) and isinstance(faults[1], chat.TextError)
 
 
+def test_a_text_is_cut_to_a_number_of_tokens_with_a_note_of_the_rest():
+    tokenizer = make()
+    assert chat.shorten(tokenizer, "abab cd", 0) == "abab cd"
+    assert chat.shorten(tokenizer, "ababab", 3) == "ababab"  # three tokens of six characters
+    assert chat.shorten(tokenizer, "ababab", 2) == "abab... [cut: 2 more characters]"
+    # Half of a character is not shown, and of a long text only the start is encoded.
+    assert chat.shorten(tokenizer, "ab\u00e9", 2) == "ab... [cut: 1 more characters]"
+    assert chat.shorten(tokenizer, "ab" * 10**6, 2) == "abab... [cut: 1999996 more characters]"
+
+
 def test_a_text_beyond_any_room_is_not_encoded():
     words = make()
     most = "a" * (10 * chat.CHARACTERS)  # may have 10 tokens, for all that is known

@@ -163,10 +163,16 @@ echo, moving = Echo(), Moving()
 class Played:
     """One episode, by the operations that a worker process runs."""
 
-    def __init__(self, runner: asyncio.Runner, name: str, data: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        name: str,
+        data: dict[str, Any] | None = None,
+        limits: Any = None,
+    ):
         self._runner, self._handler = runner, environment_handler(name, "environment")
         task = Task("t", [{"role": "user", "content": "?"}], data or {})
-        self.first = [message["content"] for message in self.run("start", task, 2)]
+        self.first = [message["content"] for message in self.run("start", task, 2, limits or {})]
 
     def run(self, operation: str, *arguments: Any) -> Any:
         result = self._handler(operation, "a", *arguments)
@@ -349,6 +355,8 @@ def test_nemo_gym_keeps_a_session_and_verifies_the_whole_conversation(play: Play
     assert "there is no tool 'drop'; there is add" in other.say(call("drop"))[0]
     assert played.say("It is 3.") == ("", 0.0, True)
     assert played.run("state") == {"reward": 1.0, "steps": 3}
+    limited = play(f"nemo_gym:{counter}", task.data, {"max_calls": 1})
+    assert "only 1 calls are run" in limited.say(call("add", count=1) * 2)[0]
     assert other.run("state") == {"reward": 0.0, "steps": 4}
     output = Counter.asked[0]["response"]["output"]
     assert [one["type"] for one in output] == ["function_call", "function_call_output", "message"]

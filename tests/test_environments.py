@@ -135,11 +135,17 @@ async def slow(text: str):
     await asyncio.sleep(0.01)
     return text + "!"
 
+def sleep(seconds: float):
+    try:
+        time.sleep(seconds)
+    except Exception:  # takes no notice of errors
+        return "awake"
+
 def secret(task, index: int):
     return task.data["secrets"][index]
 
-sync_tools = tools(add, fail, secret)
-async_tools = tools(add, fail, slow)
+sync_tools = tools(add, fail, secret, sleep)
+async_tools = tools(add, fail, slow, sleep)
 """
 
 
@@ -418,6 +424,21 @@ def test_tools_are_called_in_order_and_errors_go_to_the_model(user_file: Path, n
         assert [schema["function"]["name"] for schema in environments.tools][:2] == ["add", "fail"]
 
 
+@pytest.mark.parametrize("name", ["sync_tools", "async_tools"])
+def test_a_late_tool_and_a_call_too_many_are_told_and_the_episode_goes_on(
+    user_file: Path, name: str
+):
+    limits = {"tool_timeout_s": 1.0, "max_calls": 2}
+    with Environments(f"{user_file}:{name}", workers=1, timeout_s=30.0, **limits) as environments:
+        environments.start(0, task(), 0).result(30)
+        text = call("sleep", seconds=60) + call("add", a=1) + call("add", a=2)
+        late, right, beyond = (one["content"] for one in answer(environments, 0, text).messages)
+        assert late.startswith("Error: TimeoutError: ") and "within 1 s" in late
+        assert right == "2"
+        assert beyond.startswith("Error: ValueError: only 2 calls are run in one turn")
+        assert answer(environments, 0, call("add", a=2)).messages[0]["content"] == "3"
+
+
 def test_an_asynchronous_tool_is_awaited(user_file: Path):
     with Environments(f"{user_file}:async_tools", workers=1, timeout_s=5.0) as environments:
         environments.start(0, task(), 0)
@@ -520,7 +541,7 @@ def test_the_environments_of_the_docs_answer(tmp_path: Path, name: str):
     handler = environment_handler(f"{tmp_path / name}:{target}", "environment")
     message, task = {"role": "assistant", "content": said}, Task("t", [], data)
     if json.loads(handler.about)["stateful"]:
-        handler("start", "a", task, 0)
+        handler("start", "a", task, 0, {})
         turns = [handler("step", "a", message)]
     else:
         turns = [handler("reply", "", task, [message])]

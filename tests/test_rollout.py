@@ -559,6 +559,15 @@ def test_a_cut_turn_goes_to_the_environment_unless_a_field_ends_it(rollout):
         assert all(reward >= 0 for t in ended for reward in t.turn_rewards)
 
 
+def test_a_message_longer_than_its_limit_is_cut_and_the_model_is_told(rollout):
+    run = rollout(CHATTY)
+    run.environments.max_message_tokens = 1
+    trajectories = run(tasks(2), 1, PARAMS)
+    said = [m["content"] for t in trajectories for m in t.messages[1:] if m["role"] == "user"]
+    assert "ab" in said and "ab... [cut: 2 more characters]" in said
+    assert all(text.startswith("ab") and "abab" not in text for text in said)
+
+
 def test_a_conversation_that_starts_over_draws_fresh_noise(rollout, tmp_path):
     # Every turn is sampled from the same prompt: the template shows nothing but the first message.
     blind = "<{{ messages[0].role }}>{{ messages[0].content }}<end>{% if add_generation_prompt %}<assistant>{% endif %}"

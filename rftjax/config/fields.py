@@ -149,7 +149,14 @@ def base_config() -> ConfigDict:
                 "env": (),  # names of environment variables that evaluators get, an API key for example
                 "sandbox": False,  # True: the evaluator runs code; nothing starts without a sandbox
             },
-            "environments": {"workers": 2, "timeout_s": 60.0, "env": ()},  # env: the same
+            "environments": {
+                "workers": 2,
+                "timeout_s": 60.0,
+                "env": (),
+                "tool_timeout_s": 0.0,  # of one call of a tool; what is late is told to the model
+                "max_calls": 0,  # of tools in one turn
+                "max_message_tokens": 0,  # longer messages of environments and tools are cut
+            },
             "agents": {
                 "workers": 2,
                 "timeout_s": 300.0,  # of a whole rollout

@@ -46,6 +46,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
         "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
         "grpo.kl_refresh_steps grpo.dynamic_prompts "
+        "environments.tool_timeout_s environments.max_calls environments.max_message_tokens "
         "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
         "optim.max_nonfinite",
     ),
@@ -330,6 +331,12 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "agent",
             "takes the place of an environment; leave one of the two out",
+        )
+    found = given("environments.tool_timeout_s", "environments.timeout_s")
+    if found and found[0] >= found[1]:
+        yield (
+            "environments.tool_timeout_s",
+            f"must be below environments.timeout_s={found[1]}, which all calls of a turn share; raise that",
         )
     samples = values.get("eval.samples", 1)
     for k in values.get("eval.pass_k", ()):

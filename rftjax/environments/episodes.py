@@ -12,6 +12,7 @@ import logging
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from rftjax.environments.limits import Limits
 from rftjax.types import Message, Task, Turn
 from rftjax.workers.pool import WorkerError, Workers, done
 
@@ -24,8 +25,10 @@ class Environments:
     An empty `environment` ends every episode after the first answer and starts no process. `workers` calls run at once
     (64 times as many for asynchronous code). Futures raise WorkerError where an episode fails: user code raised,
     returned something other than messages, overran `timeout_s` seconds in one call, or its process died. `env` lists
-    environment variables to pass on besides the harmless ones. `tools` holds the tool schemas for chat templates, from
-    the environment's `schemas`. The constructor raises ValueError where the import fails; call it before JAX is used.
+    environment variables to pass on besides the harmless ones. `tool_timeout_s` and `max_calls` (in one turn) limit
+    calls of tools; the caller cuts messages to `max_message_tokens`; 0 is no limit. `tools` holds the tool schemas for
+    chat templates, from the environment's `schemas`. The constructor raises ValueError where the import fails; call it
+    before JAX is used.
     """
 
     def __init__(
@@ -35,9 +38,14 @@ class Environments:
         workers: int = 2,
         timeout_s: float = 60.0,
         env: Iterable[str] = (),
+        tool_timeout_s: float = 0.0,
+        max_calls: int = 0,
+        max_message_tokens: int = 0,
     ):
         self.tools: list[dict[str, Any]] = []
         self._timeout_s = timeout_s
+        self._limits = Limits(tool_timeout_s, max_calls)._asdict()
+        self.max_message_tokens = max_message_tokens
         self._workers: Workers | None = None
         self._stateful = self._has_state = False
         self._open: dict[Hashable, tuple[Task, str]] = {}
@@ -76,7 +84,7 @@ class Environments:
         self._open[key] = (task, session)
         if self._workers is None or not self._stateful:
             return done([])
-        return self._workers.submit("start", session, task, seed, session=session)
+        return self._workers.submit("start", session, task, seed, self._limits, session=session)
 
     def step(self, key: Hashable, messages: list[Message]) -> concurrent.futures.Future[Turn]:
         """Sends the conversation so far, which ends with the model's message; the future's result is the answer."""

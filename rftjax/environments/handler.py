@@ -12,7 +12,9 @@ import json
 from collections.abc import Callable, Generator
 from typing import Any
 
-from rftjax.environments.forms import load
+from rftjax.environments.forms import load, nemo_gym
+from rftjax.environments.limits import Limits
+from rftjax.environments.toolbox import ToolEpisode
 from rftjax.errors import UserError
 from rftjax.types import Message, Turn
 from rftjax.workers.plain import FLOAT32_MAX, checked, plain, scalar
@@ -87,7 +89,10 @@ def _operate(
     if operation == "reply":
         return as_turn((yield target(*args)), "the reply")
     if operation == "start":
-        environment = load.episode((yield target(*args)), *args)
+        task, seed, limits = args
+        environment = load.episode((yield target(task, seed)), task, seed)
+        if isinstance(environment, ToolEpisode | nemo_gym.Episode):
+            environment.limits = Limits(**limits)
         episodes[episode] = environment
         reset = getattr(environment, "reset", None)
         return as_messages((yield reset()), "reset()") if reset else []

@@ -18,7 +18,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rftjax.environments.calls import tool_calls
+from rftjax.environments.calls import Call, tool_calls
+from rftjax.environments.limits import Late, Limits, interrupted_after
 from rftjax.errors import UserError
 from rftjax.types import Message, Task, Turn
 from rftjax.workers.plain import plain
@@ -149,6 +150,8 @@ class Tool:
 class ToolEpisode:
     """One episode with tools."""
 
+    limits = Limits()
+
     def __init__(self, tools: Tools, task: Task):
         self._tools, self._task, self._servers = tools.tools, task, tools.servers
         self._remote: dict[str, Any] = {}  # the open session of each tool of a server
@@ -170,23 +173,42 @@ class ToolEpisode:
 
     def step(self, message: Message) -> Any:
         """Runs the calls of one assistant message in their order."""
-        calls = tool_calls(message, self._names())
-        answers = [_tool_message(call, self._begin(call)) for call in calls]
+        calls = self._calls(message)
+        answers = [_tool_message(call, self._run(call)) for call in calls]
         return Turn(answers, done=not calls)
 
     async def _step_async(self, message: Message) -> Turn:
         """Runs the calls of one assistant message concurrently."""
-        calls = tool_calls(message, self._names())
-        results = await asyncio.gather(*(self._run_async(call) for call in calls))
+        calls = self._calls(message)
+        results = await asyncio.gather(*(self._run_in_time(call) for call in calls))
         return Turn(
             [_tool_message(call, result) for call, result in zip(calls, results, strict=True)],
             done=not calls,
         )
 
+    def _calls(self, message: Message) -> list[Call]:
+        """Returns the calls of a message; those beyond the limit have a problem in place of arguments."""
+        return self.limits.first(tool_calls(message, self._names()))
+
     def _names(self) -> list[str]:
         return [*self._tools, *self._remote]
 
-    async def _run_async(self, call: dict[str, Any]) -> Any:
+    def _run(self, call: Call) -> Any:
+        try:
+            with interrupted_after(self.limits.tool_timeout_s):
+                return self._begin(call)
+        except Late:
+            return _told(TimeoutError(self.limits.late))
+
+    async def _run_in_time(self, call: Call) -> Any:
+        work = asyncio.ensure_future(self._run_async(call))
+        done, _ = await asyncio.wait({work}, timeout=self.limits.tool_timeout_s or None)
+        if done:
+            return work.result()
+        work.cancel()  # not waited for: it may ignore that
+        return _told(TimeoutError(self.limits.late))
+
+    async def _run_async(self, call: Call) -> Any:
         session = self._remote.get(call.get("name", ""))
         if session is not None and "problem" not in call:
             return await session.call(call["name"], call["arguments"])
@@ -199,7 +221,7 @@ class ToolEpisode:
         except Exception as error:
             return _told(error)
 
-    def _begin(self, call: dict[str, Any]) -> Any:
+    def _begin(self, call: Call) -> Any:
         try:
             if "problem" in call:
                 raise UserError(call["problem"])

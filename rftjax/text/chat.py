@@ -79,6 +79,18 @@ def encode(tokenizer: Any, text: str, most: int = 0, *, special: bool = False) -
     return list(tokenizer.encode(text, add_special_tokens=special))
 
 
+def shorten(tokenizer: Any, text: str, most: int) -> str:
+    """Returns the first `most` tokens of a text (0: all) with a note on how much is cut behind them."""
+    if not most or len(text.encode("utf-8", "replace")) < most:
+        return text
+    start = text[: CHARACTERS * most]
+    ids = encode(tokenizer, start)
+    if len(ids) <= most and start == text:
+        return text
+    kept = tokenizer.decode(ids[:most]).rstrip("\ufffd")  # of a character that was cut in two
+    return f"{kept}... [cut: {len(text) - len(kept)} more characters]"
+
+
 def render(
     tokenizer: Any,
     messages: list[Message],

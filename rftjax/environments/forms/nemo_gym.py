@@ -16,6 +16,7 @@ import urllib.request
 from typing import Any
 
 from rftjax.environments.calls import tool_calls
+from rftjax.environments.limits import Limits
 from rftjax.errors import UserError
 from rftjax.types import Message, Task, Turn
 
@@ -42,6 +43,8 @@ class Server:
 class Episode:
     """One session of a server."""
 
+    limits = Limits()
+
     def __init__(self, url: str, task: Task):
         self._url, self._row = url, dict(task.data)
         self._params = dict(self._row.get("responses_create_params") or {})
@@ -65,7 +68,7 @@ class Episode:
 
     async def step(self, message: Message) -> Turn:
         """Runs the calls of a message one after the other; a message without calls ends the episode."""
-        calls = tool_calls(message, self._tools)
+        calls = self.limits.first(tool_calls(message, self._tools))
         answers = []
         if not calls:
             self._output.append(_message(message.get("content") or "", len(self._output)))
@@ -76,7 +79,11 @@ class Episode:
                 {"type": "function_call", "id": number, "call_id": number, "status": "completed",
                  "name": call.get("name", ""), "arguments": arguments}
             )  # fmt: skip
-            told = await self._answer(call)
+            try:
+                within_s = self.limits.tool_timeout_s or None
+                told = await asyncio.wait_for(self._answer(call), within_s)
+            except TimeoutError:
+                told = json.dumps({"error": self.limits.late})
             self._output.append({"type": "function_call_output", "call_id": number, "output": told})
             answers.append({"role": "tool", "content": told, "name": call.get("name", "")})
         return Turn(answers, done=not calls)
