@@ -3,6 +3,10 @@
 Training ids are the prompt's, the sampled and the environment's ids, token for token: nothing sampled is ever encoded
 again from text. Where a chat template rewrites history, the conversation goes on in a new sequence.
 
+A call may end once some groups are complete. What was sampled of the others is carried into the next call: there each
+conversation goes on with its tokens, their log-probabilities and the versions of the policies that sampled them, while
+its keys and values are computed again by the weights of the day.
+
 What a row or an environment says can be too long for the model, or nothing that it can be shown: that ends its own
 sample, with finish reason length or error, and no other.
 """
@@ -18,11 +22,12 @@ from typing import Any, Protocol
 
 from rftjax import types
 from rftjax.environments import Environments
-from rftjax.sampler.engine import Engine, SampledTurn, noise_key
+from rftjax.sampler.engine import Engine, NoiseKey, SampledTurn, noise_key
 from rftjax.text import chat
 from rftjax.types import Message, SamplingParams, Task, Trajectory, Turn
 from rftjax.workers.pool import WorkerError
 
+CARRIED = -(1 << 30)  # the rank of conversations that go on: they get slots before all others
 TRAIN = 0  # the noise stream of training; held-out sets have the numbers from 1 on
 
 Finish = Callable[[Trajectory], None]
@@ -55,6 +60,20 @@ class Sampling(Protocol):
 
 
 @dataclasses.dataclass
+class Carried:
+    """What was sampled of a conversation whose group is not complete, one entry a token; `ended` where its turn is."""
+
+    draw: int
+    sample: int
+    tokens: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    ended: bool = False
+    stopped: bool = False
+    stop_token: int = -1
+
+
+@dataclasses.dataclass
 class _Episode:
     trajectory: Trajectory
     name: str
@@ -62,6 +81,11 @@ class _Episode:
     started: bool = False  # the environment's first messages are in
     open: bool = False  # the engine holds a conversation
     last_token: int = -1  # the stop token of the last turn
+    carried: Carried | None = None
+    kept: int = (
+        0  # tokens of the turn under way that are in its sequence already, from earlier calls
+    )
+    turn: SampledTurn | None = None  # the last one
     text: str = ""  # that the last turn went on from, as the template rendered it
     tools: list[Any] = dataclasses.field(default_factory=list)  # the row's and the environment's
     reason: str = ""  # why it ended; then the environment is asked for its end state
@@ -69,6 +93,47 @@ class _Episode:
     @property
     def key(self) -> tuple[int, int]:
         return self.trajectory.draw, self.trajectory.sample
+
+
+class _Groups:
+    """The episodes of a call by draw; with `wanted` only the first so many groups that are complete count."""
+
+    def __init__(self, size: int, wanted: int, on_finish: Finish) -> None:
+        self.size, self.wanted, self.on_finish = size, wanted, on_finish
+        self.begun: dict[int, list[_Episode]] = {}
+        self.ended: dict[int, list[Trajectory]] = {}
+        self.complete: list[int] = []
+
+    def begin(self, episode: _Episode) -> _Episode:
+        self.begun.setdefault(episode.trajectory.draw, []).append(episode)
+        return episode
+
+    def end(self, episode: _Episode) -> None:
+        """Takes an episode that ended, and tells of it once it is known to count."""
+        trajectory = episode.trajectory
+        group = self.ended.setdefault(trajectory.draw, [])
+        group.append(trajectory)
+        if not self.wanted:
+            self.on_finish(trajectory)
+        elif len(group) == self.size and not self.enough:
+            self.complete.append(trajectory.draw)
+            for one in sorted(group, key=_place):
+                self.on_finish(one)
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many groups as are wanted are complete."""
+        return 0 < self.wanted == len(self.complete)
+
+    def rest(self) -> Iterator[_Episode]:
+        """Yields the episodes that do not count."""
+        for draw, group in self.begun.items():
+            yield from () if draw in self.complete else group
+
+    def trajectories(self) -> list[Trajectory]:
+        """Returns what counts, in order."""
+        draws = self.complete if self.wanted else list(self.ended)
+        return sorted((one for draw in draws for one in self.ended[draw]), key=_place)
 
 
 class Rollout:
@@ -89,6 +154,7 @@ class Rollout:
     ) -> None:
         self.engine, self.tokenizer, self.environments = engine, tokenizer, environments
         self.seed, self.policy_version, self.stop_strings = seed, 0, stop_strings
+        self.carried: dict[tuple[int, int], Carried] = {}  # by draw and sample
         # Of each group under way: what its first turns go on from.
         self._openings: dict[int, tuple[list[Message], str, list[int]]] = {}
 
@@ -105,12 +171,20 @@ class Rollout:
         *,
         stream: int = TRAIN,
         on_finish: Finish = lambda trajectory: None,
+        wanted: int = 0,
     ) -> list[Trajectory]:
-        """Returns `group_size` trajectories a draw, in order; `on_finish` gets each one as soon as it ends."""
+        """Returns `group_size` trajectories a draw, in order; `on_finish` gets each one as soon as it ends.
+
+        With `wanted` it returns those of the first so many groups that are complete, of which `on_finish` gets whole
+        groups. What was sampled of the others is `carried`: the next such call goes on with it where it gets their
+        draws again. There is no environment then.
+        """
         self._openings.clear()
+        assert not (wanted and self.environments.active), "an environment's state is not carried"
+        carried, self.carried = (self.carried, {}) if wanted else ({}, self.carried)
+        groups = _Groups(group_size, wanted, on_finish)
         waiting: dict[tuple[int, int], _Episode] = {}
         sampling: dict[tuple[int, int], _Episode] = {}
-        finished: list[Trajectory] = []
 
         def settle(episode: _Episode, reason: str) -> None:
             if reason not in ("sample", "environment") and not episode.reason:
@@ -120,12 +194,17 @@ class Rollout:
             elif reason == "environment":
                 waiting[episode.key] = episode
             else:
-                finished.append(episode.trajectory)
-                on_finish(episode.trajectory)
+                groups.end(episode)
 
-        episodes = ((draw, task, sample) for draw, task in draws for sample in range(group_size))
+        episodes = (
+            groups.begin(self._start(draw, task, sample, stream, carried.get((draw, sample))))
+            for draw, task in draws
+            for sample in range(group_size)
+        )
         most = self.engine.rows if self.environments.active else math.inf
-        while self._begin(episodes, waiting, most - len(sampling), stream) or waiting or sampling:
+        while not groups.enough and (
+            self._begin(episodes, waiting, most - len(sampling)) or waiting or sampling
+        ):
             for episode in [episode for episode in waiting.values() if episode.future.done()]:
                 del waiting[episode.key]
                 settle(episode, self._answered(episode, params, stream))
@@ -135,31 +214,61 @@ class Rollout:
                 settle(episode, self._sampled(episode, turn, params))
             if waiting and self.engine.counters.dispatches == dispatches:
                 # Nothing to sample, or every row is held by a conversation that waits.
-                self._begin(episodes, waiting, most - len(sampling), stream)
+                self._begin(episodes, waiting, most - len(sampling))
                 futures = [episode.future for episode in waiting.values()]
                 concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
-        return sorted(finished, key=lambda trajectory: (trajectory.draw, trajectory.sample))
+        if wanted:
+            self._carry(groups.rest())
+        return groups.trajectories()
+
+    def _carry(self, episodes: Iterable[_Episode]) -> None:
+        """Closes conversations and keeps what was sampled of them."""
+        turns = {turn.key: turn for turn in self.engine.settle()}
+        for episode in episodes:
+            self.environments.close_episode(episode.name)
+            turn = episode.turn or turns.get(episode.key)
+            if turn is None and episode.open:
+                turn = SampledTurn(episode.key, *self.engine.sampled(episode.key), False)
+            if episode.open:
+                self.engine.close(episode.key)
+            if turn is None or not turn.tokens:
+                continue  # the next call begins it as this one did
+            known = episode.trajectory.sequences[0].policy_version
+            versions = [version for version in known if version >= 0]
+            versions += [self.policy_version] * (len(turn.tokens) - len(versions))
+            ended = bool(episode.turn) or episode.key in turns
+            self.carried[episode.key] = Carried(
+                *episode.key,
+                turn.tokens,
+                turn.logprobs,
+                versions,
+                ended,
+                turn.stopped,
+                turn.stop_token,
+            )
 
     def _begin(
         self,
-        episodes: Iterator[tuple[int, Task, int]],
+        episodes: Iterator[_Episode],
         waiting: dict[tuple[int, int], _Episode],
         most: float,
-        stream: int,
     ) -> bool:
         """Starts further episodes, in their order, until `most` wait; says whether it started any."""
         before = len(waiting)
-        while len(waiting) < most and (following := next(episodes, None)):
-            episode = self._start(*following, stream)
+        while len(waiting) < most and (episode := next(episodes, None)):
             waiting[episode.key] = episode
         return len(waiting) > before
 
-    def _start(self, draw: int, task: Task, sample: int, stream: int) -> _Episode:
+    def _start(
+        self, draw: int, task: Task, sample: int, stream: int, carried: Carried | None
+    ) -> _Episode:
         """Asks the environment for its first messages; the seed is the group's."""
         name = f"{stream}/{draw}/{sample}"
         seed = zlib.crc32(f"{self.seed}/{stream}/{draw}".encode())
         trajectory = Trajectory(task, draw, sample, [dict(message) for message in task.messages])
-        return _Episode(trajectory, name, self.environments.start(name, task, seed))
+        return _Episode(
+            trajectory, name, self.environments.start(name, task, seed), carried=carried
+        )
 
     def _said(self, trajectory: Trajectory, messages: list[Message]) -> None:
         """Appends what the environment said, cut where it is longer than any text that fits."""
@@ -255,7 +364,39 @@ class Rollout:
             stream, trajectory.draw, trajectory.sample, sequence=len(trajectory.sequences) - 1
         )
         params = dataclasses.replace(params, temperature=own or params.temperature)
-        self.engine.open(episode.key, prompt, min(params.max_new_tokens, room), noise, params)
+        budget = min(params.max_new_tokens, room)
+        if episode.carried is not None:
+            return self._go_on_carried(episode, episode.carried, budget, noise, params)
+        self.engine.open(episode.key, prompt, budget, noise, params)
+        episode.open = True
+        return "sample"
+
+    def _go_on_carried(
+        self,
+        episode: _Episode,
+        carried: Carried,
+        budget: int,
+        noise: NoiseKey,
+        params: SamplingParams,
+    ) -> str:
+        """Goes on with a conversation of an earlier call; returns "sample", or what the end of its turn leads to."""
+        sequence, tokens = episode.trajectory.sequences[0], carried.tokens
+        sequence.extend(tokens, carried.logprobs, carried.versions)
+        episode.kept = len(tokens)
+        if carried.ended:
+            turn = SampledTurn(
+                episode.key, tokens, carried.logprobs, carried.stopped, carried.stop_token
+            )
+            return self._sampled(episode, turn, params)
+        self.engine.open(
+            episode.key,
+            sequence.tokens,
+            budget - len(tokens),
+            noise,
+            params,
+            rank=CARRIED,
+            turn=(tokens, carried.logprobs),
+        )
         episode.open = True
         return "sample"
 
@@ -292,8 +433,11 @@ class Rollout:
 
     def _sampled(self, episode: _Episode, turn: SampledTurn, params: SamplingParams) -> str:
         """Takes a turn; returns "environment", or "length" where a token limit cut it and it goes to none."""
-        trajectory = episode.trajectory
-        trajectory.sequences[-1].extend(turn.tokens, turn.logprobs, self.policy_version)
+        trajectory, kept = episode.trajectory, episode.kept
+        trajectory.sequences[-1].extend(
+            turn.tokens[kept:], turn.logprobs[kept:], self.policy_version
+        )
+        episode.turn, episode.kept = turn, 0
         content = chat.decode(
             self.tokenizer,
             turn.tokens,
@@ -310,3 +454,7 @@ class Rollout:
         episode.last_token = turn.stop_token
         episode.future = self.environments.step(episode.name, trajectory.messages)
         return "environment"
+
+
+def _place(trajectory: Trajectory) -> tuple[int, int]:
+    return trajectory.draw, trajectory.sample

@@ -41,10 +41,10 @@ def train(
         checkpoints = open_checkpoints(parts)
         binding = open_binding(parts, stream, accepted)
         start = step = binding.start(checkpoints, restart_from)
-        if start:
-            stream.restore(checkpoints.restore_host(start)["stream"])
-        recorder = open_recorder(parts, start)
         prefetch = make_prefetch(parts, stream)
+        if start:
+            prefetch.restore(checkpoints.restore_host(start)["stream"])
+        recorder = open_recorder(parts, start)
         schedule = Schedule(config, stop_after, parts.heldout, checkpoints, recorder, interruption)
         with Saving(
             checkpoints, interruption, recorder, prefetch.close, bind=binding.bind

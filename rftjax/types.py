@@ -72,16 +72,23 @@ class Sequence:
     policy_version: list[int] = dataclasses.field(default_factory=list)
 
     def extend(
-        self, tokens: list[int], logprobs: list[float] | None = None, policy_version: int = -1
+        self,
+        tokens: list[int],
+        logprobs: list[float] | None = None,
+        policy_version: int | list[int] = -1,
     ) -> None:
-        """Appends tokens: sampled ones where `logprobs` is given, else ones that the policy was given."""
+        """Appends tokens: sampled ones where `logprobs` is given, else ones that the policy was given.
+
+        `policy_version` is that of all sampled tokens, or of each.
+        """
         count = len(tokens)
         if logprobs is not None and len(logprobs) != count:
             raise ValueError(f"{count} sampled tokens came with {len(logprobs)} log-probabilities")
         self.tokens += tokens
         self.sampled += [logprobs is not None] * count
         self.logprobs += logprobs if logprobs is not None else [0.0] * count
-        self.policy_version += [policy_version if logprobs is not None else -1] * count
+        versions = policy_version if logprobs is not None else -1
+        self.policy_version += versions if isinstance(versions, list) else [versions] * count
 
 
 @dataclasses.dataclass

@@ -450,3 +450,13 @@ def test_the_cache_may_lie_in_the_home_directory(monkeypatch):
 def test_a_spec_in_the_home_directory_is_found(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert command("--config=~/spec.py:debug")[0] == 0
+
+
+def test_answers_that_go_on_are_weighed_and_not_taken_with_what_no_checkpoint_holds():
+    config_lib.check(complete(rollout__partial=2, grpo__tis_cap=2.0))
+    text = complaint(complete(rollout__partial=2, grpo__tis_cap=0.0))
+    assert "rollout.partial=2: must be 0 where grpo.tis_cap is 0.0" in text
+    text = complaint(complete(rollout__partial=2, grpo__tis_cap=2.0, overlap__max_staleness=1))
+    assert "rollout.partial=2: must be 0 with overlap.max_staleness=1" in text
+    text = complaint(complete(rollout__partial=2, grpo__tis_cap=2.0, environment="json:loads"))
+    assert "rollout.partial=2: must be 0 with environment" in text

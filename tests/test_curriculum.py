@@ -130,6 +130,13 @@ def test_a_restored_stream_goes_on_as_if_it_had_never_stopped(stream, name):
     assert play(stream(name, seed=4), 6) != expected
 
 
+def test_a_restored_stream_knows_the_draws_that_are_under_way(stream):
+    first, second = stream("Hardest"), stream("Hardest")
+    draws = first.next(4)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert [second.task(draw).id for draw, _ in draws] == [task.id for _, task in draws]
+
+
 def test_looking_ahead_changes_nothing(stream):
     for name in ("Hardest", "ramp"):
         looking, other = stream(name), stream(name)

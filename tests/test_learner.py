@@ -320,13 +320,19 @@ def test_answers_of_mixed_lengths_compile_nothing_that_was_not_compiled_ahead(mo
     assert not [name for name in compiled if "update" in name or "score" in name]
 
 
-def test_staleness_is_that_of_the_oldest_sample_that_is_trained_on():
+def test_ages_are_those_of_the_sampled_tokens_that_are_trained_on():
     one = real_learner(drop_zero_variance=True)
     sampled = [*group(0, [0, 1]), *group(1, [0, 1]), *group(2, [1, 1])]
     for version, trajectory in zip((4, 4, 4, 3, 1, 1), sampled, strict=True):
         trajectory.sequences[0].policy_version = [-1] * 2 + [version] * 4
     _, metrics = one.batch(TrainState(5, {}, {}, ()), sampled, 1)
     assert metrics["rollout/staleness"] == 2.0
+    assert metrics["rollout/older_share"] == 1.0
+    assert metrics["rollout/age_mean"] == 5 - (4 + 4 + 4 + 3) / 4
+    sampled[0].sequences[0].policy_version = [-1, -1, 3, 5, 5, 5]  # of several policies
+    _, metrics = one.batch(TrainState(5, {}, {}, ()), sampled, 1)
+    assert metrics["rollout/older_share"] == 13 / 16
+    assert metrics["rollout/age_mean"] == (2 + 4 + 4 + 8) / 16
 
 
 @pytest.mark.parametrize("frozen", [{}, {"kernel": jnp.ones(2)}])

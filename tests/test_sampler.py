@@ -695,6 +695,29 @@ def test_cache_lengths_are_few_and_at_most_a_quarter_too_long():
     assert len(set(lengths)) < 18
 
 
+@pytest.mark.parametrize("find_stop", [None, lambda tokens, start: 9 if len(tokens) >= 9 else 0])
+def test_a_turn_that_goes_on_is_the_turn_in_one_piece(weights, find_stop):
+    """With a stop string that is known from all of the turn."""
+    prompt, key = random_prompts(1)[0], (0, 0)
+    engine = new_engine(weights, find_stop=find_stop)
+    engine.open(key, prompt, 14, noise_key(0, 0, 0))
+    whole = finish(engine)[key]
+    assert len(whole.tokens) == (9 if find_stop else 14)
+    engine = new_engine(weights, find_stop=find_stop, dispatch_steps=2)
+    engine.open(key, prompt, 14, noise_key(0, 0, 0))
+    engine.step()
+    assert not engine.settle() and engine.settle() == []  # nothing is in flight any more
+    tokens, logprobs = engine.sampled(key)
+    assert len(tokens) == 4  # of two dispatches
+    engine.close(key)
+    engine.set_params(weights)
+    again = prompt + tokens, 14 - len(tokens), noise_key(0, 0, 0)
+    engine.open(key, *again, turn=(tokens, logprobs))
+    turn = finish(engine)[key]
+    assert turn.tokens == whole.tokens and turn.stopped == whole.stopped
+    assert turn.logprobs == pytest.approx(whole.logprobs, abs=1e-5)
+
+
 def test_a_draw_inverts_the_running_sum():
     probabilities = np.zeros(300)
     probabilities[[3, 130, 131, 290]] = [0.25, 0.25, 0.4, 0.1]

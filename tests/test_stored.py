@@ -86,8 +86,8 @@ def test_a_resumed_run_may_change_what_cannot_change_its_results(field):
 
 FIXED = """
 seed batch.prompts batch.group_size sampler.max_new_tokens sampler.temperature sampler.top_p sampler.top_k sampler.stop
-rollout.max_turns overlap.max_staleness optim.clip optim.schedule lora.rank lora.alpha model.dtype model.init
-grpo.preset grpo.kl_weight
+rollout.max_turns rollout.partial overlap.max_staleness optim.clip optim.schedule lora.rank lora.alpha model.dtype
+model.init grpo.preset grpo.kl_weight
 """
 
 

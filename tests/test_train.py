@@ -243,6 +243,30 @@ def test_sampling_ahead_is_one_update_behind_and_resumes_bit_for_bit(config, tmp
     assert_equal(last_state(halves), last_state(whole))
 
 
+def test_unfinished_answers_go_on_in_the_next_step_and_a_resume_repeats_them(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.rollout.partial, config.sampler.dispatch_steps = 2, 2
+    config.eval.every, config.checkpoint.every = 0, 0
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    modes.run("train", config, {}, whole, 0)
+    lines = [line for line in lines_of(whole) if line["step"]]
+    assert lines[0]["rollout/older_share"] == 0 and lines[0]["tis/mean"] == pytest.approx(
+        1, abs=0.01
+    )
+    assert max(line["rollout/older_share"] for line in lines) > 0.1
+    assert json.loads((whole / "config.json").read_text())["grpo"]["tis_cap"] == 2.0
+    modes.run("train", config, {}, halves, 3)
+    modes.run("train", config, {}, halves, 0)
+    assert_equal(last_state(halves), last_state(whole))
+    taken = []
+    for step in range(1, STEPS + 1):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        rows = [json.loads(row) for row in (whole / name).read_text().splitlines()]
+        assert rows == [json.loads(row) for row in (halves / name).read_text().splitlines()]
+        taken += [(row["draw"], row["sample"]) for row in rows]
+    assert len(set(taken)) == len(taken) == STEPS * 4 * 4
+
+
 def test_eval_mode_scores_the_last_checkpoint(config, whole, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
     modes.run("eval", config, {}, whole, 0)

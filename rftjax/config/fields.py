@@ -140,6 +140,7 @@ def base_config() -> ConfigDict:
                 # What becomes of a turn that a token limit cut: the environment answers it ("environment"), the
                 # episode ends ("end"), or ends and is not trained on ("mask").
                 "truncated_turns": "environment",
+                "partial": 0,  # prompts under way beside a step's, whose unfinished answers the next step goes on with
             },
             "overlap": {"max_staleness": 0},  # 1: the next batch is sampled while this one trains
             "scoring": {

@@ -45,7 +45,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "checkpoint.every logging.rollouts serving.max_waiting lora.rank eval.patience eval.dead_steps "
         "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
         "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
-        "grpo.kl_refresh_steps grpo.dynamic_prompts "
+        "grpo.kl_refresh_steps grpo.dynamic_prompts rollout.partial "
         "environments.tool_timeout_s environments.max_calls environments.max_message_tokens "
         "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
         "optim.max_nonfinite",
@@ -419,11 +419,32 @@ def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "overlap.max_staleness",
                 "must be 0 with grpo.dynamic_prompts, which are known only once a batch is scored",
             )
+    yield from _partial_problems(values)
     limit = values.get("sampler.max_new_tokens", 0) * values.get("rollout.max_turns", 1)
     if limit and values.get("grpo.overlong_buffer", 0) >= limit:
         yield "grpo.overlong_buffer", f"must be below the {limit} tokens that may be sampled"
     if values.get("lora.path") and values.get("lora.rank") == 0:
         yield "lora.path", "must be empty where lora.rank is 0; give the rank of those adapters"
+
+
+def _partial_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields what does not fit together with answers that go on in the next step."""
+    if not values.get("rollout.partial"):
+        return
+    if values.get("grpo.tis_cap") == 0:
+        yield (
+            "rollout.partial",
+            "must be 0 where grpo.tis_cap is 0.0: nothing would weigh tokens of older weights; leave that field out,"
+            " which makes it 2.0",
+        )
+    for field in ("environment", "agent"):
+        if values.get(field):
+            yield (
+                "rollout.partial",
+                f"must be 0 with {field}, whose state no checkpoint holds; overlap.max_staleness=1 hides its time",
+            )
+    if values.get("overlap.max_staleness"):
+        yield "rollout.partial", "must be 0 with overlap.max_staleness=1; choose one of them"
 
 
 def _mesh_problems(

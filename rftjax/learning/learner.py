@@ -17,7 +17,7 @@ from rftjax.devices.compilation import Program
 from rftjax.learning import batching, custom, merging, update
 from rftjax.learning.batching import make_batch
 from rftjax.models import decoder
-from rftjax.monitor.rollouts import by_draw, is_valid, policy_versions, reward_of, sampled_tokens
+from rftjax.monitor.rollouts import ages, by_draw, is_valid, reward_of, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
 
 
@@ -80,9 +80,7 @@ class Learner:
             set_advantages(chosen, self.fields, penalties)
         moved = sum(trajectory.advantage != 0 for trajectory in chosen)
         metrics["batch/effective_share"] = moved / max(len(trajectories), 1)
-        now = int(jax.device_get(state.step))
-        versions = set[int]().union(*(policy_versions(one) for one in chosen))
-        metrics["rollout/staleness"] = float(now - min(versions, default=now))
+        metrics |= ages(chosen, int(jax.device_get(state.step)))
         metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
         finished = [
             Minibatch(

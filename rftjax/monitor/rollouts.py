@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import re
@@ -106,13 +107,23 @@ def is_valid(trajectory: Trajectory) -> bool:
     return trajectory.score is not None and trajectory.score.valid
 
 
-def policy_versions(trajectory: Trajectory) -> set[int]:
-    """The versions of the policy that sampled its tokens."""
+def policy_versions(trajectories: Iterable[Trajectory]) -> collections.Counter[int]:
+    """Returns how many tokens each version of the policy sampled."""
+    counts = collections.Counter[int]()
+    for trajectory in trajectories:
+        for sequence in trajectory.sequences:
+            counts.update(itertools.compress(sequence.policy_version, sequence.sampled))
+    return counts
+
+
+def ages(trajectories: Iterable[Trajectory], now: int) -> dict[str, float]:
+    """Returns metrics of how many updates the policy `now` is ahead of those that sampled the tokens."""
+    counts = policy_versions(trajectories)
+    total = max(counts.total(), 1)
     return {
-        version
-        for sequence in trajectory.sequences
-        for version, sampled in zip(sequence.policy_version, sequence.sampled, strict=True)
-        if sampled
+        "rollout/staleness": float(now - min(counts, default=now)),
+        "rollout/older_share": sum(n for version, n in counts.items() if version < now) / total,
+        "rollout/age_mean": sum((now - version) * n for version, n in counts.items()) / total,
     }
 
 

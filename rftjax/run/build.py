@@ -36,6 +36,8 @@ from rftjax.weights import lora
 
 log = logging.getLogger(__name__)
 
+TIS_CAP = 2.0  # the default of grpo.tis_cap where a step trains on tokens of older weights
+
 
 def complete_config(
     config: ConfigDict,
@@ -50,9 +52,10 @@ def complete_config(
     """
     config = expand_home(config)
     names = {**grpo.ADVANTAGE_DEFAULTS, **grpo.LOSS_DEFAULTS}
-    fields = grpo.preset_fields(
-        config.grpo.preset, {name: config.grpo[name] for name in names if name in config.grpo}
-    )
+    given = {name: config.grpo[name] for name in names if name in config.grpo}
+    if config.rollout.get("partial") and given.get("tis_cap") is None:
+        given["tis_cap"] = TIS_CAP
+    fields = grpo.preset_fields(config.grpo.preset, given)
     if fields["max_tokens"] == 0:
         fields["max_tokens"] = config.sampler.max_new_tokens * config.rollout.max_turns
     with config.unlocked():

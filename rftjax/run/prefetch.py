@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rftjax.run.build import Parts
+from rftjax.run.partial import Partial
 from rftjax.run.sampling import sampling_params
 from rftjax.tasks import TaskStream
 from rftjax.types import Task, TrainState, Trajectory
@@ -61,20 +62,27 @@ class Prefetch:
         """Returns the stream's state for a checkpoint: draws that were begun and not trained on come again."""
         return self.stream.state() if self._begun is None else self._before
 
+    def restore(self, position: dict[str, Any]) -> None:
+        """Goes on from what `position` returned."""
+        self.stream.restore(position)
+
     def close(self) -> None:
         """Waits for what was begun and gives it up."""
         self._thread.shutdown(cancel_futures=True)
 
 
-def make_prefetch(parts: Parts, stream: TaskStream) -> Prefetch:
+def make_prefetch(parts: Parts, stream: TaskStream) -> Prefetch | Partial:
     """Returns what samples the training batches of the stream."""
     config, params = parts.config, sampling_params(parts.config)
+    size = config.batch.group_size
 
-    def sample(draws: list[tuple[int, Task]]) -> list[Trajectory]:
-        size = config.batch.group_size
-        return parts.rollout(draws, size, params, on_finish=parts.scorer.of_groups(size))
+    def sample(draws: list[tuple[int, Task]], wanted: int = 0) -> list[Trajectory]:
+        finish = parts.scorer.of_groups(size)
+        return parts.rollout(draws, size, params, on_finish=finish, wanted=wanted)
 
     weights = parts.sampler_weights
+    if ahead := config.rollout.partial:
+        return Partial(stream, parts.rollout, weights.load, sample, weights.release, ahead)
     return Prefetch(
         stream, config.batch.prompts, weights.load, sample, weights.release, **config.overlap
     )

@@ -43,7 +43,7 @@ def _programs(parts: Parts, learner: Learner, stream: TaskStream) -> Iterator[Pr
     state = parts.state_builder.abstract_state
     yield from learner.programs(state)
     weights = parts.sampler_weights.program(state).abstract_output()
-    ahead = stream.upcoming(parts.config.batch.prompts)
+    ahead = stream.upcoming(parts.config.batch.prompts + parts.config.rollout.partial)
     prompts = chat.prompts(parts.policy.tokenizer, ahead, tools=parts.environments.tools or None)
     params = sampling_params(parts.config)
     yield from parts.rollout.engine.programs(

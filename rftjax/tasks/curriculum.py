@@ -90,13 +90,13 @@ class ChosenStream(TaskStream):
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on from here, as JSON-able values."""
-        return {**super().state(), "sampling": self._stored()}
+        return {**super().state(), "sampling": self._stored(), "chosen": list(self._chosen.items())}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the stream and the object; raises UserError for the state of other tasks or another seed."""
         super().restore(state)
         self._call(self._chooser.restore, state["sampling"])
-        self._chosen.clear()
+        self._chosen = dict(state.get("chosen", ()))
 
     def _choose(self, count: int) -> list[int]:
         places = self._call(self._chooser.next, count)
