@@ -81,6 +81,7 @@ class _Episode:
     started: bool = False  # the environment's first messages are in
     open: bool = False  # the engine holds a conversation
     last_token: int = -1  # the stop token of the last turn
+    rank: int = 0  # the engine's
     carried: Carried | None = None
     kept: int = (
         0  # tokens of the turn under way that are in its sequence already, from earlier calls
@@ -136,6 +137,30 @@ class _Groups:
         return sorted((one for draw in draws for one in self.ended[draw]), key=_place)
 
 
+class _Lengths:
+    """Tokens of a task's last answers on average, by which long ones get slots first and do not decode alone."""
+
+    def __init__(self) -> None:
+        self._means: dict[tuple[int, str], float] = {}
+        self._sum = 0.0
+
+    def rank(self, stream: int, task: Task) -> int:
+        """Returns the engine's rank of a conversation; a task that was not yet answered counts as a usual one."""
+        usual = self._sum / max(len(self._means), 1)
+        return -round(self._means.get((stream, task.id), usual))
+
+    def take(self, stream: int, trajectories: Iterable[Trajectory]) -> None:
+        """Takes the answers of a call."""
+        counts: dict[tuple[int, str], list[int]] = {}
+        for one in trajectories:
+            tokens = sum(sum(sequence.sampled) for sequence in one.sequences)
+            counts.setdefault((stream, one.task.id), []).append(tokens)
+        for key, found in counts.items():
+            mean = sum(found) / len(found)
+            self._sum += mean - self._means.get(key, 0.0)
+            self._means[key] = mean
+
+
 class Rollout:
     """Samples groups of conversations with one engine; `policy_version` is stamped on every sampled token.
 
@@ -155,6 +180,7 @@ class Rollout:
         self.engine, self.tokenizer, self.environments = engine, tokenizer, environments
         self.seed, self.policy_version, self.stop_strings = seed, 0, stop_strings
         self.carried: dict[tuple[int, int], Carried] = {}  # by draw and sample
+        self._lengths = _Lengths()
         # Of each group under way: what its first turns go on from.
         self._openings: dict[int, tuple[list[Message], str, list[int]]] = {}
 
@@ -196,11 +222,14 @@ class Rollout:
             else:
                 groups.end(episode)
 
-        episodes = (
-            groups.begin(self._start(draw, task, sample, stream, carried.get((draw, sample))))
-            for draw, task in draws
-            for sample in range(group_size)
-        )
+        def start(draw: int, task: Task, sample: int) -> _Episode:
+            episode = self._start(draw, task, sample, stream)
+            episode.carried = carried.get(episode.key)
+            # What is complete first must not depend on what no checkpoint holds.
+            episode.rank = 0 if wanted else self._lengths.rank(stream, task)
+            return groups.begin(episode)
+
+        episodes = (start(draw, task, one) for draw, task in draws for one in range(group_size))
         most = self.engine.rows if self.environments.active else math.inf
         while not groups.enough and (
             self._begin(episodes, waiting, most - len(sampling)) or waiting or sampling
@@ -219,7 +248,9 @@ class Rollout:
                 concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
         if wanted:
             self._carry(groups.rest())
-        return groups.trajectories()
+        trajectories = groups.trajectories()
+        self._lengths.take(stream, trajectories)
+        return trajectories
 
     def _carry(self, episodes: Iterable[_Episode]) -> None:
         """Closes conversations and keeps what was sampled of them."""
@@ -259,16 +290,12 @@ class Rollout:
             waiting[episode.key] = episode
         return len(waiting) > before
 
-    def _start(
-        self, draw: int, task: Task, sample: int, stream: int, carried: Carried | None
-    ) -> _Episode:
+    def _start(self, draw: int, task: Task, sample: int, stream: int) -> _Episode:
         """Asks the environment for its first messages; the seed is the group's."""
         name = f"{stream}/{draw}/{sample}"
         seed = zlib.crc32(f"{self.seed}/{stream}/{draw}".encode())
         trajectory = Trajectory(task, draw, sample, [dict(message) for message in task.messages])
-        return _Episode(
-            trajectory, name, self.environments.start(name, task, seed), carried=carried
-        )
+        return _Episode(trajectory, name, self.environments.start(name, task, seed))
 
     def _said(self, trajectory: Trajectory, messages: list[Message]) -> None:
         """Appends what the environment said, cut where it is longer than any text that fits."""
@@ -367,7 +394,7 @@ class Rollout:
         budget = min(params.max_new_tokens, room)
         if episode.carried is not None:
             return self._go_on_carried(episode, episode.carried, budget, noise, params)
-        self.engine.open(episode.key, prompt, budget, noise, params)
+        self.engine.open(episode.key, prompt, budget, noise, params, rank=episode.rank)
         episode.open = True
         return "sample"
 

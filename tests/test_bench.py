@@ -83,6 +83,32 @@ def test_a_decode_step_stands_beside_its_floor(bench, parts):
             assert set(found["floor_s"]) == {"weights", "cache", "products"}
 
 
+def test_lognormal_lengths_up_to_4096_take_at_most_1_15_times_the_bound_of_decode_steps(bench):
+    flags = ("--answers=128", "--slots=16", "--shared=0.8", "--partial_steps=2", "--seed=1")
+    found = bench("host", MODEL, "--forms=tails", *flags)["tails"]["shared_0.8"]
+    over = {name: one["over_bound"] for name, one in found.items()}
+    assert over["by_earlier_lengths"] <= 1.15 < over["in_order"]
+    assert over["partial"] <= 1.15
+
+
+def test_the_hosts_part_of_a_step_is_told_beside_the_devices(bench):
+    flags = ("--conversations=32", "--turns=2", "--turn_tokens=4", "--environment_tokens=6")
+    said = bench(
+        "host",
+        MODEL,
+        "--forms=step",
+        *flags,
+        "--prompt_tokens=9",
+        "--slots=8",
+        "--s_per_decode_step=0.1",
+    )
+    assert said["device_s"] == pytest.approx(0.1 * said["step"]["decode_steps"])
+    assert said["share"] == pytest.approx(
+        said["step"]["host_s"] / (said["step"]["host_s"] + said["device_s"]), rel=1e-4
+    )
+    assert said["longer"]["tokens"] > 3 * said["fewer"]["tokens"]
+
+
 def test_the_forms_of_sampling_count_steps_and_tokens(bench):
     flags = ("--slots=4", "--requests=8", "--shortest=2", "--longest=8", "--median_tokens=4")
     turns = ("--turn_tokens=3", "--environment_tokens=7", "--wait_dispatches=2")

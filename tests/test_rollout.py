@@ -80,7 +80,14 @@ def tokenizer(tmp_path_factory):
 
 
 class Listener(Engine):
-    """An engine that keeps the turns it gave out."""
+    """An engine that keeps the turns it gave out, and the order in which conversations get slots."""
+
+    def _admit(self):
+        before = set(self._in_slots.values())
+        copies = super()._admit()
+        admitted = [c.key for c in self._in_slots.values() if c not in before]
+        self.admitted = getattr(self, "admitted", []) + admitted
+        return copies
 
     def step(self):
         turns = super().step()
@@ -651,3 +658,20 @@ def test_a_turn_that_a_stop_string_ended_gets_the_end_that_it_lacks(rollout, tok
             answer = f"{end}<user>{'ab' * index}<end><assistant>"
             wanted += tokenizer.encode(answer, add_special_tokens=False) + turns[index].tokens
         assert trajectory.sequences[0].tokens == wanted
+
+
+def test_tasks_whose_answers_were_long_start_first_and_change_no_token(rollout):
+    run, params = rollout(slots=2), SamplingParams(40)
+    first = run(tasks(8), 2, params)
+    means = {
+        draw: sum(sum(one.sequences[0].sampled) for one in first if one.draw == draw) / 2
+        for draw in range(8)
+    }
+    assert run.engine.admitted == [(draw, sample) for draw in range(8) for sample in range(2)]
+    run.engine.admitted = []
+    assert run(tasks(8), 2, params) == first
+    lengths = [round(means[draw]) for draw, _ in run.engine.admitted]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 2
+    run.engine.admitted = []
+    run(tasks(8), 2, params, stream=1)  # answers of another stream say nothing
+    assert run.engine.admitted == [(draw, sample) for draw in range(8) for sample in range(2)]
