@@ -78,9 +78,11 @@ def run(flags: Any, policy: rftjax.Policy, conversations: int, turns: int) -> di
         with Environments(f"{source}:reply") as environments, Replaced(standin):
             rollout = Rollout(engine, tokenizer, environments)
             prompt = " ".join((words * 9)[: flags.prompt_tokens])
+            texts = [f"{draw} {prompt}" for draw in range(conversations // flags.group)]
+            plain = not tokenizer.chat_template
             tasks = [
-                Task(str(draw), [{"role": "user", "content": f"{draw} {prompt}"}])
-                for draw in range(conversations // flags.group)
+                Task(text, [{"role": "user", "content": text}], prompt=text if plain else None)
+                for text in texts
             ]
             params = SamplingParams(flags.turn_tokens, turns)
             start, wall = time.process_time(), time.perf_counter()
