@@ -40,7 +40,9 @@ class StandIn:
         given_B9, bounds_2 = np.asarray(rest[0]), np.asarray(rest[3])
         left_B = rows[0] if type(rows) is tuple else np.zeros(len(given_B9), np.int32)
         left_B = np.where(given_B9[:, 2] != device.KEPT, given_B9[:, 2], left_B)
-        for row in np.flatnonzero(given_B9[:, 2] > 0) if self.length else ():
+        for row in np.flatnonzero(given_B9[:, 2] > 0):
+            if self.length is None:
+                break
             _, position, budget, _, draw, sample, *_ = given_B9[row].tolist()
             left_B[row] = min(budget, self.length(draw, sample) - position - 1)
         most, enough = bounds_2.tolist()
