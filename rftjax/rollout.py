@@ -17,11 +17,12 @@ import concurrent.futures
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from rftjax import types
 from rftjax.environments import Environments
+from rftjax.groups import Carried, Finish, Groups, Lengths
 from rftjax.sampler.engine import Engine, NoiseKey, SampledTurn, noise_key
 from rftjax.text import chat
 from rftjax.types import Message, SamplingParams, Task, Trajectory, Turn
@@ -29,8 +30,6 @@ from rftjax.workers.pool import WorkerError
 
 CARRIED = -(1 << 30)  # the rank of conversations that go on: they get slots before all others
 TRAIN = 0  # the noise stream of training; held-out sets have the numbers from 1 on
-
-Finish = Callable[[Trajectory], None]
 
 
 class Sampling(Protocol):
@@ -60,20 +59,6 @@ class Sampling(Protocol):
 
 
 @dataclasses.dataclass
-class Carried:
-    """What was sampled of a conversation whose group is not complete, one entry a token; `ended` where its turn is."""
-
-    draw: int
-    sample: int
-    tokens: list[int]
-    logprobs: list[float]
-    versions: list[int]
-    ended: bool = False
-    stopped: bool = False
-    stop_token: int = -1
-
-
-@dataclasses.dataclass
 class _Episode:
     trajectory: Trajectory
     name: str
@@ -96,71 +81,6 @@ class _Episode:
         return self.trajectory.draw, self.trajectory.sample
 
 
-class _Groups:
-    """The episodes of a call by draw; with `wanted` only the first so many groups that are complete count."""
-
-    def __init__(self, size: int, wanted: int, on_finish: Finish) -> None:
-        self.size, self.wanted, self.on_finish = size, wanted, on_finish
-        self.begun: dict[int, list[_Episode]] = {}
-        self.ended: dict[int, list[Trajectory]] = {}
-        self.complete: list[int] = []
-
-    def begin(self, episode: _Episode) -> _Episode:
-        self.begun.setdefault(episode.trajectory.draw, []).append(episode)
-        return episode
-
-    def end(self, episode: _Episode) -> None:
-        """Takes an episode that ended, and tells of it once it is known to count."""
-        trajectory = episode.trajectory
-        group = self.ended.setdefault(trajectory.draw, [])
-        group.append(trajectory)
-        if not self.wanted:
-            self.on_finish(trajectory)
-        elif len(group) == self.size and not self.enough:
-            self.complete.append(trajectory.draw)
-            for one in sorted(group, key=_place):
-                self.on_finish(one)
-
-    @property
-    def enough(self) -> bool:
-        """Whether as many groups as are wanted are complete."""
-        return 0 < self.wanted == len(self.complete)
-
-    def rest(self) -> Iterator[_Episode]:
-        """Yields the episodes that do not count."""
-        for draw, group in self.begun.items():
-            yield from () if draw in self.complete else group
-
-    def trajectories(self) -> list[Trajectory]:
-        """Returns what counts, in order."""
-        draws = self.complete if self.wanted else list(self.ended)
-        return sorted((one for draw in draws for one in self.ended[draw]), key=_place)
-
-
-class _Lengths:
-    """Tokens of a task's last answers on average, by which long ones get slots first and do not decode alone."""
-
-    def __init__(self) -> None:
-        self._means: dict[tuple[int, str], float] = {}
-        self._sum = 0.0
-
-    def rank(self, stream: int, task: Task) -> int:
-        """Returns the engine's rank of a conversation; a task that was not yet answered counts as a usual one."""
-        usual = self._sum / max(len(self._means), 1)
-        return -round(self._means.get((stream, task.id), usual))
-
-    def take(self, stream: int, trajectories: Iterable[Trajectory]) -> None:
-        """Takes the answers of a call."""
-        counts: dict[tuple[int, str], list[int]] = {}
-        for one in trajectories:
-            tokens = sum(sum(sequence.sampled) for sequence in one.sequences)
-            counts.setdefault((stream, one.task.id), []).append(tokens)
-        for key, found in counts.items():
-            mean = sum(found) / len(found)
-            self._sum += mean - self._means.get(key, 0.0)
-            self._means[key] = mean
-
-
 class Rollout:
     """Samples groups of conversations with one engine; `policy_version` is stamped on every sampled token.
 
@@ -180,7 +100,7 @@ class Rollout:
         self.engine, self.tokenizer, self.environments = engine, tokenizer, environments
         self.seed, self.policy_version, self.stop_strings = seed, 0, stop_strings
         self.carried: dict[tuple[int, int], Carried] = {}  # by draw and sample
-        self._lengths = _Lengths()
+        self._lengths = Lengths()
         # Of each group under way: what its first turns go on from.
         self._openings: dict[int, tuple[list[Message], str, list[int]]] = {}
 
@@ -208,7 +128,7 @@ class Rollout:
         self._openings.clear()
         assert not (wanted and self.environments.active), "an environment's state is not carried"
         carried, self.carried = (self.carried, {}) if wanted else ({}, self.carried)
-        groups = _Groups(group_size, wanted, on_finish)
+        groups = Groups(group_size, wanted, on_finish)
         waiting: dict[tuple[int, int], _Episode] = {}
         sampling: dict[tuple[int, int], _Episode] = {}
 
@@ -481,7 +401,3 @@ class Rollout:
         episode.last_token = turn.stop_token
         episode.future = self.environments.step(episode.name, trajectory.messages)
         return "environment"
-
-
-def _place(trajectory: Trajectory) -> tuple[int, int]:
-    return trajectory.draw, trajectory.sample

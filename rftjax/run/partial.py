@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from rftjax.rollout import Carried, Rollout
+from rftjax.groups import Carried
+from rftjax.rollout import Rollout
 from rftjax.tasks import TaskStream
 from rftjax.types import Task, TrainState, Trajectory
 

@@ -6,6 +6,7 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
+from rftjax.rollout import Rollout
 from rftjax.run.build import Parts
 from rftjax.run.partial import Partial
 from rftjax.run.sampling import sampling_params
@@ -75,14 +76,21 @@ def make_prefetch(parts: Parts, stream: TaskStream) -> Prefetch | Partial:
     """Returns what samples the training batches of the stream."""
     config, params = parts.config, sampling_params(parts.config)
     size = config.batch.group_size
+    weights, rollout = parts.sampler_weights, parts.rollout
 
-    def sample(draws: list[tuple[int, Task]], wanted: int = 0) -> list[Trajectory]:
-        finish = parts.scorer.of_groups(size)
-        return parts.rollout(draws, size, params, on_finish=finish, wanted=wanted)
+    def sample(draws: list[tuple[int, Task]], **wanted: int) -> list[Trajectory]:
+        return rollout(draws, size, params, on_finish=parts.scorer.of_groups(size), **wanted)
 
-    weights = parts.sampler_weights
     if ahead := config.rollout.partial:
-        return Partial(stream, parts.rollout, weights.load, sample, weights.release, ahead)
+        assert isinstance(rollout, Rollout), "the rules refuse agents"
+        return Partial(
+            stream,
+            rollout,
+            weights.load,
+            lambda draws, wanted: sample(draws, wanted=wanted),
+            weights.release,
+            ahead,
+        )
     return Prefetch(
         stream, config.batch.prompts, weights.load, sample, weights.release, **config.overlap
     )
