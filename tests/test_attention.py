@@ -172,7 +172,7 @@ def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(T,
 @pytest.mark.parametrize("channels", [64, 80, 128])
 def test_the_kernel_for_tpus_compiles_for_them(channels, dtype):
     q, k = (jax.ShapeDtypeStruct((2, 500, heads, channels), dtype) for heads in (6, 2))
-    layout = Layout(*(jax.ShapeDtypeStruct((2, 500), "int32"),) * 3)
+    layout = Layout(*[jax.ShapeDtypeStruct((2, 500), "int32")] * 3)
 
     def total(q, k, v, layout):
         return jnp.sum(attention.splash(q, k, v, layout).astype(jnp.float32))

@@ -55,6 +55,7 @@ def test_the_check_shows_prompt_stops_samples_and_grouped_reasons_and_keeps_them
     for wanted in (
         "prompt      of task",
         "stops       '",
+        "rows        of 64 packed tokens in an update (batch.pack_tokens)",
         "best ",
         "worst ",
         "example ",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rftjax.config as configs
-from rftjax.learning.row_length import Group, row_tokens, token_bytes
+from rftjax.learning.row_length import Group, choose, row_tokens, token_bytes
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
 from rftjax.run import build as job
@@ -41,6 +41,18 @@ def test_a_row_is_no_longer_than_memory_allows_or_a_completion_needs():
 
 def test_a_row_is_no_longer_than_all_tokens_of_a_small_job():
     assert row_tokens(Group(10, 10, 2), 2) == 64
+
+
+def test_activations_are_computed_again_only_where_prompts_would_cost_more():
+    def chosen(group: Group, tokens: float, remat: bool = False):
+        memory = tokens * token_bytes(CONFIG, remat=False)
+        return tuple(choose(CONFIG, group, 8, memory=memory, remat=remat))
+
+    long, short = Group(2048, 1024, 8), Group(64, 1024, 8)
+    assert chosen(long, 20000) == (10240, False)
+    assert chosen(long, 4096) == (10240, True)  # else four rows with the prompt in each
+    assert chosen(short, 1100) == (1088, False)
+    assert chosen(short, 1100, remat=True) == (1088, True)
 
 
 def test_the_bytes_of_a_token_are_what_the_compiler_counts():

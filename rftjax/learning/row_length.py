@@ -10,6 +10,9 @@ from rftjax.models.decoder import Config
 
 UNIT = 64  # tokens that a chosen length is a multiple of
 ENOUGH = 512  # tokens of a row from which on products gain nothing by more of them
+RECOMPUTED = (
+    4 / 3
+)  # operations of an update that runs each layer's forward pass twice, over those of one
 SPARE = 16  # one part in so many more tokens may be computed to have shorter rows
 
 
@@ -19,6 +22,27 @@ class Group(NamedTuple):
     prompt: int
     own: int
     samples: int
+
+
+class Rows(NamedTuple):
+    """Tokens of a packed row, and whether the backward pass computes each layer's activations again."""
+
+    tokens: int
+    remat: bool
+
+
+def choose(config: Config, group: Group, groups: int, *, memory: float, remat: bool) -> Rows:
+    """Returns rows whose activations take at most `memory` bytes where a row may be so short.
+
+    `remat` asks for recomputation whatever the memory is; without it, activations are recomputed where this costs less
+    than the prompts that shorter rows compute again.
+    """
+    found = {}
+    for again in (False, True):
+        most = memory / token_bytes(config, remat=again)
+        found[again] = Rows(row_tokens(group, groups, most=most), again)
+    kept, spared = (computed(group, groups, found[again].tokens) for again in (False, True))
+    return found[remat or spared * RECOMPUTED < kept]
 
 
 def row_tokens(group: Group, groups: int, *, most: float = float("inf")) -> int:
@@ -32,7 +56,7 @@ def row_tokens(group: Group, groups: int, *, most: float = float("inf")) -> int:
     least = max(one, UNIT * int(min(ENOUGH, _up(groups * whole), most) // UNIT))
     last = int(max(least, min(max(2 * ENOUGH, _up(whole)), most)))
     fitting = range(least, last + 1, UNIT)
-    costs = {length: _computed(group, groups, length) for length in fitting}
+    costs = {length: computed(group, groups, length) for length in fitting}
     enough = min(costs.values()) * (1 + 1 / SPARE)
     return next(length for length, cost in costs.items() if cost <= enough)
 
@@ -41,7 +65,7 @@ def _up(tokens: int) -> int:
     return -(-tokens // UNIT) * UNIT
 
 
-def _computed(group: Group, groups: int, length: int) -> int:
+def computed(group: Group, groups: int, length: int) -> int:
     """Returns the tokens of all rows, padding included."""
     whole = group.prompt + group.samples * group.own
     if length >= whole:

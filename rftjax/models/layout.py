@@ -13,9 +13,9 @@ NONE = 1 << 30  # beyond every run, group and position
 class Layout(NamedTuple):
     """Groups, segments and positions of packed tokens, as `types.Pack` defines them."""
 
-    groups_BT: jax.Array
-    segments_BT: jax.Array
-    positions_BT: jax.Array
+    groups_BT: Any
+    segments_BT: Any
+    positions_BT: Any
 
     def mask(self, window: Any = None) -> jax.Array:
         """Returns mask_BTT, true where a token attends, at most `window` - 1 positions back (None: no limit)."""

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rftjax.devices import sharding
 from rftjax.devices.accelerators import Accelerator, accelerator
 from rftjax.errors import UserError
-from rftjax.learning import update
+from rftjax.learning import row_length, update
 from rftjax.models import cache_leaves, logical_axes
 from rftjax.models.config import Config
 from rftjax.policy import Policy
@@ -217,7 +217,9 @@ class _Job:
         self.prompt = self.length - self.new
         self.sampled = self.conversations * self.new
         self.item = np.dtype("float32").itemsize if model.dtype == "float32" else 2
-        self.row_tokens = max(config.batch.pack_tokens, self.length) * config.batch.pack_rows
+        # Rows whose length a job chooses are at least so long, and longer only where memory is left.
+        least = config.batch.pack_tokens or row_length.ENOUGH
+        self.row_tokens = max(least, self.length) * config.batch.pack_rows
 
     @property
     def matrices(self) -> int:
@@ -341,7 +343,7 @@ def _remedies(config: ConfigDict, model: Policy, chip: Accelerator, found: Plan)
         ("lora.rank", 16),
         ("sampler.slots", max(config.sampler.slots // 2, 1)),
         ("sampler.pool", config.sampler.slots),
-        ("batch.pack_tokens", max(section.pack_tokens // 2, 1)),
+        ("batch.pack_tokens", max((section.pack_tokens or row_length.ENOUGH) // 2, 1)),
         ("batch.pack_rows", 1),
         ("rollout.max_length", max(config.rollout.max_length // 2, 2)),
         ("mesh.fsdp", found.devices // found.mesh["tensor"]),

@@ -20,7 +20,7 @@ from rftjax.run import judging, memory
 from rftjax.run.build import Parts, build, complete_config
 from rftjax.run.heldout import MAIN
 from rftjax.run.sampling import sampling_params
-from rftjax.run.training import batch_shape
+from rftjax.run.training import chosen_rows
 from rftjax.scoring import answered
 from rftjax.tasks.curriculum import task_stream
 from rftjax.text import chat
@@ -115,7 +115,9 @@ def _say_parts(parts: Parts, report: Report) -> None:
     if parts.config.scoring.sandbox or "rftjax.evaluators.code" in str(parts.config.evaluator):
         report.say("sandbox", f"{sandbox.support()[0]}; docs/sandbox.md says what holds")
     how = "batch.pack_tokens" if parts.config.batch.pack_tokens else "chosen"
-    report.say("rows", f"of {batch_shape(parts)['pack_tokens']} packed tokens ({how}) in an update")
+    found = chosen_rows(parts)
+    again = ", activations computed again" if found.remat else ""
+    report.say("rows", f"of {found.tokens} packed tokens in an update ({how}){again}")
     each = " a device" if jax.device_count() > 1 else ""
     for name, size in memory.estimate(parts).items():
         report.say("memory", f"{size / 2**30:7.2f} GiB{each}  {name}")

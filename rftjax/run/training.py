@@ -55,7 +55,7 @@ def make_update(parts: Parts) -> Any:
         parts.state_builder.optimizer,
         loss,
         term=custom.loss_term(section.loss),
-        remat=parts.config.model.remat,
+        remat=chosen_rows(parts).remat,
         unroll=jax.default_backend() == "cpu",
         lora_scale=lora_scale(parts.config),
         mesh=parts.mesh,
@@ -69,7 +69,7 @@ def batch_shape(parts: Parts) -> dict[str, Any]:
     config, params = parts.config, sampling_params(parts.config)
     section = config.batch
     samples = -(-section.prompts * section.group_size // config.grpo.minibatches)
-    pack_tokens = section.pack_tokens or chosen_tokens(parts)
+    pack_tokens = chosen_rows(parts).tokens
     own_temperatures = any(task.temperature for task in parts.train_tasks)
     sampled = section.group_size * params.max_new_tokens * params.max_turns
     return {
@@ -85,19 +85,21 @@ def batch_shape(parts: Parts) -> dict[str, Any]:
     }
 
 
-def chosen_tokens(parts: Parts) -> int:
-    """Returns the length of a packed row for prompts of mean length and completions of full length."""
+def chosen_rows(parts: Parts) -> row_length.Rows:
+    """Returns packed rows as the config says or, by default, for prompts of mean and completions of full length."""
     config, params = parts.config, sampling_params(parts.config)
+    if config.batch.pack_tokens:
+        return row_length.Rows(config.batch.pack_tokens, config.model.remat)
     prompt = round(statistics.fmean(parts.prompt_tokens or [1]))
     room = max(1, config.rollout.max_length - prompt)
     own = room if params.max_turns > 1 else min(params.max_new_tokens, room)
-    each = row_length.token_bytes(parts.policy.config, remat=config.model.remat)
-    most = activation_bytes(config) / config.batch.pack_rows / each
-    groups = -(
-        -config.batch.prompts // (config.grpo.minibatches * sharding.row_multiple(parts.mesh))
-    )
-    return row_length.row_tokens(
-        row_length.Group(prompt, own, config.batch.group_size), groups, most=most
+    shared_out = config.grpo.minibatches * sharding.row_multiple(parts.mesh)
+    return row_length.choose(
+        parts.policy.config,
+        row_length.Group(prompt, own, config.batch.group_size),
+        -(-config.batch.prompts // shared_out),
+        memory=activation_bytes(config) / config.batch.pack_rows,
+        remat=config.model.remat,
     )
 
 
