@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from directory import reply
 from openai import AsyncOpenAI
 
@@ -12,7 +14,7 @@ TURNS = 3
 
 async def run(task: Task, base_url: str, api_key: str, model: str) -> None:
     """Asks the model until it answers, and looks up what it wants to find; the spec's evaluator scores the answer."""
-    messages = list(task.messages)
+    messages: list[Any] = list(task.messages)
     async with AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         for _ in range(TURNS):
             answer = await client.chat.completions.create(model=model, messages=messages)

@@ -387,8 +387,37 @@ def test_the_prompts_of_earlier_requests_are_not_computed_again(client, server):
     shared = "c" * 64
     first = prefilled(f"{shared}a")
     assert first > 50
-    assert prefilled(f"{shared}a") == 0
-    assert prefilled(f"{shared}b") < 16  # whole chunks of the prompt are shared
+    assert prefilled(f"{shared}a") < 8  # whole chunks are shared
+    assert prefilled(f"{shared}b") < 16
+
+
+def test_what_goes_on_from_an_answer_finds_it_in_its_row(client, server, weights):
+    def sample(prompt, seed):
+        before = metrics(server)["rftjax_prefilled_tokens_total"]
+        answer = client.completions.create(
+            model=NAME,
+            prompt=prompt,
+            max_tokens=40,
+            seed=seed,
+            extra_body={"return_token_ids": True},
+        )
+        computed = metrics(server)["rftjax_prefilled_tokens_total"] - before
+        return answer.choices[0].token_ids, computed
+
+    for seed in range(40):
+        prompt = [7 + seed % 6, 8, 9, 10]
+        answer, _ = sample(prompt, seed)
+        if len(answer) > 20:
+            break
+    again = [*prompt, *answer, 9, 9, 9]
+    second, computed = sample(again, 1)
+    assert len(answer) > 20 and computed <= 3 + 1 + 8  # whole chunks are shared
+    alone = served.make_engine(weights)
+    alone.open((0, 0), again, 40, noise_key(2**31 - 1, 1, 0), SamplingParams())
+    turns = []
+    while alone.busy:
+        turns += alone.step()
+    assert turns[0].tokens == second
 
 
 def test_a_talk_goes_on_in_the_same_row_until_it_is_begun_anew(weights, tokenizer):

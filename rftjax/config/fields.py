@@ -160,7 +160,7 @@ def base_config() -> ConfigDict:
             },
             "agents": {
                 "workers": 2,
-                "timeout_s": 300.0,  # of a whole rollout
+                "timeout_s": 1800.0,  # of a whole rollout, the model's time included
                 "env": (),
                 "address": "127.0.0.1:0",  # where the model listens for them; port 0: any free one
             },

@@ -250,10 +250,12 @@ class Engine:
                 f" vocab_size={vocab} rows; use the tokenizer files that belong to these weights"
             )
 
-    def close(self, key: Key) -> None:
-        """Ends a conversation and frees its row."""
+    def close(self, key: Key, *, keep: bool = False) -> None:
+        """Ends a conversation and frees its row; with `keep` prompts that begin with all of it find it there."""
         conversation = self._open.pop(key)
         if conversation.slot >= 0:
+            if keep and not conversation.budget:
+                self._pool.hold(conversation.slot, self._pool.prompt(conversation.tokens))
             self._free.append(conversation.slot)
             del self._in_slots[conversation.slot]
             if conversation.budget:

@@ -125,9 +125,10 @@ class Service:
         self._submit(begin, call)
         return call
 
-    def close(self, key: Key) -> None:
-        """Ends a conversation, whatever it does, and frees its row; ignores one that is not open."""
-        self._inbox.put(lambda: self._close(key))
+    def close(self, key: Key, *, keep: bool = False) -> None:
+        """Ends a conversation, whatever it does, and frees its row, as `Engine.close` does; ignores one that is not
+        open."""
+        self._inbox.put(lambda: self._close(key, keep=keep))
 
     def quiet(self) -> None:
         """Closes every conversation and waits until the engine rests."""
@@ -193,9 +194,9 @@ class Service:
                 del self._calls[key]
                 call.future.set_result(turn)
 
-    def _close(self, key: Key) -> None:
+    def _close(self, key: Key, *, keep: bool = False) -> None:
         if self._stops.pop(key, None) is not None:
-            self.engine.close(key)
+            self.engine.close(key, keep=keep)
         if call := self._calls.pop(key, None):
             call.fail(Closed("the conversation was closed"))
 

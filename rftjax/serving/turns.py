@@ -80,8 +80,8 @@ class Single:
         return [plain(self.model, prompt) for prompt in asked.prompts]
 
     def finish(self, turn: Turn, sampled: SampledTurn) -> None:
-        """Frees the row of an answered choice."""
-        self.service.close(turn.call.key)
+        """Frees the row of an answered choice; it is there for a request that goes on from the answer."""
+        self.service.close(turn.call.key, keep=True)
 
     def give_up(self, turn: Turn) -> None:
         """Frees the row of a choice that nobody waits for any more."""
