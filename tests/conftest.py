@@ -11,6 +11,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# Compiling takes most of the time here. What a program computes is the same without XLA's costlier passes.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 # A cache that outlives the run would hide what a fresh machine does.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Nothing here may wait for a network that a test machine does not have.

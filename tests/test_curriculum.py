@@ -4,7 +4,6 @@ import collections
 import json
 import textwrap
 
-import jax
 import pytest
 
 from rftjax import config as configs
@@ -184,7 +183,6 @@ def test_a_fault_of_the_user_s_code_is_told_with_its_field(stream, name, fault):
 
 
 def test_a_run_with_a_curriculum_resumes_bit_for_bit_with_overlap_too(source, tiny_dir, tmp_path):
-    jax.config.update("jax_disable_most_optimizations", True)
     rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(10)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "reward.py").write_text(
@@ -212,6 +210,5 @@ def test_a_run_with_a_curriculum_resumes_bit_for_bit_with_overlap_too(source, ti
     modes.run("train", config, {}, whole, 0)
     modes.run("train", config, {}, halves, 2)
     modes.run("train", config, {}, halves, 0)
-    jax.config.update("jax_disable_most_optimizations", False)
     assert sampled(halves) == sampled(whole)
     assert len({task for _, task, _ in sampled(whole)}) < 8  # each task once would be eight

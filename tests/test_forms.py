@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import pytest
 from snippets import blocks
 
@@ -555,16 +554,8 @@ def test_the_rows_of_an_environment_are_tasks(environment):
 # ---- Training
 
 
-@pytest.fixture
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
-    folder, environment, tiny_dir, tmp_path, quick_compiler
+    folder, environment, tiny_dir, tmp_path
 ):
     """One run whose reward is the sum of one evaluator of each form, over rows as TRL and verl write them."""
     rows = [

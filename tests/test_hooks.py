@@ -1,6 +1,5 @@
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -61,7 +60,6 @@ def test_what_is_wrong_with_a_hook_is_told(file, name, told):
 def test_a_hook_that_raises_ends_the_run_after_its_step_and_the_same_command_goes_on(
     file, tiny_dir, tmp_path
 ):
-    jax.config.update("jax_disable_most_optimizations", True)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": "w3 w4"}\n')
     (tmp_path / "reward.py").write_text(
         "def evaluate(task, trajectory): return len(trajectory.completion) % 5 / 5"
@@ -73,13 +71,10 @@ def test_a_hook_that_raises_ends_the_run_after_its_step_and_the_same_command_goe
     config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 2, 2, 64
     config.sampler.max_new_tokens, config.sampler.slots, config.rollout.max_length = 4, 8, 16
     config.scoring.workers, config.scoring.timeout_s = 1, 120.0
-    try:
-        with pytest.raises(UserError, match=r"(?s)called with step 1, raised this.*no such luck"):
-            modes.run("train", config, {}, tmp_path / "run", 0)
-        file.with_name(file.name + ".mended").touch()
+    with pytest.raises(UserError, match=r"(?s)called with step 1, raised this.*no such luck"):
         modes.run("train", config, {}, tmp_path / "run", 0)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    file.with_name(file.name + ".mended").touch()
+    modes.run("train", config, {}, tmp_path / "run", 0)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
     assert [line["step"] for line in lines] == [1, 2] and lines[-1]["hook/fine"] == 1.0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["hooks"].endswith(":breaks")

@@ -19,13 +19,6 @@ def evaluate(task, trajectory):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def loop():
     spec = importlib.util.spec_from_file_location("loop", SOURCE)

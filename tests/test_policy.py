@@ -14,13 +14,6 @@ from rftjax.policy import Policy
 from rftjax.weights import hf
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def model(tiny_dir):
     """The tiny model with louder weights, so that its distribution is far from uniform."""

@@ -1,6 +1,5 @@
 import json
 
-import jax
 import pytest
 from test_chat import CHATML, make
 
@@ -20,13 +19,6 @@ def evaluate(task, trajectory):
 def broken(task, trajectory):
     return float(f"the answer is {trajectory.sample}")
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

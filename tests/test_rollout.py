@@ -46,13 +46,6 @@ CONFIG = Config(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def weights():
     params = decoder.init(CONFIG, jax.random.key(0))

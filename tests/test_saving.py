@@ -27,6 +27,14 @@ from rftjax.types import TrainState
 from rftjax.weights import hf
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """Hanging up ends this process, as in a terminal and not under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def state(value: float) -> TrainState:
     return TrainState(jnp.int32(value), {"w": jnp.full(3, float(value))}, {}, {"m": jnp.zeros(3)})
 

@@ -45,13 +45,6 @@ INIT = jax.jit(decoder.init, static_argnums=0)
 TOKENS_BT = np.random.default_rng(0).integers(0, 64, (2, 20))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params() -> Any:
     return INIT(WHOLE, jax.random.key(0))

@@ -24,13 +24,6 @@ def evaluate(task, trajectory):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def spec(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")

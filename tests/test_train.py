@@ -83,15 +83,6 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    # Programs that other tests compiled the other way would differ in bits from a process of its own.
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def config(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
@@ -367,7 +358,6 @@ def test_a_run_interrupted_before_its_first_step_says_so_and_goes_on_from_there(
 def start(spec, workdir, hold, *arguments):
     environment = os.environ | {
         "RFTJAX_TEST_HOLD": str(hold),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
     }
     command = [sys.executable, "-m", "rftjax.main", f"--config={spec}", f"--workdir={workdir}"]

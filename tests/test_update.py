@@ -39,13 +39,6 @@ LOGICAL = logical_axes(CONFIG)
 LOSS = grpo.LossSettings.of(grpo.preset_fields("dapo"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     return decoder.init(CONFIG, jax.random.key(0))
