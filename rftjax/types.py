@@ -2,7 +2,8 @@
 
 Shape suffixes, used on every array name in array code:
 P prompts a step, G samples a prompt, B sequences, T tokens, S cache positions, V vocabulary, D width,
-F feed-forward, H query heads, K key/value heads, C channels a head, L layers, E experts, N micro-batches,
+F feed-forward, H query heads, K key/value heads, C channels a head, O those of its values, I numbers of a latent
+vector, L layers, E experts, N micro-batches,
 R packed rows, X tokens of a packed row, M scored (sampled) positions, W tokens of a block of the vocabulary,
 U experts of a token, J pairs of a token and one of its experts, Z blocks of pairs of one expert,
 Y tiles of tokens.

@@ -108,6 +108,78 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": LLAMA3,
     },
+    "qwen3_moe": SHAPE
+    | {
+        "model_type": "qwen3_moe",
+        "head_dim": 12,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "rope_parameters": YARN,
+    },
+    "deepseek_v3": SHAPE
+    | {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 14,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 9,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 7,
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": True,
+        "n_routed_experts": 12,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+    },
+    "kimi_k2": SHAPE
+    | {
+        "model_type": "kimi_k2",
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 9,
+        "rope_interleave": False,
+        "n_routed_experts": 7,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.1,
+        "rope_theta": 50.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    },
     "gemma3": SHAPE | GEMMA | {"sliding_window_pattern": 3},
 }
 # Text towers inside of models that also see.
@@ -164,6 +236,23 @@ def tensors(shapes: dict[str, tuple[int, ...]], *, centred: bool) -> dict[str, n
     return made
 
 
+def one_by_one(made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the weights with each expert's in tensors of its own, as checkpoints are published."""
+    found = {}
+    for name, whole in made.items():
+        stem, _, part = name.rpartition(".")
+        if not stem.endswith(".experts"):
+            found[name] = whole
+            continue
+        for index, matrix in enumerate(whole):
+            parts = {"down_proj": matrix}
+            if part == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2), strict=True))
+            for single, one in parts.items():
+                found[f"{stem}.{index}.{single}.weight"] = np.ascontiguousarray(one)
+    return found
+
+
 def tokens(name: str) -> np.ndarray:
     """Returns (2, 24) token ids, below those that stand for images."""
     return np.random.default_rng(zlib.crc32(name.encode())).integers(3, 40, (2, 24))
@@ -173,7 +262,7 @@ def checkpoint(folder: Path, name: str, renamed: Callable[[str], str] = str) -> 
     """Writes the checkpoint of a name, as it was when transformers gave its numbers."""
     stored = json.loads((DATA / f"{name}.json").read_text())
     shapes = {key: tuple(shape) for key, shape in stored.items()}
-    made = tensors(shapes, centred="gemma3" in name)
+    made = one_by_one(tensors(shapes, centred="gemma3" in name))
     folder.mkdir(parents=True)
     save_file({renamed(key): one for key, one in made.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps((CONFIGS | VISION)[name]))

@@ -20,7 +20,7 @@ from rftjax.policy import Policy
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
 from rftjax.types import SamplingParams, Sequence
-from rftjax.weights import hf
+from rftjax.weights import hf, lora
 from rftjax.weights.model_config import exported_fields
 
 DATA = seeded.DATA
@@ -102,7 +102,7 @@ def test_an_export_has_the_names_and_values_of_the_checkpoint(
     assert {name: fields[name] for name in model.fields} == model.fields
 
 
-@pytest.mark.parametrize("name", ["smollm3", "olmo2", "gemma3"])
+@pytest.mark.parametrize("name", ["smollm3", "olmo2", "gemma3", "qwen3_moe", "deepseek_v3"])
 def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Policy], name: str):
     config, params = models[name].config, models[name].params
     tokens_BT = jnp.asarray(seeded.tokens(name))
@@ -120,8 +120,47 @@ def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Pol
     for (path, one), two in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
     ):
-        assert np.abs(two).max() > 1e-6, path  # every weight is in use
+        if path[-1].key != "correction":  # which takes part in a choice alone
+            assert np.abs(two).max() > 1e-6, path  # every weight is in use
         np.testing.assert_allclose(one, two, atol=1e-5, err_msg=str(path))
+
+
+def test_adapters_of_latent_attention_and_experts_are_merged_and_written_for_peft(
+    models: dict[str, Policy], tmp_path: Path
+):
+    model = models["deepseek_v3"]
+    config, params, rng = model.config, model.params, np.random.default_rng(0)
+    tokens_BT = jnp.asarray(seeded.tokens("deepseek_v3"))
+    ones_BT = jnp.ones_like(tokens_BT)
+    steps_BT = jnp.broadcast_to(jnp.arange(24), (2, 24))
+    pairs = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), jnp.float32),
+        lora.init(config, rank=2),
+    )
+    assert {name for part in pairs["experts_1"].values() for name in part} == set(lora.TARGETS) - {
+        "query",
+        "key",
+        "value",
+    }
+
+    @jax.jit
+    def run(params: Any, adapters: Any = None) -> jax.Array:
+        tail = (tokens_BT, steps_BT, ones_BT, 0 * ones_BT)
+        return decoder.hidden(config, params, *tail, lora=adapters)
+
+    added = run(params, pairs)
+    assert np.abs(added - run(params)).max() > 0.1
+    np.testing.assert_allclose(added, run(device.merge(params, pairs)), atol=1e-4)
+    lora.save_peft(tmp_path / "peft", config, pairs, alpha=2.0)
+    names = hf.read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1.mlp.experts.7.down_proj.lora_A.weight"
+    np.testing.assert_array_equal(
+        names[stem], pairs["experts_1"]["mlp"]["experts_down"]["a"][0, 7].T
+    )
+    again = lora.load_peft(tmp_path / "peft", config, alpha=2.0)
+    assert jax.tree.structure(again) == jax.tree.structure(pairs)
+    for one, two in zip(jax.tree.leaves(again), jax.tree.leaves(pairs), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -133,9 +172,10 @@ def test_fresh_parameters_have_the_names_and_shapes_of_the_table(
     stored = jax.tree.map(lambda leaf: leaf.shape, models[name].params)
     assert jax.tree.map(lambda leaf: leaf.shape, fresh) == stored
     axes = FAMILIES[config.family].LOGICAL_AXES
+    stacks = {stack.name for stack in config.stacks}
     for path, leaf in jax.tree_util.tree_leaves_with_path(fresh):
         names = tuple(key.key for key in path)
-        assert len(axes[names[-2:]]) == leaf.ndim - (names[0] == "layers"), names
+        assert len(axes[names[-2:]]) == leaf.ndim - (names[0] in stacks), names
 
 
 def as_published(name: str) -> str:
@@ -164,18 +204,60 @@ def test_the_text_model_of_a_model_that_sees_is_loaded_and_exported_alone(
     assert fields["architectures"][0].endswith("ForCausalLM")
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma3"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma3", "qwen3_moe", "deepseek_v3"])
 def test_the_logits_on_a_mesh_are_those_of_one_device(models: dict[str, Policy], name: str):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
     model = models[name]
     placed = sharding.shard_tree(mesh, logical_axes(model.config), model.params)
     shared = Policy(model.path, model.config, placed, model.fields, mesh)
     tokens = seeded.tokens(name)
-    np.testing.assert_allclose(shared.logits(tokens), model.logits(tokens), atol=1e-5)
+    np.testing.assert_allclose(shared.logits(tokens), model.logits(tokens), atol=3e-5)
 
 
 # As they are published: old fields, and what has a default left out.
 PUBLISHED = {
+    "Qwen3-30B-A3B": """{"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": false,
+        "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "use_sliding_window": false, "vocab_size": 151936}""",
+    "DeepSeek-V3": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}, "bos_token_id": 0, "eos_token_id": 1,
+        "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+        "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1,
+        "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+        "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128, "vocab_size": 129280}""",
+    "Kimi-K2-Instruct": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}, "aux_loss_alpha": 0.001,
+        "bos_token_id": 163584, "eos_token_id": 163585, "ep_size": 1, "first_k_dense_replace": 1,
+        "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 131072, "model_type": "kimi_k2",
+        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 384,
+        "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 64, "num_experts_per_tok": 8,
+        "num_hidden_layers": 61, "num_key_value_heads": 64, "num_nextn_predict_layers": 0, "pretraining_tp": 1,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "quantization_config":
+        {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827, "scoring_func": "sigmoid", "seq_aux": true, "tie_word_embeddings": false,
+        "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.48.3",
+        "use_cache": true, "v_head_dim": 128, "vocab_size": 163840}""",
     "Qwen3-0.6B": """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
         "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
@@ -232,6 +314,12 @@ def test_published_configs_are_read(name: str, tmp_path: Path):
         assert (config.rope.theta, config.rope.factor, config.rope.kind) == (1e6, 8.0, "linear")
         assert config.ropes[0].theta == 1e4 and config.ropes[5] == config.rope
         assert config.windows[:6] == (1024,) * 5 + (FULL,)
+    if name == "DeepSeek-V3":
+        assert [(stack.first, stack.count, stack.sparse) for stack in config.stacks] == [
+            (0, 3, False), (3, 58, True),
+        ]  # fmt: skip
+        # 0.1 ln(40) + 1, twice, on 1 / sqrt(128 + 64), as DeepSeek's own code.
+        assert abs(config.query_scale - 1.3688879454**2 * 192**-0.5) < 1e-8
     if name == "SmolLM3-3B":
         assert [rope.kind for rope in config.ropes[:4]] == ["default"] * 3 + ["none"]
 
@@ -249,6 +337,16 @@ def test_published_configs_are_read(name: str, tmp_path: Path):
         ("gemma3", {"hidden_activation": "quick_gelu"}, "hidden_activation='quick_gelu'"),
         ("qwen3", {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
         ("qwen3", {"num_experts": 8}, "num_experts=8"),
+        ("qwen3_moe", {"num_experts_per_tok": 13}, "num_experts_per_tok=13: must be from 1 to 12"),
+        ("qwen3_moe", {"num_local_experts": 8}, "num_experts=12 and num_local_experts=8"),
+        ("deepseek_v3", {"n_group": 5}, "12 experts in n_group=5"),
+        ("deepseek_v3", {"num_experts_per_tok": 7}, "num_experts_per_tok=7: must be from 1 to 6"),
+        ("deepseek_v3", {"n_group": 12}, "n_group=12: a group needs two experts"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2: must be 4"),
+        ("deepseek_v3", {"head_dim": 16}, "head_dim=16: must be 8"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ("deepseek_v3", {"auto_map": {"AutoModel": "code.Mine"}}, "auto_map=.*never run"),
+        ("kimi_k2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
     ],
 )
 def test_what_a_family_does_not_implement_is_refused_by_name(

@@ -86,7 +86,10 @@ def test_old_and_new_rope_fields_say_the_same():
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not implemented"),
         ({"rope_type": "longrope", "factor": 2.0}, "'longrope' is not implemented"),
-        ({"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}, r"\['mscale'\].*not implemented"),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "short_factor": 0.7},
+            r"\['short_factor'\].*not implemented",
+        ),
         ({"rope_type": "linear"}, "need a factor"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ],

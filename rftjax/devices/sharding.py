@@ -31,11 +31,13 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "ffn": "tensor",
     "width": "fsdp",
+    "rank": "fsdp",
     "channels": None,
+    "experts": None,
     "gain": None,  # of a norm
 }
 # Decoding reads every weight in each of its steps: too often to gather them from other devices.
-DECODE_RULES: Rules = {**RULES, "width": None}
+DECODE_RULES: Rules = {**RULES, "width": None, "rank": None}
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -11,7 +11,11 @@ from rftjax.errors import UserError
 from rftjax.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
-UNDECAYED = ("bias", "scale")  # by name: stacked over layers, a norm's gain has two axes
+UNDECAYED = (
+    "bias",
+    "scale",
+    "correction",
+)  # by name: stacked over layers, a norm's gain has two axes
 
 
 def make_optimizer(

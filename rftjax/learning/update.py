@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rftjax import grpo
 from rftjax.devices import sharding
 from rftjax.learning import merging
-from rftjax.models import decoder
+from rftjax.models import decoder, experts
 from rftjax.models.config import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
@@ -50,6 +50,13 @@ def _scaled(adapters: Params, scale: float) -> Params:
 
 
 def logprobs(
+    config: Config, params: Params, adapters: Params | None, pack: Pack, **settings: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logprobs_RM and entropies_RM of `scores`, which takes the settings."""
+    return scores(config, params, adapters, pack, **settings)[:2]
+
+
+def scores(
     config: Config,
     params: Params,
     adapters: Params | None,
@@ -62,13 +69,14 @@ def logprobs(
     limit: int = 0,
     remat: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats.
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats, and metrics of the model's
+    experts, if it has any.
 
     The distribution is the sampler's: after temperature (`temperatures_RM` where given, else `temperature`), top-k and
     top-p, without padded ids. Large logits exist for one chunk of scored positions at a time; empty chunks are skipped.
     """
-    x_RXD = decoder.hidden(
+    x_RXD, routed = decoder.walk(
         config,
         params,
         pack.tokens_RX,
@@ -102,7 +110,8 @@ def logprobs(
     scored = score if whole and not remat else _chunked(score, used_RM)
     own = () if temperatures_RM is None else (temperatures_RM,)
     logprobs_RM, entropies_RM = scored(pack.sources_RM, pack.targets_RM, *own)
-    return jnp.where(used_RM, logprobs_RM, 0.0), jnp.where(used_RM, entropies_RM, 0.0)
+    balance = experts.balance(config.routing, routed, pack.groups_RX > 0)
+    return jnp.where(used_RM, logprobs_RM, 0.0), jnp.where(used_RM, entropies_RM, 0.0), balance
 
 
 def _chunked(score: Callable[..., tuple], used_RM: jax.Array) -> Callable[..., tuple]:
@@ -265,7 +274,7 @@ def make_update(
     ) -> tuple[jax.Array, Metrics]:
         params, adapters = weights(TrainState(0, trainable, frozen, None), lora_scale)
         pack = micro_batch(batch.pack, index)
-        logprobs_RM, entropies_RM = logprobs(
+        logprobs_RM, entropies_RM, balance = scores(
             config,
             params,
             adapters,
@@ -300,7 +309,7 @@ def make_update(
         count = jnp.maximum(jnp.sum(here_BT), 1)
         metrics["sampler/logprob_diff_mean"] = jnp.sum(gap_BT) / count
         metrics["sampler/logprob_diff_max"] = jnp.max(gap_BT)
-        metrics["loss"] = value
+        metrics |= balance | {"loss": value}
         return value, jax.lax.stop_gradient(metrics)
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)

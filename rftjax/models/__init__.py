@@ -2,24 +2,30 @@
 
 from rftjax.models.config import CacheLeaf, Config
 from rftjax.models.families import (
+    deepseek_v3,
     gemma3,
+    kimi_k2,
     llama,
     ministral,
     mistral,
     olmo2,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 
 FAMILIES = {
+    "deepseek_v3": deepseek_v3,
     "gemma3_text": gemma3,
+    "kimi_k2": kimi_k2,
     "llama": llama,
     "ministral": ministral,
     "mistral": mistral,
     "olmo2": olmo2,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
 }
 

@@ -14,6 +14,15 @@ TILE = 64  # cache positions that the kernel looks at together
 LEAST = 16  # query heads a product takes at least
 
 
+def over(
+    form: str, q_BTHC: jax.Array, seen: dict[str, jax.Array], positions_BT: jax.Array, window: Any
+) -> jax.Array:
+    """Returns what `attend` does for the leaves of one layer's cache, or `latent` where there are no keys."""
+    if "latent" in seen:
+        return latent(q_BTHC, seen["latent"], seen["rotated"], positions_BT, window)
+    return attend(form, q_BTHC, seen["keys"], seen["values"], positions_BT, window)
+
+
 def attend(
     form: str,
     q_BTHC: jax.Array,
@@ -43,6 +52,26 @@ def lonely(q_BTHC: jax.Array, keys_BKSC: jax.Array) -> bool:
     """Whether each product has one query: XLA's CPU compiler has no bfloat16 product for that, but one for two."""
     same = q_BTHC.shape[1] == 1 and q_BTHC.shape[2] == keys_BKSC.shape[1]
     return same and keys_BKSC.dtype == jnp.bfloat16
+
+
+def latent(
+    q_BTHC: jax.Array,
+    latent_BSI: jax.Array,
+    rotated: jax.Array,
+    positions_BT: jax.Array,
+    window: Any,
+) -> jax.Array:
+    """Returns attended latent vectors (B, T, H, I) of scaled queries that were absorbed: `latent` is key and value of
+    all heads, to which `rotated` (B, S, channels that turn) adds its part of the scores (see `models.latent`)."""
+    q_BTHI, q_rotated = jnp.split(q_BTHC, [latent_BSI.shape[-1]], axis=-1)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores_BTHS = product("BTHI,BSI->BTHS", q_BTHI, latent_BSI)
+    scores_BTHS += product("BTHp,BSp->BTHS", q_rotated, rotated)
+    back_BTS = positions_BT[:, :, None] - jnp.arange(latent_BSI.shape[1])[None, None, :]
+    mask_BTS = (back_BTS >= 0) & (back_BTS < window)
+    scores_BTHS = jnp.where(mask_BTS[:, :, None], scores_BTHS, attention.FLOOR)
+    weights_BTHS = jax.nn.softmax(scores_BTHS, axis=-1).astype(latent_BSI.dtype)
+    return jnp.einsum("BTHS,BSI->BTHI", weights_BTHS, latent_BSI)
 
 
 def plain(

@@ -20,7 +20,11 @@ class Rope:
     original_max_positions: int = 8192
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float = 0.0  # 0: yarn's own, 0.1 ln(factor) + 1
+    attention_factor: float = (
+        0.0  # 0: yarn's own, 0.1 ln(factor) + 1, with the next two mscale's over mscale_all_dim's
+    )
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
     truncate: bool = True
 
 
@@ -53,6 +57,22 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     open_groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Latent attention: keys and values of a token come from `rank` numbers (0: no latent attention), queries from
+    `query_rank` (0: from the token itself).
+
+    `rotated` of a head's channels turn with the position, those of keys being shared by all heads, in pairs of
+    neighbours where `interleaved`; `values` are the channels of a head's values.
+    """
+
+    rank: int = 0
+    query_rank: int = 0
+    rotated: int = 0
+    values: int = 0
+    interleaved: bool = True
 
 
 class CacheLeaf(NamedTuple):
@@ -95,6 +115,7 @@ class Config:
     attention: str = "blocked"  # one of `attention.FORMS`, in the update
     split: tuple[Stack, ...] = ()  # the stacks of a model with layers of several shapes
     routing: Routing = Routing()  # of the layers in sparse stacks
+    latent: Latent = Latent()
     ropes: tuple[Rope, ...] = ()
     norms: str = "before"  # of a layer's halves: "before" or "after" them, or "both"
     norm_offset: float = 0.0  # a norm multiplies by its gain plus this

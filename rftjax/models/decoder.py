@@ -28,8 +28,10 @@ from jax.sharding import Mesh
 
 from rftjax.devices import sharding
 from rftjax.models.attention import attend
+from rftjax.models.block import Block, causal
 from rftjax.models.config import FULL, Config, Rope, Stack
-from rftjax.models.layers import Block, Norm, causal
+from rftjax.models.experts import COLLECTION
+from rftjax.models.layers import Norm
 from rftjax.models.layout import Layout
 from rftjax.models.linear import linear
 from rftjax.models.rotary import rotations
@@ -51,9 +53,9 @@ __all__ = [
 
 
 def reading_dtype(name: str, dtype: str) -> str:
-    """Returns the dtype in which the forward pass reads a parameter whose path ends in `name`: norm gains in float32,
-    all else in the compute dtype."""
-    return "float32" if name == "scale" else dtype
+    """Returns the dtype in which the forward pass reads a parameter whose path ends in `name`: norm gains and routers
+    in float32, all else in the compute dtype."""
+    return "float32" if name in ("scale", "weight", "correction") else dtype
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -86,16 +88,33 @@ def hidden(
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Returns the last layer's normed output x_RXD for packed rows (see `types.Pack`), which lie on the mesh."""
+    settings: dict[str, Any] = {"lora": lora, "remat": remat, "mesh": mesh}
+    return walk(config, params, tokens_RX, positions_RX, groups_RX, segments_RX, **settings)[0]
+
+
+def walk(
+    config: Config,
+    params: Params,
+    tokens_RX: jax.Array,
+    positions_RX: jax.Array,
+    groups_RX: jax.Array,
+    segments_RX: jax.Array,
+    *,
+    lora: Params | None = None,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """Returns what `hidden` does, and what the experts of each sparse stack told (see `experts.balance`)."""
     final_norm: Any = Norm(config)
     turns = rotations(config, positions_RX)
     # A scan takes the rotation of its layer out of all of them.
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *turns) if len(turns) > 1 else turns[0]
     layout = Layout(groups_RX, segments_RX, positions_RX)
 
-    def run(stack: Stack, x_RXD: jax.Array) -> jax.Array:
+    def run(stack: Stack, x_RXD: jax.Array) -> tuple[jax.Array, Any]:
         block: Any = Block(config, stack)
 
-        def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+        def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             tree, window, turn = inputs
             x_RXD = sharding.keep_rows(mesh, x_RXD)
             limit = window if config.windowed else None
@@ -104,7 +123,8 @@ def hidden(
                 keys, values = new["keys"], new["values"]
                 return attend(config.attention, q, keys, values, layout, limit, mesh), None
 
-            return block.apply(tree, x_RXD, turn, among)
+            (x_RXD, _), told = block.apply(tree, x_RXD, turn, among, mutable=[COLLECTION])
+            return x_RXD, told.get(COLLECTION, {}).get("mlp", {})
 
         trees = {"params": params[stack.name]}
         if lora and stack.name in lora:
@@ -114,7 +134,7 @@ def hidden(
         body = jax.checkpoint(layer) if remat else layer
         if isinstance(params[stack.name], dict):
 
-            def scanned(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+            def scanned(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
                 tree, window, index = inputs
                 turn = (
                     jax.tree.map(lambda part: part[index], stacked) if len(turns) > 1 else stacked
@@ -122,17 +142,21 @@ def hidden(
                 return body(x_RXD, (tree, window, turn))
 
             data = (trees, jnp.asarray(windows, jnp.int32), jnp.asarray(indices, jnp.int32))
-            return jax.lax.scan(scanned, x_RXD, data)[0]
-        body = jax.jit(body)  # traced once for all layers
+            return jax.lax.scan(scanned, x_RXD, data)
+        body, told = jax.jit(body), []  # traced once for all layers
         for at, (window, index) in enumerate(zip(windows, indices, strict=True)):
             tree = {name: layers[at] for name, layers in trees.items()}
-            x_RXD, _ = body(x_RXD, (tree, window, turns[index]))
-        return x_RXD
+            x_RXD, one = body(x_RXD, (tree, window, turns[index]))
+            told.append(one)
+        return x_RXD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)
 
     x_RXD = embed(config, params, tokens_RX)
+    routed = []
     for stack in config.stacks:
-        x_RXD = run(stack, x_RXD)
-    return final_norm.apply({"params": params["final_norm"]}, sharding.keep_rows(mesh, x_RXD))
+        x_RXD, told = run(stack, x_RXD)
+        routed += [told] if stack.sparse else []
+    x_RXD = sharding.keep_rows(mesh, x_RXD)
+    return final_norm.apply({"params": params["final_norm"]}, x_RXD), routed
 
 
 def layer_trees(stack: Stack, tree: Params) -> list[Params]:

@@ -8,6 +8,7 @@ over blocks of rows of one expert. Every shape is static.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -229,6 +230,7 @@ class Experts(nn.Module):
     """A gated feed-forward layer in which each token passes the experts that the router chooses."""
 
     config: Config
+    activation: Callable[[jax.Array], jax.Array] = nn.silu
 
     def setup(self) -> None:
         c = self.config
@@ -249,7 +251,7 @@ class Experts(nn.Module):
         ends = jnp.searchsorted(expert_J[order_J], jnp.arange(routing.experts + 1))
         sizes_E = jnp.diff(ends).astype(jnp.int32)
         rows = spread(x_TD, order_J, place_J, routing.chosen)
-        inner = nn.silu(self.experts_gate(rows, sizes_E)) * self.experts_up(rows, sizes_E)
+        inner = self.activation(self.experts_gate(rows, sizes_E)) * self.experts_up(rows, sizes_E)
         y = unsorted(self.experts_down(inner, sizes_E), order_J, place_J)
         y_TUD = y.reshape(*chosen_TU.shape, -1)
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)

@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rftjax.models.attention import plain
-from rftjax.models.config import Config, Stack
+from rftjax.models.config import Config
 from rftjax.models.linear import linear
 from rftjax.models.rotary import Turn, rotate
 
@@ -101,45 +100,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020)."""
+    """Gated feed-forward layer (Shazeer 2020) of width `ffn`, 0: the config's."""
 
     config: Config
+    ffn: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        gate = Linear((c.ffn,), c, use_bias=c.mlp_bias, name="gate")(x)
-        up = Linear((c.ffn,), c, use_bias=c.mlp_bias, name="up")(x)
+        c, ffn = self.config, self.ffn or self.config.ffn
+        gate = Linear((ffn,), c, use_bias=c.mlp_bias, name="gate")(x)
+        up = Linear((ffn,), c, use_bias=c.mlp_bias, name="up")(x)
         hidden = ACTIVATIONS[c.activation](gate) * up
         return Linear((c.width,), c, use_bias=c.mlp_bias, name="down")(hidden)
-
-
-class Block(nn.Module):
-    """One layer of a stack."""
-
-    config: Config
-    stack: Stack
-
-    def setup(self) -> None:
-        c = self.config
-        self.attention, self.mlp = Attention(c), Mlp(c)
-        if c.norms in ("before", "both"):
-            self.attention_norm, self.mlp_norm = Norm(c), Norm(c)
-        if c.norms in ("after", "both"):
-            self.attention_output_norm, self.mlp_output_norm = Norm(c), Norm(c)
-
-    def __call__(self, x_BTD: jax.Array, turn: Turn, attend: Attend) -> tuple[jax.Array, Any]:
-        """Returns the layer's output x_BTD and what `attend` kept."""
-        before, after = self.config.norms != "after", self.config.norms != "before"
-        normed_BTD = self.attention_norm(x_BTD) if before else x_BTD
-        added_BTD, kept = self.attention(normed_BTD, turn, attend)
-        x_BTD = x_BTD + (self.attention_output_norm(added_BTD) if after else added_BTD)
-        added_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD)
-        return x_BTD + (self.mlp_output_norm(added_BTD) if after else added_BTD), kept
-
-
-def causal(q_BTHC: jax.Array, new: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-    """Attends among the new tokens alone, each to those before it (used to make initial parameters)."""
-    T = q_BTHC.shape[1]
-    mask_BTT = jnp.tril(jnp.ones((q_BTHC.shape[0], T, T), bool))
-    return plain(q_BTHC, new["keys"], new["values"], mask_BTT), None

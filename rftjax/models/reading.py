@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.models.config import FULL, Config
+from rftjax.models.config import FULL, Config, Routing, Stack
 from rftjax.models.rope import read_rope
 
 # Fields that `read_shared` reads.
@@ -97,3 +97,44 @@ def windows_of(kinds: Sequence[str], window: int | None) -> tuple[int, ...]:
     """Returns the window of each layer, one of those with sliding attention having `window` (None: no limit)."""
     limit = FULL if window is None else window
     return tuple(limit if kind == "sliding_attention" else FULL for kind in kinds)
+
+
+def same(fields: dict[str, Any], one: str, other: str, default: int) -> int:
+    """Returns what two names of a field say, `default` where neither is given; refuses a contradiction."""
+    found = {fields[name] for name in (one, other) if fields.get(name) is not None} or {default}
+    if len(found) > 1:
+        raise UserError(
+            f"config.json: {one}={fields[one]} and {other}={fields[other]} contradict each other; remove the wrong one"
+        )
+    return found.pop()
+
+
+def split(sparse: Sequence[bool]) -> tuple[Stack, ...]:
+    """Returns the stacks of layers of which some have experts: layers of one kind that follow each other."""
+    starts = [at for at, one in enumerate(sparse) if at == 0 or one != sparse[at - 1]]
+    ends = [*starts[1:], len(sparse)]
+    return tuple(
+        Stack(f"{'experts' if sparse[at] else 'dense'}_{at}", at, end - at, sparse[at])
+        for at, end in zip(starts, ends, strict=True)
+    )
+
+
+def check_routing(routing: Routing) -> Routing:
+    """Returns it; raises UserError where a token cannot have so many experts."""
+    r = routing
+    if r.experts % r.groups or not 1 <= r.open_groups <= r.groups:
+        raise UserError(
+            f"config.json: {r.experts} experts in n_group={r.groups} groups of which topk_group={r.open_groups} are"
+            " open: the groups must be equal, and some of them open; correct it there"
+        )
+    if r.groups > 1 and r.experts == r.groups:
+        raise UserError(
+            f"config.json: n_group={r.groups}: a group needs two experts or more; correct it there"
+        )
+    most = r.experts // r.groups * r.open_groups
+    if not 1 <= r.chosen <= most:
+        raise UserError(
+            f"config.json: num_experts_per_tok={r.chosen}: must be from 1 to {most}, the experts that a token may"
+            " have; correct it there"
+        )
+    return routing

@@ -23,6 +23,8 @@ FIELDS = {
         "beta_fast",
         "beta_slow",
         "attention_factor",
+        "mscale",
+        "mscale_all_dim",
         "truncate",
     },
 }
@@ -94,6 +96,8 @@ def _read_section(fields: dict[str, Any], section: dict[str, Any], theta: float)
         beta_fast=float(found.get("beta_fast") or 32.0),
         beta_slow=float(found.get("beta_slow") or 1.0),
         attention_factor=float(found.get("attention_factor") or 0.0),
+        mscale=float(found.get("mscale") or 0.0),
+        mscale_all_dim=float(found.get("mscale_all_dim") or 0.0),
         truncate=bool(found.get("truncate", True)),
     )
 

@@ -46,15 +46,23 @@ def frequencies(rope: Rope, channels: int) -> tuple[jax.Array, float]:
     first, last = max(first, 0), min(last, channels - 1)
     last = last + 0.001 if first == last else last
     ramp = jnp.clip((jnp.arange(channels // 2, dtype=jnp.float32) - first) / (last - first), 0, 1)
-    attention_factor = rope.attention_factor or 0.1 * math.log(max(rope.factor, 1.0)) + 1.0
+    attention_factor = rope.attention_factor or magnitude(rope.factor)
+    if not rope.attention_factor and rope.mscale and rope.mscale_all_dim:
+        whole = magnitude(rope.factor, rope.mscale_all_dim)
+        attention_factor = magnitude(rope.factor, rope.mscale) / whole
     return plain / rope.factor * ramp + plain * (1 - ramp), attention_factor
+
+
+def magnitude(factor: float, mscale: float = 1.0) -> float:
+    """Returns what yarn multiplies attention with for a context that is `factor` times as long (Peng et al. 2023)."""
+    return 0.1 * mscale * math.log(max(factor, 1.0)) + 1.0
 
 
 def rotations(config: Config, positions_BT: jax.Array) -> list[Turn]:
     """Returns sine and cosine (B, T, C / 2) in float32 for each position, by each of the distinct rotary embeddings."""
     turns = []
     for rope in config.distinct_ropes:
-        inverse, factor = frequencies(rope, config.channels)
+        inverse, factor = frequencies(rope, config.latent.rotated or config.channels)
         angles = positions_BT[..., None].astype(jnp.float32) * inverse[None, None, :]
         turns.append((jnp.sin(angles) * factor, jnp.cos(angles) * factor))
     return turns

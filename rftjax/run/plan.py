@@ -21,6 +21,7 @@ from rftjax.errors import UserError
 from rftjax.learning import row_length, update
 from rftjax.models import cache_leaves, logical_axes
 from rftjax.models.config import Config
+from rftjax.models.experts import GATES
 from rftjax.policy import Policy
 from rftjax.run.build import complete_config
 from rftjax.run.start import StateBuilder
@@ -314,7 +315,9 @@ def active_entries(model: Config) -> int:
         names = [key.key for key in path]
         if names[0] in ("embed", "head") or leaf.ndim < 3:
             continue
-        total += math.prod(leaf.shape)
+        of_experts = names[-2] in GATES
+        share = model.routing.chosen / model.routing.experts if of_experts else 1.0
+        total += round(math.prod(leaf.shape) * share)
     return total
 
 

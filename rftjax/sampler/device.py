@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 
 from rftjax.devices import sharding
 from rftjax.models import cache_leaves, decoder, logical_axes
-from rftjax.models.cached import attend
+from rftjax.models.block import Block
+from rftjax.models.cached import over
 from rftjax.models.config import Config
 from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
-from rftjax.models.layers import Block, Norm
+from rftjax.models.layers import Norm
 from rftjax.models.rotary import Turn, rotations
 from rftjax.types import Params
 
@@ -74,7 +75,10 @@ def merge(tree: Params, adapters: Params) -> Params:
             merged[name] = value
         elif "a" in adapter:
             delta = jnp.einsum(
-                "Lir,Lro->Lio", adapter["a"], adapter["b"], precision=jax.lax.Precision.HIGHEST
+                "...ir,...ro->...io",
+                adapter["a"],
+                adapter["b"],
+                precision=jax.lax.Precision.HIGHEST,
             )
             kernel = value["kernel"]
             wide = kernel.astype(jnp.float32) + delta.reshape(kernel.shape)
@@ -218,7 +222,7 @@ def _layers(
 
     written: Cache = []
     for stack in config.stacks:
-        block: Any = Block(config, stack)
+        block: Any = Block(config, stack, cached=True)
 
         @jax.jit  # traced once for all layers
         def layer(
@@ -227,8 +231,7 @@ def _layers(
             def attend_cached(q: jax.Array, new: dict[str, jax.Array]) -> tuple:
                 written = {name: write(leaf, new[name]) for name, leaf in cached.items()}
                 seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
-                keys, values = seen["keys"], seen["values"]
-                return attend(config.attention, q, keys, values, positions_BT, window), written
+                return over(config.attention, q, seen, positions_BT, window), written
 
             return block.apply(tree, x_BTD, turn, attend_cached)
 

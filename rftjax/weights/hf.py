@@ -16,9 +16,9 @@ import numpy as np
 from rftjax.errors import NotFinite, UserError
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.config import Config
-from rftjax.models.names import Name, layers_of
+from rftjax.models.names import Name, layers_of, tensors_of
 from rftjax.types import Params
-from rftjax.weights import gguf, shards
+from rftjax.weights import gguf, packed, shards
 from rftjax.weights.directories import locate, read_json, write_json
 from rftjax.weights.exporting import NO_FACTS, replacing
 from rftjax.weights.model_config import exported_fields, read_config, read_fields
@@ -96,13 +96,14 @@ def open_model(
         readers = gguf.tensors(gguf.read(found), fields)
     else:
         readers = shards.open_directory(found if found.is_dir() else found.parent)
-    readers = shards.text_tensors(readers)
+    readers = packed.dequantised(shards.text_tensors(readers), fields)
+    readers = packed.unfused(packed.without_predictors(readers, config, fields), config)
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tied and head in readers and embedding not in readers:
         readers[embedding] = readers.pop(head)  # one tensor under its other name
     if config.tied and head in readers:
         _check_tied(found, readers)
-    expected = {hf for name in _table(config) for hf in _hf_names(config, name)}
+    expected = {hf for name in _table(config) for hf in tensors_of(config, name)}
     missing, extra = sorted(expected - set(readers)), sorted(set(readers) - expected)
     extra = [name for name in extra if not name.endswith(".rotary_emb.inv_freq")]
     if missing == ["lm_head.weight"]:
@@ -143,12 +144,6 @@ def _table(config: Config) -> list[Name]:
     return FAMILIES[config.family].names(config)
 
 
-def _hf_names(config: Config, name: Name) -> list[str]:
-    if "{layer}" not in name.hf:
-        return [name.hf]
-    return [name.hf.format(layer=layer) for layer in layers_of(config, name)]
-
-
 def _shape(config: Config, name: Name) -> tuple[int, ...]:
     """Returns the shape of our leaf, which holds all layers."""
     return (len(layers_of(config, name)), *name.shape) if "{layer}" in name.hf else name.shape
@@ -158,22 +153,21 @@ def _hf_shape(name: Name) -> tuple[int, ...]:
     """Returns the shape in Hugging Face's layout: (outputs, inputs) for a kernel."""
     if not name.inputs:
         return name.shape if name.path[-1] == "embedding" else (int(np.prod(name.shape)),)
-    inputs, outputs = name.shape[: name.inputs], name.shape[name.inputs :]
+    inputs, outputs = name.single[: name.inputs], name.single[name.inputs :]
     return int(np.prod(outputs)), int(np.prod(inputs))
 
 
 def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.ndarray:
-    parts = _hf_names(config, name)
     leaf = np.empty(_shape(config, name), np.float32)
-    for index, hf in enumerate(parts):
+    parts = leaf.reshape(-1, *name.single)
+    for index, hf in enumerate(tensors_of(config, name)):
         tensor = readers[hf]()
         if tensor.shape != _hf_shape(name):
             raise UserError(
                 f"model.path={found}: tensor {hf} has shape {tensor.shape},"
                 f" the config asks for {_hf_shape(name)}; use the config.json that belongs to these weights"
             )
-        ours = (tensor.T if name.inputs else tensor).reshape(name.shape)
-        leaf[index if "{layer}" in name.hf else ...] = ours
+        parts[index] = (tensor.T if name.inputs else tensor).reshape(name.single)
     return leaf
 
 
@@ -246,10 +240,9 @@ def _hf_tensors(
     config: Config, params: Params, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     for name in _table(config):
-        leaf = np.asarray(_leaf(params, name.path))
-        for index, hf in enumerate(_hf_names(config, name)):
-            tensor = leaf[index] if "{layer}" in name.hf else leaf
-            shape = _hf_shape(name)
+        parts = np.asarray(_leaf(params, name.path)).reshape(-1, *name.single)
+        shape = _hf_shape(name)
+        for tensor, hf in zip(parts, tensors_of(config, name), strict=True):
             flat = tensor.reshape(shape[::-1]).T if name.inputs else tensor.reshape(shape)
             written = np.ascontiguousarray(flat, dtype)
             if not np.isfinite(written).all():

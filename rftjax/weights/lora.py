@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021): made, read and written; the model applies them, `device.merge` adds them in.
 
-The adapter of a linear layer is a (L, inputs, rank) and b (L, rank, outputs); it adds a @ b * alpha / rank to the
-kernel. Directories of the peft package hold the matrices transposed, one pair a layer.
+The adapter of a linear layer is a (L, inputs, rank) and b (L, rank, outputs), of experts with an axis E behind L; it
+adds a @ b * alpha / rank to the kernel. Directories of the peft package hold the matrices transposed, one pair a layer.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ import numpy as np
 from rftjax.errors import NotFinite, UserError
 from rftjax.models import FAMILIES
 from rftjax.models.config import Config
-from rftjax.models.names import Name, layers_of
+from rftjax.models.names import Name, layers_of, tensors_of
 from rftjax.types import Params
 from rftjax.weights import hf
 from rftjax.weights.exporting import NO_FACTS, replacing
 
-TARGETS = ("query", "key", "value", "output", "gate", "up", "down")
+TARGETS = (
+    *("query", "key", "value", "output", "gate", "up", "down"),
+    *("query_down", "query_up", "latent", "expand"),  # of latent attention
+    *("experts_gate", "experts_up", "experts_down"),
+)
 PREFIX = "base_model.model."  # of tensor names in peft
 # Fields of adapter_config.json that are read, and fields without effect on a trained adapter.
 READ = {"lora_alpha", "r", "use_rslora"}
@@ -87,12 +91,12 @@ def init(config: Config, *, rank: int, targets: str = "all", seed: int = 0) -> P
     for index, name in enumerate(_kernels(config, parse_targets(targets))):
         inputs, outputs = _sides(name)
         bound = 1 / math.sqrt(inputs)
-        layers = len(layers_of(config, name))
-        shape = (layers, inputs, rank)
+        stacked = _stacked(config, name)
+        shape = (*stacked, inputs, rank)
         first = jax.random.uniform(
             jax.random.fold_in(key, index), shape, minval=-bound, maxval=bound
         )
-        pair = {"a": first, "b": jnp.zeros((layers, rank, outputs))}
+        pair = {"a": first, "b": jnp.zeros((*stacked, rank, outputs))}
         _put(tree, name, pair)
     return tree
 
@@ -121,9 +125,9 @@ def save_peft(
         used.append(name.hf.removesuffix(".weight").rpartition(".")[2])
         rank = pair["a"].shape[-1]
         for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
-            matrices = np.asarray(stacked, np.float32)
-            for layer, matrix in zip(layers_of(config, name), matrices, strict=True):
-                tensors[_peft_name(name, layer, letter)] = np.ascontiguousarray(matrix.T)
+            matrices = np.asarray(stacked, np.float32).reshape(-1, *stacked.shape[-2:])
+            for one, matrix in zip(_peft_names(config, name, letter), matrices, strict=True):
+                tensors[one] = np.ascontiguousarray(matrix.T)
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise NotFinite(
             f"tensor {broken[0]} holds numbers that are not finite, so nothing was exported; export an earlier step"
@@ -168,10 +172,7 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
     tensors = hf.read_safetensors(file, "lora.path")
     tree: Params = {}
     for name in _kernels(config, TARGETS):
-        names = {
-            letter: [_peft_name(name, layer, letter) for layer in layers_of(config, name)]
-            for letter in "AB"
-        }
+        names = {letter: _peft_names(config, name, letter) for letter in "AB"}
         if not any(one in tensors for one in names["A"]):
             continue
         inputs, outputs = _sides(name)
@@ -185,8 +186,11 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
                     raise UserError(f"lora.path={path}: {one} {has}, the model asks for {shape}")
                 found[letter].append(np.asarray(tensor, np.float32).T)
         factor = own / scale(rank, alpha)
-        pair = {"a": np.stack(found["A"]), "b": np.stack(found["B"]) * np.float32(factor)}
-        _put(tree, name, pair)
+        a, b = (
+            np.stack(found[letter]).reshape(*_stacked(config, name), *shapes[letter][::-1])
+            for letter in "AB"
+        )
+        _put(tree, name, {"a": a, "b": b * np.float32(factor)})
     if tensors or not tree:
         unknown = sorted(tensors)[0] if tensors else "no adapter of a linear layer"
         raise UserError(f"lora.path={path}: {unknown} does not belong to a {config.family} model")
@@ -259,7 +263,13 @@ def _kernels(config: Config, targets: tuple[str, ...]) -> list[Name]:
 
 def _sides(name: Name) -> tuple[int, int]:
     """Returns the numbers of inputs and outputs of a kernel."""
-    return math.prod(name.shape[: name.inputs]), math.prod(name.shape[name.inputs :])
+    return math.prod(name.single[: name.inputs]), math.prod(name.single[name.inputs :])
+
+
+def _stacked(config: Config, name: Name) -> tuple[int, ...]:
+    """Returns the leading axes of a kernel: layers, and experts where there are any."""
+    experts = name.shape[:1] if "{expert}" in name.hf else ()
+    return len(layers_of(config, name)), *experts
 
 
 def _put(tree: Params, name: Name, pair: dict[str, Any]) -> None:
@@ -267,5 +277,6 @@ def _put(tree: Params, name: Name, pair: dict[str, Any]) -> None:
     tree.setdefault(stack, {}).setdefault(part, {})[linear] = pair
 
 
-def _peft_name(name: Name, layer: int, letter: str) -> str:
-    return PREFIX + name.hf.format(layer=layer).replace(".weight", f".lora_{letter}.weight")
+def _peft_names(config: Config, name: Name, letter: str) -> list[str]:
+    pattern = PREFIX + name.hf.replace(".weight", f".lora_{letter}.weight")
+    return tensors_of(config, name, pattern)

@@ -10,7 +10,7 @@ from rftjax.models import FAMILIES
 from rftjax.models.config import Config
 from rftjax.models.families import qwen3
 from rftjax.models.rope import rope_fields
-from rftjax.weights import gguf
+from rftjax.weights import gguf, packed
 from rftjax.weights.directories import config_file, locate, read_json
 
 # Fields that never change what a decoder computes, whatever their value.
@@ -111,7 +111,6 @@ EXACT = {
     "is_encoder_decoder": (False, None),
     "pruned_heads": ({}, None),
     "quantization": (None,),
-    "quantization_config": (None,),
     "resid_pdrop": (0, None),
     "rope_interleaved": (False, None),
     "tie_encoder_decoder": (False, None),
@@ -136,7 +135,6 @@ UNQUANTISED = "use the unquantised checkpoint of this model"
 WAY_OUT = {
     "compression_config": UNQUANTISED,
     "quantization": UNQUANTISED,
-    "quantization_config": UNQUANTISED,
     "auto_map": "code that comes with a checkpoint is never run",
 }
 
@@ -184,11 +182,13 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
     family = FAMILIES[kind]
     fields = family.DEFAULTS | fields
     exact = EXACT | family.EXACT
+    exact = {name: values for name, values in exact.items() if name not in family.READ}
+    packed.block_of(fields)
     for name, value in fields.items():
         if name in exact and value not in exact[name]:
             way_out = WAY_OUT.get(name, f"only {' or '.join(map(repr, exact[name]))} is")
             raise UserError(f"config.json: {name}={value!r} is not implemented; {way_out}")
-    known = set(exact) | HARMLESS | GENERATION | family.READ
+    known = set(exact) | {"quantization_config"} | HARMLESS | GENERATION | family.READ
     unknown = sorted(name for name in set(fields) - known if not name.startswith(MARKS))
     if unknown:
         named = ", ".join(f"{name}={fields[name]!r}" for name in unknown)
@@ -225,4 +225,5 @@ def _check_types(fields: dict[str, Any], kind: str) -> None:
 
 def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:
     """Returns the config of an export, for both transformers 4 (which reads `torch_dtype`) and 5 (`dtype`)."""
-    return fields | {"dtype": dtype, "torch_dtype": dtype} | rope_fields(fields, config)
+    kept = {name: value for name, value in fields.items() if name != "quantization_config"}
+    return kept | {"dtype": dtype, "torch_dtype": dtype} | rope_fields(fields, config)

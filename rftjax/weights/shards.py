@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import json
 import logging
+import math
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from rftjax.errors import UserError
@@ -19,7 +24,8 @@ Readers = dict[str, Callable[[], np.ndarray]]
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
-READ = ("F32", "F16", "BF16")
+FP8 = "F8_E4M3"
+READ = ("F32", "F16", "BF16", FP8)
 # How names of the language model begin in a model that also sees, and alone; and those of its other parts.
 TEXT = {
     "language_model.model.": "model.",
@@ -31,6 +37,36 @@ OTHER_TOWERS = (
     *("vision_tower.", "visual.", "multi_modal_projector."),
 )
 OTHERS = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.ckpt")  # weights in other formats
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor of an open safetensors file; a call reads it."""
+
+    path: Path
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    file: Any
+
+    def __call__(self) -> np.ndarray:
+        return self._bytes() if self.kind == FP8 else self.file.get_tensor(self.name)
+
+    def part(self, index: int) -> np.ndarray:
+        """Reads one entry of the first axis."""
+        if self.kind == FP8:
+            return self._bytes(index)
+        return self.file.get_slice(self.name)[index]
+
+    def _bytes(self, index: int = -1) -> np.ndarray:
+        """Reads a tensor of a type that NumPy does not name, whole or one entry."""
+        with self.path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            start = 8 + length + json.loads(file.read(length))[self.name]["data_offsets"][0]
+            shape = self.shape if index < 0 else self.shape[1:]
+            size = math.prod(shape)
+            file.seek(start + max(index, 0) * size)
+            return np.frombuffer(file.read(size), jnp.float8_e4m3fn).reshape(shape)
 
 
 def open_directory(directory: Path) -> Readers:
@@ -142,18 +178,22 @@ def open_file(path: Path, field: str = "model.path") -> Readers:
     try:
         file = safe_open(path, "numpy")
         names = file.keys()
-        kinds = {name: file.get_slice(name).get_dtype() for name in names}
+        slices = {name: file.get_slice(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{field}={path}: not a whole safetensors file ({error}); download it again"
         ) from error
-    for name, kind in kinds.items():
-        if kind not in READ:
+    found = {
+        name: Stored(path, name, one.get_dtype(), tuple(one.get_shape()), file)
+        for name, one in slices.items()
+    }
+    for name, one in found.items():
+        if one.kind not in READ:
             raise UserError(
-                f"{field}={path}: tensor {name} is stored as {kind}; rftjax reads {', '.join(READ)}: use the"
+                f"{field}={path}: tensor {name} is stored as {one.kind}; rftjax reads {', '.join(READ)}: use the"
                 " checkpoint before quantisation, or load it with transformers and save it in bfloat16"
             )
-    return {name: functools.partial(file.get_tensor, name) for name in kinds}
+    return dict(found)
 
 
 def read_safetensors(path: Path, field: str = "model.path") -> dict[str, np.ndarray]:

@@ -29,7 +29,8 @@ GREEDY = 12  # tokens of a continuation
 def config_of(fields: dict[str, Any]) -> Any:
     """Returns transformers' config; text and vision towers are read from their own sections."""
     rest = {name: value for name, value in fields.items() if name != "model_type"}
-    return AutoConfig.for_model(fields["model_type"], **json.loads(json.dumps(rest)))
+    kind = {"kimi_k2": "deepseek_v3"}.get(fields["model_type"], fields["model_type"])
+    return AutoConfig.for_model(kind, **json.loads(json.dumps(rest)))
 
 
 def numbers_of(name: str, fields: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
