@@ -138,7 +138,8 @@ class Scorer:
             if call := self._groups.pop((id(trajectory.task), trajectory.draw), None):
                 self._start(call)
         if self.scope == ALL:
-            together = _Call([one for one in trajectories if not self._pending[id(one)].future])
+            each = {id(one): one for one in trajectories}.values()
+            together = _Call([one for one in each if not self._pending[id(one)].future])
             self._pending |= {id(one): together for one in together.members}
             self._start(together)
         for trajectory in trajectories:

@@ -68,8 +68,8 @@ def test_all_samples_that_are_scored_together_reach_one_call():
         one.draw = draw
     with Scorer(f"{FILES}/groups.py:test_against_the_mean", workers=1) as scorer:
         scorer.of_groups(1)(trajectories[1])
-        found = scorer.gather(trajectories)
-    assert [one.reward for one in found] == [1.0, 1.0, 0.0]
+        found = scorer.gather([*trajectories, trajectories[2]])  # one of them twice
+    assert [one.reward for one in found] == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_a_row_that_does_not_come_back_has_no_score(tmp_path):
