@@ -434,10 +434,11 @@ def test_attention_that_the_devices_do_not_have_is_refused(config, tmp_path):
 def test_evicted_rows_are_counted_from_step_to_step():
     counters = Counters(evicted_rows=3)
     part = types.SimpleNamespace(
-        config=ConfigDict({"environment": "file.py:name"}),
-        rollout=types.SimpleNamespace(engine=types.SimpleNamespace(counters=counters)),
+        config=ConfigDict({"environment": "file.py:name", "agent": ""}),
+        rollout=types.SimpleNamespace(
+            engine=types.SimpleNamespace(counters=counters), bystanders=2
+        ),
         compilations=types.SimpleNamespace(take=lambda: {"compile/programs": 1.0}),
-        environments=types.SimpleNamespace(bystanders=2),
         scorer=types.SimpleNamespace(bystanders=1),
     )
     always = {"compile/programs": 1.0, "evaluator/bystanders": 1.0}
