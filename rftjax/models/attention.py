@@ -35,16 +35,19 @@ def attend(
     `blocked` is `tiled` for long rows on one CPU device. `window` limits how many positions back a token sees, itself
     included. On a mesh, B lies over data and fsdp and is a multiple of their devices.
     """
-    alone = mesh is None or mesh.size == 1
-    long = q_BTHC.shape[1] >= LONG and alone and jax.default_backend() == "cpu"
-    if form == "tiled" or (form == "blocked" and long):
-        run = sharding.over_heads(mesh, tiled, k_BTKC.shape[2])
-        return run(q_BTHC, k_BTKC, v_BTKC, layout, window)
-    if form == "splash":
-        run = sharding.over_heads(mesh, splash, k_BTKC.shape[2])
+    form = "tiled" if form == "blocked" and _suits_tiles(q_BTHC.shape[1], mesh) else form
+    if form in ("tiled", "splash"):
+        run = sharding.over_heads(mesh, tiled if form == "tiled" else splash, k_BTKC.shape[2])
         return run(q_BTHC, k_BTKC, v_BTKC, layout, window)
     form_of = {"blocked": blocked, "plain": plain, "cudnn": cudnn}
     return form_of[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window))
+
+
+def _suits_tiles(T: int, mesh: Mesh | None) -> bool:
+    """Whether rows of T tokens are long, on one device that is a CPU; a mesh may be of devices that are not here."""
+    if mesh is None:
+        return T >= LONG and jax.default_backend() == "cpu"
+    return T >= LONG and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def cudnn(
