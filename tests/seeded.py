@@ -258,12 +258,12 @@ def tokens(name: str) -> np.ndarray:
     return np.random.default_rng(zlib.crc32(name.encode())).integers(3, 40, (2, 24))
 
 
-def checkpoint(folder: Path, name: str, renamed: Callable[[str], str] = str) -> Path:
-    """Writes the checkpoint of a name, as it was when transformers gave its numbers."""
+def checkpoint(folder: Path, name: str, renamed: Callable[[str], str] = str, **fields: Any) -> Path:
+    """Writes the checkpoint of a name, as it was when transformers gave its numbers, with `fields` over its config."""
     stored = json.loads((DATA / f"{name}.json").read_text())
     shapes = {key: tuple(shape) for key, shape in stored.items()}
     made = one_by_one(tensors(shapes, centred="gemma3" in name))
     folder.mkdir(parents=True)
     save_file({renamed(key): one for key, one in made.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps((CONFIGS | VISION)[name]))
+    (folder / "config.json").write_text(json.dumps((CONFIGS | VISION)[name] | fields))
     return folder

@@ -9,17 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import seeded
+import snippets
 
+from rftjax import grpo
 from rftjax.devices import sharding
 from rftjax.errors import UserError
+from rftjax.learning import update
+from rftjax.learning.batching import make_batch
 from rftjax.models import FAMILIES, decoder, logical_axes
 from rftjax.models.config import FULL
 from rftjax.policy import Policy
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
-from rftjax.types import SamplingParams, Sequence
+from rftjax.types import SamplingParams, Score, Sequence, TrainState
 from rftjax.weights import hf, lora
 from rftjax.weights.model_config import exported_fields
 
@@ -206,12 +211,54 @@ def test_the_text_model_of_a_model_that_sees_is_loaded_and_exported_alone(
 
 @pytest.mark.parametrize("name", ["olmo2", "gemma3", "qwen3_moe", "deepseek_v3"])
 def test_the_logits_on_a_mesh_are_those_of_one_device(models: dict[str, Policy], name: str):
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
+    mesh = mesh_of(2, 2, 2)
     model = models[name]
     placed = sharding.shard_tree(mesh, logical_axes(model.config), model.params)
     shared = Policy(model.path, model.config, placed, model.fields, mesh)
     tokens = seeded.tokens(name)
     np.testing.assert_allclose(shared.logits(tokens), model.logits(tokens), atol=3e-5)
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
+    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
+    return jax.sharding.Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
+
+
+def two_steps(model: Policy, mesh: jax.sharding.Mesh) -> tuple[list[list[int]], Any, list[float]]:
+    """Samples two groups, and updates on them twice; returns the tokens, the new weights and the losses."""
+    config = model.config
+    axes = logical_axes(config)
+    placed = sharding.shard_tree(mesh, axes, jax.tree.map(jnp.array, model.params))
+    prompts = [row[:9].tolist() for row in seeded.tokens("prompts")]
+    shared = Policy(model.path, config, placed, model.fields, mesh)
+    sampled = shared.sample(prompts, samples=4, max_new_tokens=8, stop=[], seed=3)
+    for index, one in enumerate(sampled):
+        one.score, one.advantage = Score(0.0), float(index % 4) - 1.5
+    batch = make_batch(sampled, rows=8, max_length=32, pack_tokens=64, pack_rows=8)
+    optimizer = optax.sgd(0.3)  # Adam would make noise of gradients that are 0 on paper
+    step = sharding.shard_tree(mesh, axes, jnp.zeros((), jnp.int32))
+    opt_state = sharding.shard_tree(mesh, axes, optimizer.init(placed))
+    state = TrainState(step, placed, {}, opt_state)
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    loss = grpo.LossSettings.of(grpo.preset_fields("grpo"))
+    apply = update.make_update(config, optimizer, loss, shardings=where, mesh=mesh)
+    losses = []
+    for _ in range(2):
+        state, metrics = apply(state, sharding.put_batch(mesh, batch))
+        losses.append(float(metrics["loss"]))
+    return [one.sequences[0].tokens for one in sampled], jax.device_get(state.trainable), losses
+
+
+@pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)
+@pytest.mark.parametrize("name", EVERY)
+def test_two_steps_on_a_mesh_of_eight_are_those_of_one_device(models: dict[str, Policy], name: str):
+    alone, shared = (two_steps(models[name], mesh_of(*shape)) for shape in ((1, 1, 1), (2, 2, 2)))
+    assert alone[0] == shared[0]
+    np.testing.assert_allclose(alone[2], shared[2], atol=1e-5)
+    changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone[1], models[name].params)
+    assert np.median(jax.tree.leaves(changed)) > 1e-3
+    for one, two in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(shared[1]), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
 
 
 # As they are published: old fields, and what has a default left out.

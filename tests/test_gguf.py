@@ -10,6 +10,7 @@ import gguf as writer
 import jax
 import numpy as np
 import pytest
+import seeded
 
 from rftjax.config import embedded_model
 from rftjax.errors import UserError
@@ -142,6 +143,57 @@ def test_weights_and_settings_are_those_of_the_source(source: str, tmp_path: Pat
     assert jax.tree.structure(params) == jax.tree.structure(leaves)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(leaves), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def as_converted(folder: Path, name: str, fields: dict[str, Any]) -> Path:
+    """Writes a tiny model of a family as GGUF, with the gains, orders of rows and names of llama.cpp's converter."""
+    source = seeded.checkpoint(folder / "source", name, **fields)
+    fields = json.loads((source / "config.json").read_text())
+    kind = fields["model_type"]
+    arch = kind.removesuffix("_text")
+    out = writer.GGUFWriter(folder / "m.gguf", arch)
+    ropes = fields["rope_parameters"]
+    fields["rope_theta"] = ropes.get("full_attention", ropes)["rope_theta"]
+    for key, field in (gguf.FIELDS | (gguf.GEMMA_FIELDS if arch == "gemma3" else {})).items():
+        add = out.add_float32 if isinstance(fields.get(field), float) else out.add_uint32
+        add(f"{arch}.{key}", fields[field]) if field in fields else None
+    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+    for hf_name, tensor in hf.read_safetensors(source / "model.safetensors").items():
+        part = hf_name.split(".")[-2]
+        if arch == "smollm3" and part in heads:
+            tensor = interleave(tensor, fields[heads[part]])
+        if arch == "gemma3" and part.endswith("norm"):
+            tensor = tensor + np.float32(1.0)
+        own = gguf.OWN_TENSORS.get(kind, {}).get(part, part)
+        out.add_tensor(gguf_name(hf_name.replace(f".{part}.", f".{own}.")), tensor)
+    finish(out)
+    return folder / "m.gguf"
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
+LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+# Tiny models of families whose files do not say some things, which then have their defaults.
+UNSAID: dict[str, dict[str, Any]] = {
+    "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "rope_parameters": PLAIN},
+    "olmo2": {"hidden_act": "silu", "rope_parameters": PLAIN},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0], "sliding_window": None, "rope_parameters": PLAIN},
+    "gemma3": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 12,
+        "rope_parameters": {"full_attention": PLAIN, "sliding_attention": LOCAL},
+    },
+}
+
+
+@pytest.mark.parametrize("name", [*UNSAID])
+def test_files_of_other_families_are_read(name: str, tmp_path: Path):
+    config, params, _ = hf.load(as_converted(tmp_path, name, UNSAID[name]))
+    expected, leaves, _ = hf.load(tmp_path / "source")
+    assert config == expected
+    assert jax.tree.structure(params) == jax.tree.structure(leaves)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(leaves), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_biases_and_an_untied_head_are_read(tmp_path: Path):

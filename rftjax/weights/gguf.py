@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rftjax.errors import UserError
+from rftjax.models import FAMILIES
 from rftjax.weights.directories import check_content, check_split
 
 # Metadata keys (after `ARCHITECTURE.`) and the config field of each.
@@ -29,6 +30,10 @@ FIELDS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
+GEMMA_FIELDS = {
+    "attention.sliding_window": "sliding_window",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 # Keys that are read separately, or do not affect what the model computes.
 OTHERS = {
     "attention.value_length",
@@ -40,7 +45,17 @@ OTHERS = {
     "rope.scaling.finetuned",
 }
 NEEDED = ("block_count", "feed_forward_length", "embedding_length", "attention.head_count")
-ARCHITECTURES = ("llama", "qwen2")
+# Architectures, each with its `model_type`.
+ARCHITECTURES = {
+    "gemma3": "gemma3_text",
+    "llama": "llama",
+    "olmo2": "olmo2",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
+INTERLEAVED = ("llama", "smollm3")  # whose rotary channels lie in pairs
+GEMMA_27B = 62  # layers; the one Gemma 3 whose attention scores are not scaled by the head's width
 # GGUF stores Llama 3's rotary scaling as a table of factors, computed from these settings.
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_SETTINGS = {
@@ -57,6 +72,8 @@ TENSORS = {
     "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -64,6 +81,19 @@ TENSORS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+
+# Norms of a layer where these differ.
+OWN_TENSORS = {
+    "gemma3_text": {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    "olmo2": {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
 }
 
 
@@ -196,12 +226,15 @@ def hf_fields(file: File) -> dict[str, Any]:
             f" rftjax reads {', '.join(ARCHITECTURES)} from GGUF"
         )
     own = {key.removeprefix(f"{arch}."): key for key in file.keys if key.startswith(f"{arch}.")}
-    unknown = sorted(set(own) - set(FIELDS) - OTHERS)
+    known = FIELDS | (GEMMA_FIELDS if arch == "gemma3" else {})
+    unknown = sorted(set(own) - set(known) - OTHERS)
     if unknown:
         raise UserError(f"model.path={file.path}: {arch} metadata {unknown} is not implemented")
-    fields: dict[str, Any] = {"architectures": [f"{arch.capitalize()}ForCausalLM"]}
-    fields |= {"model_type": arch, "hidden_act": "silu", "torch_dtype": "float32"}
-    for theirs, ours in FIELDS.items():
+    kind = ARCHITECTURES[arch]
+    fields: dict[str, Any] = {"architectures": [FAMILIES[kind].ARCHITECTURE]}
+    fields |= {"model_type": kind, "torch_dtype": "float32"}
+    fields |= {} if arch == "gemma3" else {"hidden_act": "silu"}
+    for theirs, ours in known.items():
         if theirs in own:
             fields[ours] = _short(file.metadata(own[theirs]))
             if isinstance(fields[ours], list):
@@ -216,11 +249,9 @@ def hf_fields(file: File) -> dict[str, Any]:
             " convert_hf_to_gguf.py, or give the model's Hugging Face directory"
         )
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
-    if arch == "llama":
-        fields["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-        fields["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     channels = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     fields["head_dim"] = channels
+    fields |= _own_fields(arch, file, fields)
     for key in ("rope.dimension_count", "attention.value_length"):
         found = file.metadata(own[key]) if key in own else channels
         if found != channels:
@@ -234,6 +265,20 @@ def hf_fields(file: File) -> dict[str, Any]:
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         fields[f"{ours}_token_id"] = file.metadata(f"tokenizer.ggml.{theirs}_token_id")
     return fields
+
+
+def _own_fields(arch: str, file: File, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the file's tensors and sizes say about an architecture's settings."""
+    found: dict[str, Any] = {}
+    if arch != "qwen2":
+        found["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if arch in INTERLEAVED:
+        found["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
+    if arch == "gemma3":
+        width = fields["hidden_size"] // fields["num_attention_heads"]
+        large = fields["num_hidden_layers"] == GEMMA_27B
+        found["query_pre_attn_scalar"] = width if large else fields["head_dim"]
+    return found
 
 
 def _short(value: Any) -> Any:
@@ -290,6 +335,7 @@ def tensors(file: File, fields: dict[str, Any]) -> dict[str, Callable[[], np.nda
         "attn_q": fields["num_attention_heads"],
         "attn_k": fields.get("num_key_value_heads") or fields["num_attention_heads"],
     }
+    theirs |= {stem: name for name, stem in OWN_TENSORS.get(fields["model_type"], {}).items()}
     found: dict[str, Callable[[], np.ndarray]] = {}
     for name, reader in file.tensors.items():
         stem, _, kind = name.rpartition(".")
@@ -299,15 +345,22 @@ def tensors(file: File, fields: dict[str, Any]) -> dict[str, Callable[[], np.nda
             layer = f"model.layers.{index}."
         if name == "rope_freqs.weight":
             continue  # read as a setting
-        if fields["model_type"] == "llama" and stem in heads:
+        if fields["model_type"] == "gemma3_text" and stem.endswith("norm"):
+            reader = functools.partial(_centred, reader)
+        if fields["model_type"] in INTERLEAVED and stem in heads:
             reader = functools.partial(_unpermuted, reader, heads[stem])
         # Unknown tensors keep their GGUF name, with which the loader then refuses them.
         found[f"{layer}{theirs[stem]}.{kind}" if stem in theirs else name] = reader
     return found
 
 
+def _centred(reader: Callable[[], np.ndarray]) -> np.ndarray:
+    # GGUF files of Gemma hold one plus the gain.
+    return reader() - np.float32(1.0)
+
+
 def _unpermuted(reader: Callable[[], np.ndarray], heads: int) -> np.ndarray:
-    # GGUF files of Llama interleave the two halves of each head's rotary channels.
+    # GGUF files of INTERLEAVED families interleave the two halves of each head's rotary channels.
     rows = reader()
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
