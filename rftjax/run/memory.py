@@ -32,7 +32,7 @@ def estimate(parts: Parts) -> dict[str, float]:
         "frozen base": _bytes(state.frozen),
         "reference of the KL": _bytes(state.reference),
     }
-    sampling = {"sampler's weights": _weights(parts)} | _cache(parts)
+    sampling = {"sampler's weights": _weights(parts)} | _merging(parts) | _cache(parts)
     sampling[f"logits of {parts.rollout.engine.slots} rows"] = _decoding(parts)
     update = make_learner(parts).programs(state)[0].lower().compile().memory_analysis()
     length = max(batch_shape(parts)["pack_tokens"], parts.config.rollout.max_length)
@@ -70,6 +70,15 @@ def _weights(parts: Parts) -> float:
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places
     )
     return _bytes(sized)
+
+
+def _merging(parts: Parts) -> dict[str, float]:
+    """Returns the bytes of the float32 sums of base and adapters, which are made a layer at a time."""
+    if not parts.config.lora.rank:
+        return {}
+    params = parts.policy.abstract_params
+    layers = [leaf for s in parts.policy.config.stacks for leaf in jax.tree.leaves(params[s.name])]
+    return {"merging a layer's adapters": 4.0 * sum(math.prod(leaf.shape[1:]) for leaf in layers)}
 
 
 def _cache(parts: Parts) -> dict[str, float]:

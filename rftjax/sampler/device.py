@@ -50,12 +50,17 @@ def sampler_params(
 
     Nothing else hands weights to the sampler.
     """
-    merged = merge(params, adapters) if adapters else params
-    layers = [
-        decoder.cast(tree, config.dtype)
-        for stack in config.stacks
-        for tree in decoder.layer_trees(stack, merged[stack.name])
-    ]
+    layers: list[Params] = []
+    for stack in config.stacks:
+        tree, own = params[stack.name], (adapters or {}).get(stack.name)
+        for at in range(stack.count):
+            if own and layers:
+                # A layer at a time: the sums of all layers in float32 would lie beside the weights.
+                (tree, own), layers[-1] = jax.lax.optimization_barrier(((tree, own), layers[-1]))
+            layer = jax.tree.map(lambda leaf, at=at: leaf[at], tree)
+            if own:
+                layer = merge(layer, jax.tree.map(lambda leaf, at=at: leaf[at], own))
+            layers.append(decoder.cast(layer, config.dtype))
     stacked = {stack.name for stack in config.stacks}
     rest = {name: tree for name, tree in params.items() if name not in stacked}
     weights = decoder.cast(rest, config.dtype) | {"layers": layers}
@@ -67,7 +72,7 @@ def sampler_params(
 
 
 def merge(tree: Params, adapters: Params) -> Params:
-    """Returns the tree with a @ b added to each adapted kernel (all with a leading L axis)."""
+    """Returns the tree with a @ b added to each adapted kernel, in float32; all may have a leading L axis."""
     merged = {}
     for name, value in tree.items():
         adapter = adapters.get(name) if isinstance(adapters, dict) else None
