@@ -154,9 +154,13 @@ class Rollout:
         while not groups.enough and (
             self._begin(episodes, waiting, most - len(sampling)) or waiting or sampling
         ):
-            for episode in [episode for episode in waiting.values() if episode.future.done()]:
-                del waiting[episode.key]
-                settle(episode, self._answered(episode, params, stream))
+            # An answer may lead to the next one at once, and the last to a group that is complete.
+            while done := [episode for episode in waiting.values() if episode.future.done()]:
+                for episode in done:
+                    del waiting[episode.key]
+                    settle(episode, self._answered(episode, params, stream))
+            if groups.enough:
+                break
             dispatches = self.engine.counters.dispatches
             for turn in self.engine.step() if sampling else []:
                 episode = sampling.pop(turn.key)

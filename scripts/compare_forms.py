@@ -1,4 +1,5 @@
-"""Compares the learning curves of the tiny job in float32, in bfloat16, and with batches sampled one step ahead.
+"""Compares the learning curves of the tiny job in float32, in bfloat16, with batches sampled one step ahead, and with
+answers that go on in the next step.
 
     python scripts/compare_forms.py [--workdir=DIR] [--seeds=4]
 
@@ -26,6 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"model.dtype": "bfloat16"},
     "one step ahead": {"overlap.max_staleness": 1, "grpo.tis_cap": 2.0},
+    "answers go on": {"rollout.partial": 4, "sampler.dispatch_steps": 2},
 }
 
 
@@ -48,7 +50,7 @@ def largest(workdir: Path, name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares the learning curves of three forms.")
+    parser = argparse.ArgumentParser(description="Compares the learning curves of these forms.")
     parser.add_argument(
         "--workdir",
         type=lambda text: Path(text).expanduser(),

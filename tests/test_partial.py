@@ -4,6 +4,7 @@ import copy
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from test_rollout import CONFIG, END, ambiguous_tokenizer
 
@@ -172,3 +173,14 @@ def test_a_step_does_not_wait_for_its_longest_answer(weights, tokenizer):
             sampling.take(step)
         steps[ahead] = sampling.rollout.engine.counters.decode_steps
     assert steps[3] < 0.9 * steps[0]
+
+
+def test_nothing_is_sampled_once_the_groups_of_a_step_are_complete(weights, tokenizer):
+    sampling = Sampling(weights, tokenizer)
+    sampling.rollout.engine.stops.clear()
+    sampling.rollout.engine._stops_E = jnp.full(16, -2, jnp.int32)  # answers end after four tokens
+    sampling.use(TrainState(0, {}, {}, ()))
+    found = sampling.rollout(sampling.stream.next(5), GROUP, SamplingParams(4), wanted=2)
+    assert [sum(one.sequences[0].sampled) for one in found] == [4] * 2 * GROUP
+    assert sampling.rollout.engine.counters.decode_steps == 4
+    assert not sampling.rollout.carried
