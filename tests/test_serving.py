@@ -16,7 +16,8 @@ import served
 from served import CALL, END, KEY, NAME
 
 from rftjax.evaluators.forms.judge import Judge
-from rftjax.sampler.engine import noise_key
+from rftjax.sampler.engine import SampledTurn, noise_key
+from rftjax.serving.answers import Answer
 from rftjax.serving.service import Service
 from rftjax.serving.terminal import talk
 from rftjax.serving.turns import Model
@@ -466,3 +467,44 @@ def test_a_judge_of_an_evaluator_gets_this_server_s_answers_and_counts_their_tok
         assert answer.text == (wanted.choices[0].message.content or "")
         assert answer.completion_tokens == wanted.usage.completion_tokens > 0
         assert answer.prompt_tokens == wanted.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "arguments"),
+    [
+        (
+            'Well.\n<tool_call>{"name": "look", "arguments": {"at": 1}}</tool_call>',
+            "Well.",
+            {"at": 1},
+        ),
+        ('{"name": "look", "parameters": {"at": 1}}', "", {"at": 1}),
+        ('So [TOOL_CALLS][{"name": "look", "arguments": {}}]', "So", {}),
+        ('{"an": "object"}', '{"an": "object"}', None),
+        ("a < b, and [1] too", "a < b, and [1] too", None),
+        ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", None),
+    ],
+)
+def test_calls_in_any_templates_format_are_held_back_in_a_stream_and_other_text_is_not(
+    text, shown, arguments
+):
+    letters = tokenizer_of_letters(text)
+    answer = Answer(letters, stop_tokens=(), tools=["look"])
+    ids = letters.encode(text, add_special_tokens=False)
+    parts = [answer.add([one], [0.0]) for one in ids]
+    before = "".join(parts)
+    parts.append(answer.finish(SampledTurn((0, 0), ids, [0.0] * len(ids), stopped=True)))
+    assert "".join(parts) == shown == (answer.message["content"] or "")
+    assert shown.startswith(before)
+    calls = answer.message.get("tool_calls")
+    assert (calls and json.loads(calls[0]["function"]["arguments"])) == arguments
+
+
+def tokenizer_of_letters(text):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: index for index, letter in enumerate(sorted(set(text)))}
+    built = Tokenizer(models.WordLevel(letters, unk_token=text[0]))
+    built.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    built.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=built)

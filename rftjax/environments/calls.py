@@ -41,6 +41,32 @@ _ESCAPED = re.compile(r"(?:<escape>(.*?)<escape>|<\|\"\|>(.*?)<\|\"\|>)", re.DOT
 _KEY = re.compile(r"(?<=[{,])\s*([A-Za-z_][\w.-]*)\s*:")
 
 
+# What stands before calls, apart from those without any mark.
+STARTS = (
+    "<tool_call>",
+    "[TOOL_CALLS]",
+    "<|tool_calls_section_begin|>",
+    "<|tool_call_begin|>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<start_function_call>",
+    "<|tool_call>",
+    "```tool_code",
+    "<|channel|>",
+    "<|python_tag|>",
+    "<function=",
+)
+
+
+def before_calls(text: str) -> str:
+    """Returns what a text says before anything that may be a call: nothing of one that begins like a call without any
+    mark."""
+    if text.lstrip()[:1] in ("{", "["):
+        return ""
+    starts = [at for mark in STARTS if (at := text.find(mark)) >= 0]
+    return text[: min(starts)] if starts else text
+
+
 def tool_calls(message: Message, names: Collection[str] = ()) -> list[Call]:
     """Returns the calls in a message's `tool_calls`, else in its text; `names` are those of the tools that exist.
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
-from rftjax.environments.toolbox import tool_calls
+from rftjax.environments.calls import STARTS, before_calls, tool_calls
 from rftjax.sampler.engine import SampledTurn
 from rftjax.text import chat
 from rftjax.types import Message
-
-CALL = "<tool_call>"
 
 
 class Answer:
     """One choice: takes tokens as they are sampled and says what can be shown of them by then.
 
+    `tools` are the names of those that the model was shown: calls of them are read in the format of any template.
     `offset` is the number of tokens before the answer, which makes the ids of calls unlike those of other turns.
     """
 
@@ -27,7 +27,7 @@ class Answer:
         *,
         stop_tokens: tuple[int, ...],
         stop_strings: tuple[str, ...] = (),
-        tools: bool = False,
+        tools: Collection[str] = (),
         offset: int = 0,
     ) -> None:
         self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
@@ -44,10 +44,12 @@ class Answer:
         self.tokens += tokens
         self.logprobs += logprobs
         text = self._decoded().rstrip("\ufffd")  # half a character is a replacement at the end
-        held = (*self.stop_strings, CALL) if self.tools else self.stop_strings
+        held = (*self.stop_strings, *STARTS) if self.tools else self.stop_strings
         if self.tools:
-            text = text.partition(CALL)[0].rstrip()  # as white space before a call is not shown
-        return self._show(text[: len(text) - max((_overlap(text, one) for one in held), default=0)])
+            text = before_calls(text)
+        text = text[: len(text) - max((_overlap(text, one) for one in held), default=0)]
+        # White space before a call is not shown.
+        return self._show(text.rstrip() if self.tools else text)
 
     def finish(self, turn: SampledTurn) -> str:
         """Takes the whole turn; returns the text that was not shown yet. Sets `message` and `finish_reason`."""
@@ -58,7 +60,7 @@ class Answer:
         calls = self._calls() if self.tools and turn.stopped else []
         self.message = {"role": "assistant", "content": content}
         if calls:
-            content = self.text[: self.text.index(CALL)].rstrip() or None
+            content = before_calls(self.text).rstrip() or None
             self.message |= {"content": content, "tool_calls": calls}
             self.finish_reason = "tool_calls"
         return self._show(content or "")
@@ -79,9 +81,7 @@ class Answer:
 
     def _calls(self) -> list[dict[str, Any]]:
         """Returns the calls of an answer, none where one of them is malformed: the text is the answer then."""
-        if CALL not in self.text:
-            return []
-        found = tool_calls({"content": self.text})
+        found = tool_calls({"content": self.text}, self.tools)
         if any("problem" in call for call in found):
             return []
         return [

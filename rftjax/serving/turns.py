@@ -451,7 +451,9 @@ def answer_to(asked: Request, model: Model, offset: int) -> Answer:
         model.tokenizer,
         stop_tokens=model.stop_tokens,
         stop_strings=(*model.stop_strings, *asked.stops),
-        tools=isinstance(asked, ChatRequest) and bool(asked.shown_tools),
+        tools=[tool["function"]["name"] for tool in asked.shown_tools]
+        if isinstance(asked, ChatRequest)
+        else (),
         offset=offset,
     )
 
