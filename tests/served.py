@@ -1,6 +1,5 @@
 """A model of a dozen tokens behind a server, for the tests of serving and of agents."""
 
-import contextlib
 import json
 
 import jax
@@ -91,10 +90,3 @@ class Served:
     def close(self):
         self.background.close()
         self.service.stop()
-
-
-@contextlib.contextmanager
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

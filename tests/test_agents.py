@@ -78,12 +78,6 @@ async def completes(task, base_url, api_key, model):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with served.quick_compiler():
-        yield
-
-
 @pytest.fixture(scope="module")
 def weights():
     return served.make_weights()

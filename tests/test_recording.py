@@ -29,12 +29,6 @@ FORGETFUL = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with served.quick_compiler():
-        yield
-
-
 @pytest.fixture(scope="module")
 def weights():
     return served.make_weights()

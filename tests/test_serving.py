@@ -27,12 +27,6 @@ from rftjax.types import SamplingParams
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    with served.quick_compiler():
-        yield
-
-
 @pytest.fixture(scope="module")
 def weights():
     return served.make_weights()

@@ -16,11 +16,10 @@ PATH = "rollout_id/happy-1/invocation_id/i/experiment_id/e/run_id/r/row_id/7"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with served.quick_compiler():
-        tokenizer = served.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-        found = served.Served(served.make_engine(served.make_weights()), tokenizer)
-        yield found
-        found.close()
+    tokenizer = served.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    found = served.Served(served.make_engine(served.make_weights()), tokenizer)
+    yield found
+    found.close()
 
 
 def call(server, path, body=None, key=KEY, **query):
