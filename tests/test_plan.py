@@ -8,6 +8,7 @@ from rftjax.devices.accelerators import ACCELERATORS
 from rftjax.errors import UserError
 from rftjax.run import memory, plan
 from rftjax.run.build import build, complete_config
+from rftjax.weights.model_config import read_config
 
 SHAPE = {
     "model_type": "llama",
@@ -160,3 +161,27 @@ def test_the_mode_needs_no_workdir_no_rows_and_no_weights(config, capsys):
     modes.run("plan", config, {}, None, device="H100", devices=2, price=1.5)
     out = capsys.readouterr().out
     assert "2 H100; the numbers of NVIDIA's data sheet" in out and "\ncost" in out
+
+
+def test_a_token_uses_its_own_experts_and_decoding_reads_those_of_its_rows(tmp_path):
+    """DeepSeek V3 by its published config: 671 billion parameters, 37 billion of them used by a token."""
+    fields = {
+        "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "q_lora_rank": 1536,
+        "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+        "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_shared_experts": 1,
+        "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True, "tie_word_embeddings": False, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    model = read_config(fields, "bfloat16")
+    assert round(plan.entries(model) / 1e9) == 671 and round(plan.active_entries(model) / 1e9) == 37
+    one, many = plan._read_share(model, 1), plan._read_share(model, 4096)
+    active = plan.active_entries(model) + model.vocab * model.width  # and the embedding's table
+    assert one == pytest.approx(active / plan.entries(model), rel=1e-3)
+    assert many == pytest.approx(1.0)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = configs.base_config()
+    config.model.path, config.model.dtype = str(tmp_path), "bfloat16"
+    config.mesh.data, config.mesh.tensor, config.lora.rank = -1, 32, 8
+    lines = plan.report(config, "v5p", 32, 0.0)
+    assert "35,136 cached numbers a token" in lines[0]  # 61 layers of 512 and 64

@@ -20,8 +20,7 @@ from rftjax.devices.accelerators import Accelerator, accelerator
 from rftjax.errors import UserError
 from rftjax.learning import row_length, update
 from rftjax.models import cache_leaves, logical_axes
-from rftjax.models.config import Config
-from rftjax.models.experts import GATES
+from rftjax.models.config import Config, Stack
 from rftjax.policy import Policy
 from rftjax.run.build import complete_config
 from rftjax.run.start import StateBuilder
@@ -228,20 +227,29 @@ class _Job:
         return active_entries(self.model) - self.model.vocab * self.model.width
 
     def activations(self) -> float:
-        """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and one at work."""
-        c, tensor = self.model, self.mesh.shape["tensor"]
-        shared = (2 * c.heads * c.channels + 2 * c.kv_heads * c.channels + 3 * c.ffn) / tensor
-        layer = self.row_tokens * self.item * (4 * c.width + shared)
-        carried = self.row_tokens * self.item * c.width
-        kept = carried * c.layers if self.config.model.remat else layer * c.layers
-        return kept + 2 * layer
+        """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and two at work."""
+        c = self.model
+        layers = [self._layer(stack) for stack in c.stacks for _ in range(stack.count)]
+        carried = float(self.row_tokens * self.item * c.width)
+        kept = carried * c.layers if self.config.model.remat else sum(layers)
+        return kept + 2 * max(layers)
+
+    def _layer(self, stack: Stack) -> float:
+        """Bytes of one layer's activations: what XLA keeps of attention, norms (in float32) and the feed-forward part,
+        whose gate and products it keeps in several forms (counted in its programs, `scripts/bench/README.md`)."""
+        c, routing, tensor = self.model, self.model.routing, self.mesh.shape["tensor"]
+        ffn = routing.chosen * routing.ffn + routing.shared if stack.sparse else c.ffn
+        shared = 2 * (2 * c.heads + 2 * c.kv_heads) * c.channels + 8 * ffn
+        return self.row_tokens * self.item * (16 * c.width + shared / tensor)
 
     def head_bytes(self) -> float:
-        """Bytes of the float32 logits that exist at once, with their gradient."""
+        """Bytes of the float32 logits that exist at once in five forms, and of the head and its gradient, gathered."""
         scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
-        whole = 4.0 * self.row_tokens * self.model.vocab
-        one = whole if whole <= update.HEAD_BYTES else 4.0 * scored * self.model.vocab
-        return 2 * one / self.mesh.shape["tensor"]
+        whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
+        chunked = whole > update.HEAD_BYTES or self.config.model.remat
+        one = 4.0 * (scored if chunked else self.row_tokens) * self.model.vocab
+        head = self.model.vocab * self.model.width * (2 * self.item + 4)
+        return (5 * one + head) / self.mesh.shape["tensor"]
 
     def seconds(
         self, chip: Accelerator, weights: float, cache: float, *, full: bool
@@ -257,7 +265,8 @@ class _Job:
         pairs = self._pairs()
         prefill = 2 * self.matrices * prompts * self.prompt + 4 * pairs["prompt"] * self._pair_width
         steps = math.ceil(self.sampled / max(min(self.slots, self.conversations), 1))
-        step_reads = (weights + cache * self._used_share()) / reading
+        read = weights * _read_share(c, self.slots / self.shards)
+        step_reads = (read + cache * self._used_share()) / reading
         step_computes = 2 * (self.matrices + head) * self.slots / self.shards / tensor / rate
         tokens = prompts * self.prompt + self.sampled
         forward = (
@@ -310,15 +319,30 @@ def entries(model: Config) -> int:
 
 def active_entries(model: Config) -> int:
     """Returns the entries of the matrices that one token is multiplied with, the head's among them."""
-    total = model.vocab * model.width
+    routing = model.routing
+    share = routing.chosen / routing.experts if routing.experts else 1.0
+    dense, experts = _matrices(model)
+    return model.vocab * model.width + dense + round(share * experts)
+
+
+def _matrices(model: Config) -> tuple[int, int]:
+    """Returns the entries of the layers' matrices, those of experts apart."""
+    found, axes = [0, 0], logical_axes(model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(hf.abstract_params(model)):
-        names = [key.key for key in path]
-        if names[0] in ("embed", "head") or leaf.ndim < 3:
-            continue
-        of_experts = names[-2] in GATES
-        share = model.routing.chosen / model.routing.experts if of_experts else 1.0
-        total += round(math.prod(leaf.shape) * share)
-    return total
+        names = tuple(key.key for key in path)
+        if names[0] not in ("embed", "head") and len(axes[names[-2:]]) > 1 and names[-1] != "bias":
+            found[axes[names[-2:]][0] == "experts"] += math.prod(leaf.shape)
+    return found[0], found[1]
+
+
+def _read_share(model: Config, rows: float) -> float:
+    """Returns the share of the sampler's weights that a decode step of so many rows reads, experts chosen evenly."""
+    experts = _matrices(model)[1]
+    if not experts:
+        return 1.0
+    seen = 1.0 - (1.0 - model.routing.chosen / model.routing.experts) ** rows
+    whole = entries(model)
+    return (whole - experts + seen * experts) / whole
 
 
 def _model_line(config: ConfigDict, model: Policy) -> str:

@@ -99,7 +99,7 @@ def main() -> None:
     compiled = lowered.compile()
     compiled_s = time.perf_counter() - begun - traced_s
     analysis = compiled.memory_analysis()
-    kind = {"tpu7x": "v7x"}.get(flags.topology.partition(":")[0], flags.topology.partition(":")[0])
+    kind = flags.topology.partition(":")[0].replace("tpu7x", "v7x")
     planned = plan.plan(config, model, ACCELERATORS[kind], mesh.size)
     half = planned.updating if flags.what == "update" else planned.sampling
     held = sum(planned.held.values()) if flags.what == "update" else 0.0
@@ -213,7 +213,7 @@ def lower_decode(config: Any, model: Any, state: Any, mesh: Mesh) -> Any:
 
 def parse() -> argparse.Namespace:
     """Returns the flags."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder with a config.json")
     parser.add_argument("--topology", required=True, help="v5e:2x4, v5p:2x2x1, H100:1x1x8, ...")
     parser.add_argument("--mesh", required=True, help="data:1,fsdp:8,tensor:1")
