@@ -213,6 +213,20 @@ VISION: dict[str, dict[str, Any]] = {
         "image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43,
         "tie_word_embeddings": False,
     },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl",
+        "text_config": SHAPE
+        | {
+            "model_type": "qwen2_5_vl_text", "use_sliding_window": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 400.0, "mrope_section": [2, 1, 1]},
+        },
+        "vision_config": {
+            "model_type": "qwen2_5_vl", "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2,
+            "patch_size": 4, "out_hidden_size": 32, "fullatt_block_indexes": [0], "window_size": 8,
+        },
+        "image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 42, "vision_end_token_id": 43,
+        "tie_word_embeddings": False,
+    },
     "mistral3": {
         "model_type": "mistral3",
         "text_config": CONFIGS["mistral"] | {"tie_word_embeddings": False},

@@ -408,3 +408,28 @@ def test_a_model_that_sees_around_an_unknown_text_model_is_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match="'llava' with a text_config of model_type='mamba'"):
         hf.read_fields(tmp_path)
+
+
+def test_a_model_that_sees_whose_config_has_no_section_for_text_is_read(tmp_path: Path):
+    fields = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 2048, "image_token_id": 151655,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 128000,
+        "max_window_layers": 70, "model_type": "qwen2_5_vl", "num_attention_heads": 16, "num_hidden_layers": 36,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"}, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "video_token_id": 151656,
+        "vision_config": {"depth": 32}, "vision_end_token_id": 151653, "vision_start_token_id": 151652,
+        "vision_token_id": 151654, "vocab_size": 151936,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = hf.read_config(hf.read_fields(tmp_path))
+    assert (config.family, config.rope.theta, config.rope.kind) == ("qwen2", 1e6, "default")
+    assert config.tied and not config.windowed
+
+
+def test_how_a_model_that_sees_is_quantised_counts_for_its_text_model(tmp_path: Path):
+    fields = seeded.VISION["mistral3"] | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="quantization_config="):
+        hf.read_config(hf.read_fields(tmp_path))

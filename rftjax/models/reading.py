@@ -138,3 +138,20 @@ def check_routing(routing: Routing) -> Routing:
             " have; correct it there"
         )
     return routing
+
+
+def without_image_positions(fields: dict[str, Any], theta: float) -> dict[str, Any]:
+    """Returns the fields without rotary settings of images, whose three positions are one on text alone; `theta` is the
+    rotary base where they give none."""
+    found = dict(fields)
+    bases = [found.get("rope_theta")]
+    for name in ("rope_parameters", "rope_scaling"):
+        section = {
+            key: one
+            for key, one in (found.pop(name, None) or {}).items()
+            if key not in ("mrope_section", "mrope_interleaved") and one != "mrope"
+        }
+        bases.append(section.get("rope_theta"))
+        if section:
+            found[name] = section
+    return found if any(bases) else found | {"rope_theta": theta}

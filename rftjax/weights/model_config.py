@@ -8,7 +8,7 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.models import FAMILIES
 from rftjax.models.config import Config
-from rftjax.models.families import qwen3
+from rftjax.models.families import qwen2, qwen3
 from rftjax.models.rope import rope_fields
 from rftjax.weights import gguf, packed
 from rftjax.weights.directories import config_file, locate, read_json
@@ -116,9 +116,17 @@ EXACT = {
     "tie_encoder_decoder": (False, None),
 }
 # Fields of a model that also sees which count for the text model in it, wherever they stand.
-OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+OF_BOTH = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+    "quantization_config",
+)
 # The text model of a kind of model whose text_config does not name it, as in transformers.
-TOWERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_vl": "qwen3_vl_text"}
+TOWERS = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+}
 REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -156,6 +164,10 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
 def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a model that also sees as those of the language model in it, others as they are."""
     inner = fields.get("text_config")
+    if (
+        fields.get("model_type") == "qwen2_5_vl" and inner is None
+    ):  # as published: no section of its own
+        inner = fields | {"model_type": "qwen2_5_vl_text"}
     if not isinstance(inner, dict):
         return fields
     outer = {name: fields[name] for name in OF_BOTH if fields.get(name) is not None}
@@ -163,6 +175,8 @@ def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     kind = found.get("model_type") or TOWERS.get(fields.get("model_type", ""), "")
     if kind == "qwen3_vl_text":
         kind, found = "qwen3", qwen3.of_vision(found)
+    elif kind == "qwen2_5_vl_text":
+        kind, found = "qwen2", qwen2.of_vision(found)
     if kind not in FAMILIES:
         raise UserError(
             f"config.json: model_type={fields.get('model_type')!r} with a text_config of model_type={kind!r} is not"

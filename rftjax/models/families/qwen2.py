@@ -35,6 +35,17 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
     return reading.read_shared("qwen2", fields, dtype, qkv_bias=True, windows=windows(fields))
 
 
+def of_vision(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the text fields of a Qwen2.5-VL model as those of Qwen2; older ones have those of images among them."""
+    of_images = (
+        "vision_config",
+        *(name for name in fields if name.startswith(("image_", "video_", "vision_"))),
+    )
+    rest = {name: one for name, one in fields.items() if name not in of_images}
+    defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_window_layers": 80}
+    return defaults | reading.without_image_positions(rest, 1000000.0)
+
+
 names = decoder_names
 LOGICAL_AXES = DECODER_AXES
 cache = decoder_cache

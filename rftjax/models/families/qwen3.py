@@ -30,24 +30,9 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
 
 
 def of_vision(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the text fields of a Qwen3-VL model as those of Qwen3: on text alone, its three positions are one."""
-    ropes = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        of_images = ("mrope_section", "mrope_interleaved")
-        section = {
-            key: one for key, one in (fields.get(name) or {}).items() if key not in of_images
-        }
-        if section:
-            ropes[name] = section
-    defaults: dict[str, Any] = {"max_position_embeddings": 128000, "head_dim": 128}
-    if not any([fields.get("rope_theta"), *(one.get("rope_theta") for one in ropes.values())]):
-        defaults["rope_theta"] = 500000.0
-    rest = {
-        name: one
-        for name, one in fields.items()
-        if not name.startswith("rope_sc") and name != "rope_parameters"
-    }
-    return defaults | rest | ropes
+    """Returns the text fields of a Qwen3-VL model as those of Qwen3."""
+    defaults = {"max_position_embeddings": 128000, "head_dim": 128}
+    return defaults | reading.without_image_positions(fields, 500000.0)
 
 
 names = decoder_names
