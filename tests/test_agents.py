@@ -6,13 +6,16 @@ import re
 import threading
 import urllib.request
 
+import jax
+import numpy as np
 import openai
 import pytest
 import served
 
 from rftjax import config as configs
 from rftjax import modes
-from rftjax.errors import UserError
+from rftjax.errors import NotFinite, UserError
+from rftjax.run import checks
 from rftjax.serving import agents as agents_module
 from rftjax.serving.agent_rollout import AgentRollout
 from rftjax.serving.agents import LocalAgents, RemoteAgents
@@ -171,6 +174,15 @@ def test_faults_of_an_agent_cost_its_own_sample_and_are_kept_as_data(led, local,
     assert run.service.conversations == 0
 
 
+def test_a_fault_of_the_model_ends_the_round_by_its_own_name(led, local, weights):
+    run = led(local)
+    run.engine.set_params(jax.tree.map(lambda leaf: leaf * np.nan, weights))
+    with pytest.raises(NotFinite, match="not finite"):
+        run(draws("", ""), 2, PARAMS)
+    run.engine.set_params(weights)
+    assert [one.error for one in run(draws(""), 1, PARAMS)] == [""]
+
+
 def test_without_an_evaluator_the_agent_must_return_a_reward(led, local):
     rewarded, said = led(local, rewarded=True)(draws("", "says"), 1, PARAMS)
     assert rewarded.error == "" and rewarded.turn_rewards[-1] > 0
@@ -324,6 +336,14 @@ def test_an_agent_trains_a_model(tiny_dir, agent_file, tmp_path):
     assert any(line.get("eval/reward", -1) >= 0 for line in lines)
     kept = (workdir / "rollouts" / "step_000002.jsonl").read_text().splitlines()
     assert len(kept) == 8 and len(json.loads(kept[0])["sequences"]) == 1
+
+
+@pytest.mark.parametrize("turns, told", [(1, True), (2, False)])
+def test_an_agent_that_gets_a_single_answer_is_warned_of(turns, told, caplog):
+    config = configs.base_config()
+    config.agent, config.rollout.max_turns = "the.agent:run", turns
+    checks.check_agent(config)
+    assert ("a second call of the agent is refused" in caplog.text) == told
 
 
 def test_agents_and_environments_are_not_mixed_and_addresses_are_checked():

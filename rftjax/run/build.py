@@ -167,6 +167,7 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
         for text in replicated:
             log.warning("%s", text)
         checks.check_environment(config, environments.active)
+        checks.check_agent(config)
         named = {set_field(name): found for name, found in heldout.items()}
         fitting, prompt_tokens = checks.fit_prompts(
             config, model.tokenizer, {"tasks.train": train_tasks} | named, environments.tools

@@ -55,6 +55,15 @@ def check_environment(config: ConfigDict, active: bool) -> None:
         )
 
 
+def check_agent(config: ConfigDict) -> None:
+    """Warns of an agent that gets a single answer."""
+    if config.agent and config.rollout.max_turns == 1:
+        log.warning(
+            "rollout.max_turns=1: a second call of the agent is refused, which ends its rollout; raise"
+            " rollout.max_turns where it needs more answers"
+        )
+
+
 def fit_prompts(
     config: ConfigDict, tokenizer: Any, named: dict[str, list[Task]], tools: list[Any]
 ) -> tuple[dict[str, list[Task]], list[int]]:

@@ -102,6 +102,7 @@ class AgentRollout:
         """Returns `group_size` trajectories a draw, in order; `on_finish` gets each one as soon as it ends."""
         episodes = ((draw, task, sample) for draw, task in draws for sample in range(group_size))
         finished: list[Trajectory] = []
+        self.service.fault = None
         try:
             while self._begin(episodes, params, stream) or self._running:
                 futures = {episode.future for episode in self._running.values()}
