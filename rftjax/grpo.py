@@ -27,7 +27,7 @@ later prefixes is left out. A sequence ratio in place of r makes no estimator ex
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,8 @@ __all__ = [
     "objective",
     "policy_loss",
     "preset_fields",
+    "returns",
+    "turn_advantages",
 ]
 
 # Log-ratios are capped here so that float32 sums stay finite; e^60 is far outside of any clip
@@ -127,6 +129,38 @@ def advantages(
         spread = by_group if scale == "group" else by_batch
         result_B = result_B / xp.where(spread.flat_B, 1.0, spread.std_B + eps)
     return result_B.astype(xp.float32)
+
+
+def returns(turn_rewards: Sequence[float], final: float) -> np.ndarray:
+    """Returns the (K,) float64 returns of K turns: the turn's reward, those of later turns, and the final reward."""
+    rewards_K = np.asarray(turn_rewards, np.float64)
+    return np.cumsum(rewards_K[::-1])[::-1] + final
+
+
+def turn_advantages(
+    turn_rewards: Sequence[Sequence[float]],
+    finals: Sequence[float],
+    group_ids: Any,
+    **settings: Any,
+) -> list[np.ndarray]:
+    """Returns for each of B samples the (K,) float32 advantages of its K turns: the turn's return less its baseline.
+
+    The return of turn k is G_k = r_k + r_k+1 + ... + the final reward, without a discount: rewards from before a turn
+    are not credited to it. `advantages` compares it, by `settings`, with the returns G_k of those samples of the group
+    that took a turn k too. Such a baseline by group and turn knows nothing of the turn's own tokens under
+    `leave_one_out`, which leaves the gradient unbiased (Sutton et al. 2000); a turn that one sample alone took gets 0.
+    Returns by turn in a group: Zeng et al. 2025 (MT-GRPO), Ding et al. 2025 (GTPO). With one turn each this is
+    `advantages` of turn reward + final reward.
+    """
+    found = [returns(rewards, final) for rewards, final in zip(turn_rewards, finals, strict=True)]
+    counts = [len(one) for one in found]
+    if not sum(counts):
+        return [np.zeros(0, np.float32) for _ in found]
+    groups = np.unique(np.asarray(group_ids), return_inverse=True)[1]
+    turn = np.concatenate([np.arange(count) for count in counts])
+    ids = np.repeat(groups, counts) * max(counts) + turn
+    values = advantages(np.concatenate(found), ids, **settings)
+    return np.split(values, np.cumsum(counts)[:-1])
 
 
 def _own_baseline(xp: Any, found: Any, rewards_B: Any) -> Any:

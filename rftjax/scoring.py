@@ -230,6 +230,7 @@ def error_share(scores: list[Score]) -> float:
 
 def _sum_of_turns(trajectory: Trajectory) -> Score:
     try:
-        return Score(number(math.fsum(trajectory.turn_rewards), "the sum of the turn rewards"))
+        total = number(math.fsum(trajectory.turn_rewards), "the sum of the turn rewards")
+        return Score(total, of_turns=True)
     except (ValueError, OverflowError) as error:
         return invalid(str(error))

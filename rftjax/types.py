@@ -98,7 +98,7 @@ class Score:
 
     `parts` are the requirements that an answer meets (1.0) or misses (0.0): strict and lenient held-out scores are made
     of them. `metrics` are further numbers, which are averaged and recorded only. `seconds` is what the call took,
-    filled in by the worker.
+    filled in by the worker. `of_turns` says that there is no evaluator and the reward is the sum of the turn rewards.
     """
 
     reward: float
@@ -107,6 +107,7 @@ class Score:
     reason: str = ""
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = dataclasses.field(default=0.0, compare=False, repr=False)
+    of_turns: bool = dataclasses.field(default=False, compare=False, repr=False)
 
 
 @dataclasses.dataclass
@@ -143,6 +144,7 @@ class Trajectory:
     bystander: bool = False
     score: Score | None = None
     advantage: float = 0.0
+    turn_advantages: list[float] = dataclasses.field(default_factory=list)  # with credit by turn
     sampled_messages: list[int] = dataclasses.field(default_factory=list)  # where in `messages`
 
     @property
@@ -167,6 +169,11 @@ class Trajectory:
     def unanswered(self) -> bool:
         """Whether it ended before the policy sampled a token; such a one has no score."""
         return bool(self.sequences) and not any(any(one.sampled) for one in self.sequences)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether one of its advantages is not 0."""
+        return any(self.turn_advantages) or self.advantage != 0
 
     @property
     def truncated(self) -> bool:
@@ -225,3 +232,4 @@ class Batch(NamedTuple):
     weights_B: Any
     temperatures_B: Any = None  # of sampling; None: all rows have the spec's
     shares_B: Any = None  # a row's share of its trajectory's trained tokens; None: one row each
+    advantages_BT: Any = None  # of each token, in place of advantages_B; None: a row has one

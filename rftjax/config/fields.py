@@ -191,6 +191,7 @@ def base_config() -> ConfigDict:
                 "entropy_weight": placeholder(float),
                 "tis_cap": placeholder(float),
                 # Fields beside the preset.
+                "credit": "trajectory",  # "turn": a turn's tokens get the return from that turn on
                 "loss": "",  # "module:name" or "file.py:name" of a term that is added to the loss
                 "updates_per_batch": 1,  # passes over a step's minibatches
                 "minibatches": 1,  # updates of one pass

@@ -103,6 +103,7 @@ _CHOICES = {
     "export_step": ("best", "last"),
     "model.attention": ("blocked", "tiled", "plain", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
+    "grpo.credit": ("trajectory", "turn"),
     "model.init": ("pretrained", "random"),
     "rollout.truncated_turns": ("environment", "end", "mask"),
     "optim.schedule": ("constant", "linear", "cosine"),
@@ -398,6 +399,11 @@ def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"must divide batch.prompts={prompts}"
             if whole
             else f"must divide the {prompts * size} samples of a step",
+        )
+    if values.get("grpo.credit") == "turn" and values.get("agent"):
+        yield (
+            "grpo.credit",
+            "must be 'trajectory' with an agent, whose calls have no order of turns",
         )
     if values.get("grpo.kl_weight") == 0:
         for field in ("grpo.kl_in_reward", "grpo.kl_refresh_steps"):

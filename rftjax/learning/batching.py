@@ -12,6 +12,7 @@ import numpy as np
 
 from rftjax import types
 from rftjax.errors import UserError
+from rftjax.learning import credit
 from rftjax.types import Batch, Pack, Trajectory
 
 
@@ -60,6 +61,7 @@ def make_batch(
     mask_truncated: bool = False,
     skip_zero: bool = False,
     temperature: float = 0.0,
+    by_turn: bool = False,
     longest: int = 0,
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
@@ -71,19 +73,24 @@ def make_batch(
     `skip_zero` leaves sequences of advantage 0 out of the packed rows, as those without a token to train on always are:
     they still count in the loss's denominators, which are taken from `sampled_BT`.
     `temperature` is that of tasks without one of their own; 0.0 where no task has any, and the batch then names none.
+    `by_turn` gives every token the advantage of its turn.
     """
     used: list[tuple[int, types.Sequence]] = []
     advantages, weights, trained, temperatures = [], [], [], []
     shares: list[float] = []
+    teaches: list[bool] = []
+    own_advantages: list[np.ndarray] = []
     for trajectory in trajectories:
         if trajectory.score is not None and not trajectory.score.valid:
             continue
         own = sum(map(sum, (sequence.sampled for sequence in trajectory.sequences)))
+        own_advantages += credit.of_tokens(trajectory) if by_turn else []
         for sequence in trajectory.sequences:
             shares.append(sum(sequence.sampled) / max(own, 1))
             _check(sequence, trajectory, max_length)
             used.append((trajectory.draw, sequence))
             advantages.append(trajectory.advantage)
+            teaches.append(trajectory.teaches)
             weights.append(trajectory.task.weight)
             temperatures.append(trajectory.task.temperature or temperature)
             trained.append(not (mask_truncated and trajectory.finish_reason == "length"))
@@ -107,7 +114,7 @@ def make_batch(
     packed = [
         (draw, _Row(index, sequence, scored[index]))
         for index, (draw, sequence) in enumerate(used)
-        if scored[index] and not (skip_zero and advantages[index] == 0)
+        if scored[index] and not (skip_zero and not teaches[index])
     ]
     bundles = list(_bundles(packed, room, share_prefix))
     pack, count = _lay_out(bundles, room, pack_rows, sampled_BT)
@@ -120,7 +127,15 @@ def make_batch(
         weights_B,
         temperatures_B if temperature else None,
         shares_B,
+        _stacked(own_advantages, B, max_length) if by_turn else None,
     )
+
+
+def _stacked(rows: Sequence[np.ndarray], B: int, T: int) -> np.ndarray:
+    values_BT = np.zeros((B, T), np.float32)
+    for index, row in enumerate(rows):
+        values_BT[index, : len(row)] = row
+    return values_BT
 
 
 def most_scored(pack_tokens: int, *, prompt: int, sampled: int) -> int:

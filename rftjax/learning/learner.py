@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from rftjax import grpo
 from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
-from rftjax.learning import batching, custom, merging, update
+from rftjax.learning import batching, merging, update
 from rftjax.learning.batching import make_batch
+from rftjax.learning.credit import has_variance, set_advantages
 from rftjax.models import decoder
-from rftjax.monitor.rollouts import ages, by_draw, is_valid, reward_of, sampled_tokens
+from rftjax.monitor.rollouts import ages, by_draw, is_valid, sampled_tokens
 from rftjax.types import Batch, Params, TrainState, Trajectory
 
 
@@ -53,7 +54,7 @@ class Learner:
         groups = by_draw(trajectories)
         if not groups:
             return self.prompts
-        missing = self.prompts - sum(has_variance(group) for group in groups)
+        missing = self.prompts - sum(has_variance(group, self._credit) for group in groups)
         left = self.prompts + self.fields["dynamic_prompts"] - len(groups)
         return max(0, min(missing, left))
 
@@ -61,7 +62,8 @@ class Learner:
         self, state: TrainState, trajectories: Sequence[Trajectory], step: int
     ) -> tuple[list[Minibatch], dict[str, float]]:
         """Chooses groups and sets their advantages; returns their minibatches, and metrics of the choice."""
-        chosen = choose(trajectories, self.prompts, drop=self.fields["drop_zero_variance"])
+        drop = self.fields["drop_zero_variance"]
+        chosen = choose(trajectories, self.prompts, drop=drop, credit=self._credit)
         parts = split(chosen, self.fields["minibatches"], self.fields["minibatch_groups"],
                       seed=(self.seed, step))  # fmt: skip
         penalties, metrics = self._overlong(chosen)
@@ -78,7 +80,7 @@ class Learner:
                 penalties[key] = penalties.get(key, 0.0) - self.fields["kl_weight"] * value
             metrics["kl/sequence_mean"] = float(np.mean([value for _, value in kl] or [0.0]))
             set_advantages(chosen, self.fields, penalties)
-        moved = sum(trajectory.advantage != 0 for trajectory in chosen)
+        moved = sum(trajectory.teaches for trajectory in chosen)
         metrics["batch/effective_share"] = moved / max(len(trajectories), 1)
         metrics |= ages(chosen, int(jax.device_get(state.step)))
         metrics["groups/replaced_share"] = max(len(by_draw(trajectories)) / self.prompts - 1, 0.0)
@@ -140,6 +142,10 @@ class Learner:
             programs.append(Program(self.score, (*_reference(state), batch)))
         return programs
 
+    @property
+    def _credit(self) -> str:
+        return self.fields.get("credit", "")
+
     def _reference_dtype(self, state: TrainState) -> str:
         return "float32" if state.frozen else self.dtype
 
@@ -155,7 +161,7 @@ class Learner:
         # If no sample would be left, all stay: else the step's metrics would be empty.
         masked = self.shape.get("mask_truncated", False)
         trained = [one for one in part if not (masked and one.finish_reason == "length")]
-        skip_zero = skip_zero and any(one.advantage != 0 for one in trained)
+        skip_zero = skip_zero and any(one.teaches for one in trained)
         return sharding.put_batch(
             self.mesh, make_batch(part, **self.shape, skip_zero=skip_zero, longest=longest)
         )
@@ -231,19 +237,16 @@ def _reference(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Para
     return state.frozen, adapters
 
 
-def has_variance(group: Iterable[Trajectory]) -> bool:
-    """Says whether a group's valid rewards differ; without variance its advantages are 0."""
-    return len({reward_of(one) for one in group if is_valid(one)}) > 1
-
-
-def choose(trajectories: Sequence[Trajectory], prompts: int, *, drop: bool) -> list[Trajectory]:
+def choose(
+    trajectories: Sequence[Trajectory], prompts: int, *, drop: bool, credit: str = ""
+) -> list[Trajectory]:
     """Returns the valid trajectories of at most `prompts` groups in the order of their draws.
 
     Groups with variance come first; those without fill what is left, unless they are dropped.
     """
     groups = by_draw(trajectories)
-    live = [group for group in groups if has_variance(group)]
-    dead = [] if drop else [group for group in groups if not has_variance(group)]
+    live = [group for group in groups if has_variance(group, credit)]
+    dead = [] if drop else [group for group in groups if not has_variance(group, credit)]
     taken = sorted([*live, *dead][:prompts], key=lambda group: group[0].draw)
     return [one for group in taken for one in group if is_valid(one)]
 
@@ -271,26 +274,6 @@ def overlong(trajectory: Trajectory, limit: int, buffer: int) -> float:
     if trajectory.finish_reason == "length":
         return -1.0
     return max(-1.0, min(0.0, (limit - buffer - sampled_tokens(trajectory)) / buffer))
-
-
-def set_advantages(
-    trajectories: Iterable[Trajectory],
-    fields: Mapping[str, Any],
-    penalties: Mapping[tuple[int, int], float] = {},
-) -> None:
-    """Sets the advantage of every valid trajectory from its reward plus what (draw, sample) has in `penalties`.
-
-    Groups are draws; invalid samples belong to none.
-    """
-    valid = [one for one in trajectories if is_valid(one)]
-    if not valid:
-        return
-    chosen: dict[str, Any] = {name: fields[name] for name in grpo.ADVANTAGE_DEFAULTS}
-    chosen["baseline"] = custom.baseline(chosen["baseline"])
-    rewards = [reward_of(one) + penalties.get((one.draw, one.sample), 0.0) for one in valid]
-    values = grpo.advantages(rewards, [one.draw for one in valid], **chosen)
-    for trajectory, value in zip(valid, values, strict=True):
-        trajectory.advantage = float(value)
 
 
 def copy(params: Params, dtype: str) -> Params:

@@ -291,7 +291,7 @@ def make_update(
         value, metrics = grpo.policy_loss(
             logprobs_BT,
             here_BT,
-            batch.advantages_B,
+            batch.advantages_B if batch.advantages_BT is None else batch.advantages_BT,
             settings=loss,
             term=term,
             old_logprobs=old_BT,

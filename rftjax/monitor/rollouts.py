@@ -54,6 +54,7 @@ def trajectory_record(step: int, trajectory: Trajectory, stream: str = "train") 
         "finish_reason": trajectory.finish_reason,
         "error": trajectory.error,
         "advantage": trajectory.advantage,
+        **({"turn_advantages": trajectory.turn_advantages} if trajectory.turn_advantages else {}),
         "turn_rewards": trajectory.turn_rewards,
         "infos": trajectory.infos,
         "state": trajectory.state,

@@ -12,7 +12,7 @@ import jax
 from rftjax import sandbox
 from rftjax.environments.calls import tool_calls
 from rftjax.errors import UserError
-from rftjax.learning.learner import has_variance, set_advantages
+from rftjax.learning.credit import has_variance, set_advantages
 from rftjax.monitor import reasons, rollout_files, transcripts
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.monitor.step_metrics import rollout_metrics
@@ -85,7 +85,7 @@ def check(given: Any, workdir: Path) -> None:
         report.keep(trajectories)
         _say_samples(parts, trajectories, report)
         parts.scorer.check(answered(trajectories))
-        if not any(map(has_variance, by_draw(trajectories))):
+        if not _vary(trajectories, parts):
             groups, size = len(by_draw(trajectories)), parts.config.batch.group_size
             raise UserError(
                 f"the reward is the same within each of {groups} groups of {size}: there is"
@@ -185,7 +185,7 @@ def _sample(parts: Parts) -> list[Trajectory]:
     trajectories: list[Trajectory] = []
     left = min(config.batch.prompts, len(parts.train_tasks))
     # A step's prompts at most: where rewards are rare, a few show no variance.
-    while left and not any(map(has_variance, by_draw(trajectories))):
+    while left and not _vary(trajectories, parts):
         draws: list[tuple[int, Task]] = stream.next(min(CHECK_PROMPTS, left))
         left -= len(draws)
         size, params = config.batch.group_size, sampling_params(config)
@@ -194,6 +194,11 @@ def _sample(parts: Parts) -> list[Trajectory]:
         trajectories += sampled
     set_advantages(trajectories, config.grpo)
     return trajectories
+
+
+def _vary(trajectories: list[Trajectory], parts: Parts) -> bool:
+    credit = parts.config.grpo.credit
+    return any(has_variance(group, credit) for group in by_draw(trajectories))
 
 
 def _say_samples(parts: Parts, trajectories: list[Trajectory], report: Report) -> None:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rftjax import grpo
 from rftjax.devices import sharding
-from rftjax.learning import batching, custom, row_length, update
+from rftjax.learning import batching, credit, custom, row_length, update
 from rftjax.learning.learner import Learner
 from rftjax.run.build import Parts, lora_scale
 from rftjax.run.sampling import sampling_params
@@ -82,6 +82,7 @@ def batch_shape(parts: Parts) -> dict[str, Any]:
         "pack_rows": section.pack_rows * sharding.row_multiple(parts.mesh),
         "mask_truncated": config.grpo.mask_truncated or config.rollout.truncated_turns == "mask",
         "temperature": config.sampler.temperature * own_temperatures,
+        "by_turn": config.grpo.credit == credit.TURN,
     }
 
 
