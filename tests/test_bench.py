@@ -255,3 +255,12 @@ def test_a_server_gives_its_clients_the_engines_own_answers(bench):
     )
     assert said["wrong"] == 0 and said["clients"] == 5
     assert said["ratio"] > 0 and said["first_token_s"] > 0
+
+
+def test_experts_and_latent_attention_stand_beside_their_plain_forms(bench):
+    sizes = ("--tokens=64", "--experts=8", "--chosen=2", "--width=16", "--ffn=8", "--heads=2")
+    small = ("--rows=2", "--positions=64", "--repeats=1")
+    said = bench("experts", "--forms=products,latent", *sizes, *small)
+    assert said["products"]["largest_relative_difference"] < 1e-5
+    # 2 heads of 192 and 128 numbers, beside 512 and 64 of the latent vector.
+    assert said["latent"]["times_as_small"] == pytest.approx(2 * 320 / 576, rel=1e-4)
