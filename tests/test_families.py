@@ -107,7 +107,7 @@ def test_an_export_has_the_names_and_values_of_the_checkpoint(
     assert {name: fields[name] for name in model.fields} == model.fields
 
 
-@pytest.mark.parametrize("name", ["smollm3", "olmo2", "gemma3", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "deepseek_v3"])
 def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Policy], name: str):
     config, params = models[name].config, models[name].params
     tokens_BT = jnp.asarray(seeded.tokens(name))
@@ -209,7 +209,7 @@ def test_the_text_model_of_a_model_that_sees_is_loaded_and_exported_alone(
     assert fields["architectures"][0].endswith("ForCausalLM")
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma3", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["olmo2", "qwen3_moe", "deepseek_v3"])
 def test_the_logits_on_a_mesh_are_those_of_one_device(models: dict[str, Policy], name: str):
     mesh = mesh_of(2, 2, 2)
     model = models[name]
