@@ -17,6 +17,7 @@ from served import CALL, END, KEY, NAME
 
 from rftjax.evaluators.forms.judge import Judge
 from rftjax.sampler.engine import SampledTurn, noise_key
+from rftjax.serving import service as service_module
 from rftjax.serving.answers import Answer
 from rftjax.serving.service import Service
 from rftjax.serving.terminal import talk
@@ -502,3 +503,21 @@ def tokenizer_of_letters(text):
     built.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     built.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=built)
+
+
+def test_requests_that_come_within_a_moment_begin_in_one_dispatch(weights, monkeypatch):
+    monkeypatch.setattr(service_module, "GATHER_S", 0.4)
+    monkeypatch.setattr(service_module, "GATHER_MOST_S", 0.4)
+    engine = served.make_engine(weights)
+    service = Service(engine)
+    try:
+        service.open([7], 4, (0, 0, 0), SamplingParams()).future.result()  # compiles
+        before = engine.counters.dispatches
+        calls = [service.open([7, 8], 4, (0, 1, 9), SamplingParams())]
+        time.sleep(0.05)
+        calls += [service.open([7, 8], 4, (0, 1, i), SamplingParams()) for i in range(3)]
+        for call in calls:
+            call.future.result()
+        assert engine.counters.dispatches - before == 1
+    finally:
+        service.stop()

@@ -11,12 +11,16 @@ import dataclasses
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from rftjax.sampler.engine import Engine, FindStop, Key, NoiseKey, SampledTurn
 from rftjax.types import SamplingParams
 
+# An engine at rest waits so long for a further request, and so long in all: who comes during a dispatch waits for its
+# end.
+GATHER_S, GATHER_MOST_S = 0.005, 0.05
 # Gets what a dispatch added to a turn: tokens and log-probabilities. Called on the engine's thread.
 Listener = Callable[[list[int], list[float]], None]
 
@@ -166,15 +170,21 @@ class Service:
     # Everything below runs on the engine's thread.
 
     def _run(self) -> None:
+        gather_until_s = 0.0
         while True:
+            idle = not self._calls
+            wait_s = None if idle else min(GATHER_S, gather_until_s - time.monotonic())
             try:
-                work = self._inbox.get(block=not self._calls)
+                work = self._inbox.get(wait_s is None or wait_s > 0, wait_s)
             except queue.Empty:
+                gather_until_s = 0.0
                 self._step()
                 continue
             if work is None:
                 return
             work()
+            if idle and self._calls:  # the first of what may be many at once
+                gather_until_s = time.monotonic() + GATHER_MOST_S
 
     def _step(self) -> None:
         try:
