@@ -71,6 +71,23 @@ def test_blocks_of_one_expert_and_the_ragged_products_of_accelerators_are_equal(
     np.testing.assert_allclose(blocks, experts._ragged_gradient(x, dy, sizes), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("platform", "ragged", "loops"), [("tpu", 3, 0), ("cuda", 3, 0), ("cpu", 0, 1)]
+)
+def test_accelerators_are_given_ragged_products_and_cpus_loops_over_blocks(
+    platform: str, ragged: int, loops: int
+):
+    shapes = ((64, 6), jnp.bfloat16), ((4, 6, 5), jnp.float32), ((4,), jnp.int32)
+
+    def loss(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jnp.sum(experts.grouped(x, kernel, sizes).astype(jnp.float32) ** 2)
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(*(jax.ShapeDtypeStruct(*one) for one in shapes))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('"chlo.ragged_dot"') == ragged
+    assert (text.count("stablehlo.while") >= loops) and (loops or "while" not in text)
+
+
 def test_the_gradient_of_experts_in_bfloat16_is_float32():
     sizes = jnp.asarray((9, 0, 15, 8), jnp.int32)
     x, kernel = floats(32, 6).astype(jnp.bfloat16), floats(4, 6, 5)

@@ -14,7 +14,7 @@ import pytest
 import seeded
 import snippets
 
-from rftjax import grpo
+from rftjax import grpo, policy
 from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.learning import update
@@ -128,6 +128,26 @@ def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Pol
         if path[-1].key != "correction":  # which takes part in a choice alone
             assert np.abs(two).max() > 1e-6, path  # every weight is in use
         np.testing.assert_allclose(one, two, atol=1e-5, err_msg=str(path))
+
+
+def test_an_update_is_told_how_experts_share_tokens_and_nothing_of_dense_models(
+    models: dict[str, Policy],
+):
+    pack = policy._rows(jnp.asarray(seeded.tokens("deepseek_v3")))
+    model = models["deepseek_v3"]
+    scores = jax.jit(update.scores, static_argnums=0)
+    told = scores(model.config, model.params, None, pack)[2]
+    lists = decoder.unroll(model.config, model.params)
+    one_by_one = scores(model.config, lists, None, pack)[2]
+    for name, most in (("experts/load_max", 12), ("experts/entropy", np.log(12))):
+        assert 0 < told[name] <= most
+        np.testing.assert_allclose(one_by_one[name], told[name], rtol=1e-5)
+    assert told["experts/load_max"] >= 1
+    dense = models["qwen3"]
+    shapes = jax.eval_shape(
+        lambda tree: update.scores(dense.config, tree, None, pack)[2], dense.params
+    )
+    assert shapes == {}
 
 
 def test_adapters_of_latent_attention_and_experts_are_merged_and_written_for_peft(

@@ -10,6 +10,9 @@ The only stack of most families is called `layers`:
     [layers/attention/query_norm/scale (L, C) or (L, H, C); key_norm with K for H]
     layers/attention/output/kernel (L, H, C, D) [bias (L, D)]
     layers/mlp/gate/kernel, up/kernel (L, D, F) [bias (L, F)]; down/kernel (L, F, D) [bias (L, D)]
+    in a stack with experts, for mlp above: router/weight (L, D, E) [correction (L, E)];
+        experts_gate/kernel, experts_up/kernel (L, E, D, F); experts_down/kernel (L, E, F, D);
+        and beside it [shared/gate, up, down], which every token passes; latent attention: see `latent`
     final_norm/scale (D)
     head/kernel (D, V)                          only where the embedding is not tied
 
