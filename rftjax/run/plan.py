@@ -169,6 +169,9 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
         f"cache of {job.rows // job.shards} rows of {job.length} tokens": cache,
         "logits of a decode step": 2.0 * 4 * job.slots / job.shards * model.config.vocab,
     }
+    if model.config.tied:
+        table = job.item * model.config.vocab * model.config.width / mesh.shape["tensor"]
+        sampling["embedding in the head's layout"] = table
     updating = {
         "gradient": _bytes(state.trainable),
         f"activations of {job.row_tokens} tokens": job.activations(),
