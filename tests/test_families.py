@@ -32,13 +32,6 @@ DATA = seeded.DATA
 EVERY = [*seeded.CONFIGS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     """Every family's model."""

@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -9,6 +10,7 @@ from rftjax.run.inputs import SELF, of_adapters, of_callable, of_model
 
 @pytest.fixture
 def reward(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "reward", raising=False)  # of a test before
     folder = tmp_path / "first"
     folder.mkdir()
     (folder / "reward.py").write_text("import math\n\ndef evaluate(t, x):\n    import judge\n")

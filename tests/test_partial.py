@@ -21,13 +21,6 @@ GROUP = 3
 PARAMS = SamplingParams(max_new_tokens=40)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def weights():
     """Weights of four policies, of which each ends its answers late now and then."""
