@@ -213,6 +213,10 @@ def test_the_balance_counts_tokens_of_each_expert_without_padding(layer):
     counts = np.bincount(chosen.reshape(-1), minlength=8)
     assert counts.sum() == 14 * 3
     np.testing.assert_allclose(found["experts/load_max"], counts.max() / counts.mean(), rtol=1e-6)
+    # A second layer in which one expert has every token.
+    uneven = told | {"chosen": (told["chosen"][0].at[1].set(5),)}
+    found = experts.balance(CONFIG.routing, [uneven], jnp.asarray(is_token_BT))
+    np.testing.assert_allclose(found["experts/load_max"], 8.0, rtol=1e-6)
     entropies = np.asarray(told["entropies"][0][0])[is_token_BT]
     np.testing.assert_allclose(found["experts/entropy"], entropies.mean(), rtol=1e-5)
     assert experts.balance(CONFIG.routing, [], jnp.asarray(is_token_BT)) == {}
