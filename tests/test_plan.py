@@ -46,7 +46,8 @@ def planned(config, devices, name="H100"):
 def test_bytes_are_those_of_parameters_optimizer_gradient_and_cache(config):
     one, four = planned(config, 1), planned(config, 4)
     assert plan.entries(plan._model(config).config) == ENTRIES
-    assert one.held["trained parameters"] == one.updating["gradient"] == 4 * ENTRIES
+    assert one.held["trained parameters"] == 4 * ENTRIES
+    assert one.updating["gradient, and that of a micro-batch"] == 8 * ENTRIES
     assert one.held["optimizer"] == pytest.approx(8 * ENTRIES, rel=1e-6)
     gains = 4 * (8 * 2 + 1) * 1024  # norms are not divided
     assert four.held["trained parameters"] == 4 * ENTRIES // 4 - gains // 4 + gains

@@ -173,7 +173,7 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
         table = job.item * model.config.vocab * model.config.width / mesh.shape["tensor"]
         sampling["embedding in the head's layout"] = table
     updating = {
-        "gradient": _bytes(state.trainable),
+        "gradient, and that of a micro-batch": 2 * _bytes(state.trainable),
         f"activations of {job.row_tokens} tokens": job.activations(),
         "logits of the update": job.head_bytes(),
     }
@@ -230,12 +230,12 @@ class _Job:
         return active_entries(self.model) - self.model.vocab * self.model.width
 
     def activations(self) -> float:
-        """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and two at work."""
+        """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and those at work."""
         c = self.model
         layers = [self._layer(stack) for stack in c.stacks for _ in range(stack.count)]
-        carried = float(self.row_tokens * self.item * c.width)
-        kept = carried * c.layers if self.config.model.remat else sum(layers)
-        return kept + 2 * max(layers)
+        if self.config.model.remat:
+            return float(self.row_tokens * self.item * c.width * c.layers) + max(layers)
+        return sum(layers) + 2 * max(layers)
 
     def _layer(self, stack: Stack) -> float:
         """Bytes of one layer's activations: what XLA keeps of attention, norms (in float32) and the feed-forward part,
@@ -246,12 +246,13 @@ class _Job:
         return self.row_tokens * self.item * (16 * c.width + shared / tensor)
 
     def head_bytes(self) -> float:
-        """Bytes of the float32 logits that exist at once in five forms, and of the head and its gradient, gathered."""
+        """Bytes of the float32 logits that exist at once in five forms, and of the head, gathered, and its gradient."""
         scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
         chunked = whole > update.HEAD_BYTES or self.config.model.remat
         one = 4.0 * (scored if chunked else self.row_tokens) * self.model.vocab
-        head = self.model.vocab * self.model.width * (2 * self.item + 4)
+        forms = self.item if self.config.lora.rank else 2 * self.item + 4
+        head = self.model.vocab * self.model.width * forms
         return (5 * one + head) / self.mesh.shape["tensor"]
 
     def seconds(
