@@ -28,22 +28,20 @@ class Handler(BaseHTTPRequestHandler):
             server.open += 1
             server.most = max(server.most, server.open)
             tries = server.tries[said] = server.tries.get(said, 0) + 1
-        try:
-            if "slowly" in said:
-                time.sleep(0.2)
-            if "busy" in said and tries < 3:
-                self.answer(429 if tries == 1 else 503, {"error": "later"}, {"Retry-After": "0.01"})
-            elif "dropped" in said and tries < 2:
-                self.close_connection = True
-            elif "refused" in said:
-                self.answer(400, {"error": {"message": "no such model"}})
-            else:
-                message = {"role": "assistant", "content": server.say(said)}
-                usage = {"prompt_tokens": 7, "completion_tokens": 3}
-                self.answer(200, {"choices": [{"message": message}], "usage": usage})
-        finally:
-            with server.lock:
-                server.open -= 1
+        if "slowly" in said:
+            time.sleep(0.2)
+        with server.lock:  # before the answer, which may bring the next question at once
+            server.open -= 1
+        if "busy" in said and tries < 3:
+            self.answer(429 if tries == 1 else 503, {"error": "later"}, {"Retry-After": "0.01"})
+        elif "dropped" in said and tries < 2:
+            self.close_connection = True
+        elif "refused" in said:
+            self.answer(400, {"error": {"message": "no such model"}})
+        else:
+            message = {"role": "assistant", "content": server.say(said)}
+            usage = {"prompt_tokens": 7, "completion_tokens": 3}
+            self.answer(200, {"choices": [{"message": message}], "usage": usage})
 
     def answer(self, code, value, headers=None):
         data = json.dumps(value).encode()

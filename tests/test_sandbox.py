@@ -18,8 +18,15 @@ pytestmark = pytest.mark.skipif(not WAY, reason=REASON)
 SMALL = sandbox.Limits(wall_s=30.0, cpu_s=20, memory_bytes=256 << 20, files_bytes=4 << 20)
 
 
+NAME = f"of_{os.getpid()}.py"  # by which these programs are known from those of tests beside
+
+
 def python(code: str, limits: sandbox.Limits = SMALL, **settings) -> sandbox.Result:
-    return sandbox.run_python(textwrap.dedent(code), limits=limits, **settings)
+    files = {NAME: textwrap.dedent(code)}
+    command = [sys.executable, "-s", f"/code/{NAME}"]
+    return sandbox.run(
+        command, limits=limits, files=files, environment={"LANG": "C.UTF-8"}, **settings
+    )
 
 
 def test_a_program_gets_its_input_and_gives_its_output_and_status():
@@ -27,7 +34,7 @@ def test_a_program_gets_its_input_and_gives_its_output_and_status():
         "import sys; print(input()[::-1]); print('note', file=sys.stderr); sys.exit(3)", stdin="abc"
     )
     assert result == sandbox.Result(3, "exit", "cba\n", "note\n")
-    assert python("import os; os.abort()").status == -6
+    assert sandbox.run_python("import os; os.abort()", limits=SMALL).status == -6
     assert (
         python("import sys; print(len(sys.stdin.read()))", stdin="x" * 300_000).output == "300000\n"
     )
@@ -42,13 +49,14 @@ def test_a_program_sees_no_variable_no_file_of_the_user_and_no_other_process(tmp
         import os
         print(sorted(name for name in os.environ if "TOKEN" in name))
         print(os.path.exists({str(tmp_path / "private")!r}), os.path.exists({str(Path.cwd() / "README.md")!r}))
-        print(os.path.exists("/etc/passwd"), os.path.exists("/sys"), os.listdir(os.getcwd()))
+        print(os.path.exists("/etc/passwd"), os.path.exists("/sys"), os.getcwd())
+        print([name for name in os.listdir() if not {sys.prefix!r}.startswith("/tmp/" + name)])
         print(all(int(name) < 10 for name in os.listdir("/proc") if name.isdigit()))
         print(sorted(os.listdir("/proc/self/fd"))[:3], len(os.listdir("/proc/self/fd")))
         """
     )
     assert result.output.splitlines() == [
-        "[]", "False False", "False False []", "True", "['0', '1', '2'] 4",
+        "[]", "False False", "False False /tmp", "[]", "True", "['0', '1', '2'] 4",
     ]  # fmt: skip
 
 
@@ -58,7 +66,7 @@ def test_a_program_reads_what_it_is_given_and_changes_nothing(tmp_path):
     result = python(
         f"""
         print(open({str(tmp_path / "data")!r}).read())
-        for path in ({str(tmp_path / "data")!r}, "/code/main.py", "/usr/new", {sys.prefix!r} + "/new", "/new"):
+        for path in ({str(tmp_path / "data")!r}, "/code/{NAME}", "/usr/new", {sys.prefix!r} + "/new", "/new"):
             try:
                 open(path, "a")
                 print("opened", path)
@@ -144,12 +152,8 @@ def test_processes_left_behind_end_with_the_program():
             time.sleep(0.01)
         print(len([name for name in os.listdir("/proc") if name.isdigit()]) > 5)
         """
-    before = running_sandboxes()
     assert python(code).output == "True\n"
-    end = time.monotonic() + 10.0
-    while running_sandboxes() > before:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    all_end()
 
 
 def running_sandboxes() -> int:
@@ -158,8 +162,16 @@ def running_sandboxes() -> int:
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
-                count += b"/code/main.py" in Path("/proc", name, "cmdline").read_bytes()
+                count += f"/code/{NAME}".encode() in Path("/proc", name, "cmdline").read_bytes()
     return count
+
+
+def all_end() -> None:
+    """Waits until none of these programs is left."""
+    end = time.monotonic() + 30.0
+    while running_sandboxes():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_program_that_is_too_large_gets_a_memory_error_and_many_together_are_ended():
@@ -192,30 +204,28 @@ def test_limits_of_time_output_files_and_processes_end_a_program():
             except OSError:
                 pass
         """
-    before = running_sandboxes()
     few = sandbox.Limits(wall_s=2.0, processes=8)
     assert python(bomb, few).reason in ("time", "processes")
-    assert running_sandboxes() <= before
+    all_end()
 
 
 def test_a_program_dies_with_the_process_that_started_it():
-    program = (
-        "from rftjax import sandbox as s; s.run_python('input()', stdin=b'', limits=s.Limits(1e3))"
-    )
-    program = program.replace("input()", "import time; time.sleep(1000)")
-    before = running_sandboxes()
+    program = f"""
+        import sys
+        from rftjax import sandbox
+        files = {{{NAME!r}: "import time; time.sleep(1000)"}}
+        sandbox.run([sys.executable, "/code/{NAME}"], files=files, limits=sandbox.Limits(1000.0))
+        """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=Path(rftjax.__file__).parent.parent
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=Path(rftjax.__file__).parent.parent
     )
-    end = time.monotonic() + 30.0
-    while running_sandboxes() <= before:
+    end = time.monotonic() + 60.0
+    while running_sandboxes() < 2:  # the one at its command line, and those inside
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     process.kill()
     process.wait()
-    while running_sandboxes() > before:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    all_end()
 
 
 def test_where_no_boundary_can_be_drawn_nothing_runs(monkeypatch):

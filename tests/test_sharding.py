@@ -79,11 +79,11 @@ def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     [
         (("router", "kernel"), (4, 8), "layers/router/kernel of shape .* declares the axes None"),
         (("down", "kernel"), (2, 3, 4, 8), r"declares the axes \('ffn', 'width'\)"),
-        (("expert", "kernel"), (4, 8), r"no rule says where the axes \['experts'\] lie"),
+        (("planet", "kernel"), (4, 8), r"no rule says where the axes \['planets'\] lie"),
     ],
 )
 def test_a_family_with_an_undeclared_axis_is_refused(path, shape, message):
-    declared = {**LOGICAL, ("expert", "kernel"): ("experts", "width")}
+    declared = {**LOGICAL, ("planet", "kernel"): ("planets", "width")}
     tree = {"layers": {path[0]: {path[1]: np.zeros(shape, np.float32)}}}
     with pytest.raises(ValueError, match=message):
         sharding.shard_tree(mesh_of(1, 2, 2), declared, tree)
