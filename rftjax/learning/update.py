@@ -339,11 +339,14 @@ def make_update(
         finite = jnp.isfinite(norm)
         metrics = merging.merge_micro_batches(metrics_N)
         metrics |= {"grad_norm": norm, "update/nonfinite_share": 1.0 - finite}
-        changes, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, changes)
-        after = state.step + 1, trainable, opt_state
+
+        def applied(step: jax.Array, trainable: Params, opt_state: Any) -> tuple:
+            changes, opt_state = optimizer.update(grads, opt_state, trainable)
+            return step + 1, optax.apply_updates(trainable, changes), opt_state
+
+        # A choice between the new state and the old one would hold both.
         before = state.step, state.trainable, state.opt_state
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        return state._replace(step=kept[0], trainable=kept[1], opt_state=kept[2]), metrics
+        step, trainable, opt_state = jax.lax.cond(finite, applied, lambda *same: same, *before)
+        return state._replace(step=step, trainable=trainable, opt_state=opt_state), metrics
 
     return update
