@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -290,8 +290,8 @@ def test_openenv_makes_actions_of_the_type_that_the_client_names(play: Play, tmp
 class Counter(BaseHTTPRequestHandler):
     """A resources server with a session a cookie, as NeMo Gym's are."""
 
-    counts: dict[str, int] = {}  # noqa: RUF012
-    asked: list[dict[str, Any]] = []  # noqa: RUF012
+    counts: ClassVar[dict[str, int]] = {}
+    asked: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -264,7 +264,9 @@ def _converter(kind: Any) -> Any:
             return pydantic.TypeAdapter(kind, config=config)
         except pydantic.PydanticUserError:  # a model or dataclass has a configuration of its own
             return pydantic.TypeAdapter(kind)
-    except Exception:
+    except (
+        Exception
+    ):  # an annotation may run any code of its own; its arguments are then not converted
         return None
 
 

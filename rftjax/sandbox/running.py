@@ -28,6 +28,7 @@ LOADER = (
     "LD_LIBRARY_PATH",
 )  # what some interpreters need to start; the program inside gets none of it
 POLL_S = 0.02
+DEFAULT = Limits()
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/usr", "/etc/ld.so.cache", "/etc/alternatives")
 CPU_SIGNAL = 128 + signal.SIGXCPU
 _numbers = itertools.count(os.getpid() % 65536 << 8)
@@ -37,7 +38,7 @@ def run(
     command: Sequence[str],
     *,
     stdin: str | bytes = "",
-    limits: Limits = Limits(),  # noqa: B008 (it is frozen)
+    limits: Limits = DEFAULT,
     files: Mapping[str, str] | None = None,
     readable: Sequence[str | Path] = (),
     environment: Mapping[str, str] | None = None,
@@ -65,7 +66,7 @@ def run_python(
     code: str,
     *,
     stdin: str | bytes = "",
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = DEFAULT,
     readable: Sequence[str | Path] = (),
 ) -> Result:
     """Runs Python source as `run` does, by this interpreter with its installed packages."""
@@ -106,7 +107,7 @@ def support() -> tuple[str, str]:
     ways = ["namespaces"] + (["bubblewrap"] if shutil.which("bwrap") else [])
     for way in ways:
         try:
-            result = _run(way, ["/bin/sh", "-c", "echo inside"], "", Limits(), [], {})
+            result = _run(way, ["/bin/sh", "-c", "echo inside"], "", DEFAULT, [], {})
         except UserError as error:
             told.append(f"{way}: {error}")
             continue

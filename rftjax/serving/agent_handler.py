@@ -47,7 +47,7 @@ def agent_handler(name: str, field: str) -> Callable[..., Any]:
         value = target(*positional, **named)
         return _later(attempt, value) if inspect.isawaitable(value) else _outcome(attempt, value)
 
-    called = (target, getattr(target, "__call__", None))  # noqa: B004
+    called = (target, type(target).__call__)
     return run_async if any(map(inspect.iscoroutinefunction, called)) else run
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from rftjax.sampler.engine import SampledTurn
 from rftjax.serving.requests import ChatRequest, Request
-from rftjax.serving.service import Listener
 from rftjax.serving.turns import Recording, Single, Turn
 
 
@@ -31,7 +30,10 @@ class Exchange:
 
     def _begin(self, prompt: Any, index: int) -> None:
         at, tell = len(self.turns), self._teller()
-        heard: Listener = lambda tokens, logprobs: tell(at, (tokens, logprobs))  # noqa: E731
+
+        def heard(tokens: Any, logprobs: Any) -> None:
+            tell(at, (tokens, logprobs))
+
         turn = self.desk.begin(self.asked, prompt, index, heard)
         self.turns.append(turn)
         self._left.add(at)

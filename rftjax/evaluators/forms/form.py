@@ -79,7 +79,7 @@ def accepts(function: Callable[..., Any]) -> tuple[list[str], bool]:
 
 def is_coroutine(function: Any) -> bool:
     """Says whether a function, or an object that is called, returns coroutines."""
-    call = getattr(function, "__call__", None)  # noqa: B004 (its kind is asked for)
+    call = type(function).__call__ if callable(function) else None
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
