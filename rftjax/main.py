@@ -71,6 +71,11 @@ def main(argv: list[str]) -> None:
         )
     if ROLLOUTS.value and MODE.value != "score":
         sys.exit(f"error: --rollouts={ROLLOUTS.value}: is what --mode=score scores; leave it out")
+    for flag in (DEVICE, DEVICES, PRICE):
+        if flag.present and MODE.value != "plan":
+            sys.exit(
+                f"error: --{flag.name}={flag.value}: is what --mode=plan plans with; leave it out"
+            )
     logging.set_verbosity(logging.WARNING)
     import jax
 

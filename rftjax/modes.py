@@ -14,7 +14,7 @@ from rftjax import train
 from rftjax.errors import UserError
 from rftjax.monitor import recorder as metrics
 from rftjax.run import build as job
-from rftjax.run import evaluating, lock, preflight, rescoring, results, serving
+from rftjax.run import evaluating, lock, preflight, recorded, rescoring, results, serving
 from rftjax.run import plan as planning
 
 
@@ -51,8 +51,9 @@ def run(
     if workdir is None:
         raise UserError("--workdir: must be given, a directory for the files of this mode")
     if mode == "score":
-        config = rescoring.score_config(given, overrides, workdir)
         place = Path(rollouts).expanduser().absolute() if rollouts else workdir
+        recorded.files(place)  # a mistyped path is told before what its config would lack
+        config = rescoring.score_config(given, overrides, workdir)
         print("\n".join(rescoring.score(config, workdir, place)))
         return
     if mode == "check":

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -48,3 +49,17 @@ def test_other_commands_go_by_their_name(monkeypatch, capsys, tmp_path):
         run(monkeypatch, "compare", str(tmp_path))
     assert end.value.code == 1
     assert "has no file metrics.jsonl" in capsys.readouterr().err
+
+
+def test_flags_of_the_plan_are_refused_elsewhere(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "rftjax.main",
+        "--config=rft",
+        f"--workdir={tmp_path}",
+        "--price=2",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "error: --price=2.0: is what --mode=plan plans with; leave it out" in ended.stderr

@@ -150,12 +150,15 @@ def test_what_does_not_fit_is_told_with_fields_that_help_when_followed(config, s
     [
         ({"name": "A9000"}, "--device=A9000: must be one of H100, H200"),
         ({"devices": 3, "fsdp": 2}, "mesh"),
+        ({"devices": -2}, "--devices=-2: must be a number of devices, or 0"),
+        ({"price": -1.0}, "--price=-1.0: must be the price of a device hour"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(config, change, message):
     config.mesh.fsdp = change.get("fsdp", -1)
     with pytest.raises(UserError, match=message):
-        plan.report(config, change.get("name", "H100"), change.get("devices", 0), 0.0)
+        name, devices = change.get("name", "H100"), change.get("devices", 0)
+        plan.report(config, name, devices, change.get("price", 0.0))
 
 
 def test_the_mode_needs_no_workdir_no_rows_and_no_weights(config, capsys):

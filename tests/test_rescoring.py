@@ -179,3 +179,8 @@ def test_a_sample_s_answer_that_wins_everywhere_is_told(folder):
     answers = samples(folder, "1", "a")
     found = found_in(folder, "length", [*answers, *samples(folder, "12345678901234567890")])
     assert "an empty answer" in found and "the answer '1' to 4 tasks" in found
+
+
+def test_a_place_without_rollouts_is_told_before_what_its_config_lacks(tmp_path):
+    with pytest.raises(UserError, match="--rollouts=.*nowhere: must be a workdir with rollouts"):
+        modes.run("score", configs.base_config(), {}, tmp_path / "nowhere")

@@ -68,6 +68,10 @@ def report(given: ConfigDict, name: str, devices: int, price: float) -> list[str
     Raises UserError where the mesh does not fit the number of devices.
     """
     chip = accelerator(name)
+    if devices < 0:
+        raise UserError(f"--devices={devices}: must be a number of devices, or 0 for the fewest")
+    if not 0 <= price < math.inf:
+        raise UserError(f"--price={price}: must be the price of a device hour, or 0 for no cost")
     config = complete_config(given, devices=devices, needs=("model.path",))
     model = _model(config)
     found = plan(config, model, chip, devices) if devices else _fewest(config, model, chip)
