@@ -34,9 +34,12 @@ def test_an_answer_that_passes_its_tests_gets_one_and_the_share_is_told():
     ) and "AssertionError" in wrong.reason
 
 
-def test_the_last_block_is_taken_and_bare_code_counts_as_unformatted():
+def test_blocks_are_run_in_order_and_bare_code_counts_as_unformatted():
     two = "```python\nx = 1\n```\nNo:\n```\nx = 2\n```"
     assert score(two, "assert x == 2").reward == 1.0
+    shown = ADD.format("+") + "\nUse it so:\n```python\nprint(add(2, 2))\n```"
+    assert score(shown, "assert add(1, 2) == 3").reward == 1.0
+    assert score(two, {"input": "", "output": ""}).reward == 1.0
     bare = score("x = 2", "assert x == 2")
     assert (bare.reward, bare.parts["format"]) == (1.0, 0.0)
 

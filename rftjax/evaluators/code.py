@@ -31,22 +31,22 @@ sandbox.require("evaluator='rftjax.evaluators.code:evaluate'")
 
 
 def evaluate(task: Task, trajectory: Trajectory) -> Score:
-    """Runs the last fenced block of the completion (all of it where there is none) against the row's `tests`.
+    """Runs the fenced blocks of the completion (all of it where there is none) against the row's `tests`.
 
-    A test is Python source that raises where the answer is wrong (`assert add(1, 2) == 3`), run after the answer in one
-    process; or `{"input": text, "output": text}`: the answer is run as a program, and what it prints has to be that
-    output, but for blanks at the ends of lines and of the text. The row's `limits` may hold fields of `sandbox.Limits`.
-    The reward and the part `tests` are 1.0 if all tests pass, the metric `passed` is the share of them; the part
-    `format` is 1.0 for a fenced block.
+    A test is Python source that raises where the answer is wrong (`assert add(1, 2) == 3`), run in a process after all
+    blocks, since a second one often shows the function at work. Or it is `{"input": text, "output": text}`: the last
+    block is run as a program and has to print that output, but for blanks at the ends of lines and of the text. The
+    row's `limits` may hold fields of `sandbox.Limits`. The reward and the part `tests` are 1.0 if all tests pass, the
+    metric `passed` is the share of them; the part `format` is 1.0 for a fenced block.
     """
     tests, limits = _tests(task), _limits(task)
     blocks = BLOCK.findall(trajectory.completion)
-    answer = blocks[-1] if blocks else trajectory.completion
+    answers = blocks or [trajectory.completion]
     sources = [test for test in tests if isinstance(test, str)]
-    passed, reasons = _run_sources(answer, sources, limits) if sources else (0, [])
+    passed, reasons = _run_sources("\n".join(answers), sources, limits) if sources else (0, [])
     for test in tests:
         if not isinstance(test, str):
-            result = sandbox.run_python(answer, stdin=test["input"], limits=limits)
+            result = sandbox.run_python(answers[-1], stdin=test["input"], limits=limits)
             right = result.passed and _lines(result.output) == _lines(test["output"])
             passed += right
             if not right:
