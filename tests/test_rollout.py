@@ -174,9 +174,15 @@ def test_training_ids_are_prompt_sampled_and_environment_ids_token_for_token(rol
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         drifted += tokenizer.encode(text, add_special_tokens=False) != tokens
     assert drifted and finished  # the tokenizer is ambiguous, and some conversations had all turns
-    # Each given token is computed once, a group's prompt (but for its last token) once for all.
+
+
+def test_each_given_token_is_computed_once_and_the_prompt_of_a_group_once_for_all(rollout):
+    # A row for each conversation: with fewer, a prompt's rows may all be given away before its last sample starts.
+    run = rollout(CHATTY, slots=9)
+    trajectories = run(tasks(3), 3, PARAMS)
     given = sum(t.sequences[0].sampled.count(False) for t in trajectories)
     prompts = [t.sequences[0].sampled.index(True) for t in trajectories if t.sample == 0]
+    # All but a prompt's last token is shared: that one is the first decode step's input.
     assert run.engine.counters.prefilled_tokens == given - 2 * sum(prompts) - len(prompts)
 
 
