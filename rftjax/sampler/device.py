@@ -222,8 +222,13 @@ def _layers(
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
 
     def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
-        between = [slice(None)] * (leaf.ndim - 3)
-        return leaf.at[(at_B[:, None], *between, positions_BT)].set(new, mode="drop")
+        if leaf.ndim == 3:  # no heads
+            return leaf.at[at_B[:, None], positions_BT].set(new, mode="drop")
+        # Heads are named rather than sliced: for a slice of several heads XLA's TPU compiler chooses a layout of the
+        # whole leaf that attention does not read, and copies it back and forth in each step.
+        heads = jnp.arange(leaf.shape[1])[None, None, :]
+        place = at_B[:, None, None], heads, positions_BT[:, :, None]
+        return leaf.at[place].set(new, mode="drop")
 
     written: Cache = []
     for stack in config.stacks:
