@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -209,7 +210,7 @@ def test_limits_of_time_output_files_and_processes_end_a_program():
     all_end()
 
 
-def test_a_program_dies_with_the_process_that_started_it():
+def test_a_program_dies_with_the_process_that_started_it_and_leaves_no_file(tmp_path):
     program = f"""
         import sys
         from rftjax import sandbox
@@ -217,7 +218,9 @@ def test_a_program_dies_with_the_process_that_started_it():
         sandbox.run([sys.executable, "/code/{NAME}"], files=files, limits=sandbox.Limits(1000.0))
         """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=Path(rftjax.__file__).parent.parent
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=Path(rftjax.__file__).parent.parent,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     end = time.monotonic() + 60.0
     while running_sandboxes() < 2:  # the one at its command line, and those inside
@@ -226,6 +229,16 @@ def test_a_program_dies_with_the_process_that_started_it():
     process.kill()
     process.wait()
     all_end()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_has_its_files_whole_by_either_way(monkeypatch):
+    files = {"main.py": "print(len(open('/code/long').read()), open('/code/b').read())"}
+    files |= {"long": "x" * 3_000_000, "b": "\N{SNOWMAN}"}
+    for way in ("namespaces", "bubblewrap") if shutil.which("bwrap") else ("namespaces",):
+        monkeypatch.setattr(running, "support", lambda way=way: (way, ""))
+        result = sandbox.run([sys.executable, "/code/main.py"], files=files, limits=SMALL)
+        assert (result.output, result.errors) == ("3000000 \N{SNOWMAN}\n", ""), way
 
 
 def test_where_no_boundary_can_be_drawn_nothing_runs(monkeypatch):
@@ -238,6 +251,6 @@ def test_where_no_boundary_can_be_drawn_nothing_runs(monkeypatch):
 
 def test_a_boundary_that_fails_is_an_error_and_no_result(monkeypatch):
     monkeypatch.setattr(running, "SYSTEM", ())  # without libraries no interpreter starts
-    monkeypatch.setattr(running, "_readable", lambda paths: [("/nowhere", "/nowhere")])
+    monkeypatch.setattr(running, "_readable", lambda paths: ["/nowhere"])
     with pytest.raises(UserError, match="the sandbox could not start: .*nowhere"):
         python("print(1)")

@@ -28,6 +28,8 @@ MS_PRIVATE, MNT_DETACH = 1 << 18, 2
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 24, 38, 22
 CAPABILITIES = 64
 UIDS = 0x70000000  # a user id of its own for each sandbox that root starts, so that processes can be counted
+# Any folder that no program reads from: the new root is mounted over it, for this process and those inside alone.
+ROOT = "/sys"
 DEVICES = ("null", "zero", "full", "random", "urandom")
 LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1"}
 # System calls that namespaces and missing privileges do not settle, by machine: those that reach the kernel's larger
@@ -65,6 +67,7 @@ def call(name: str, *arguments: Any) -> None:
 def main() -> None:
     """Reads the settings from the first argument; ends as the code ended (128 + signal where one ended it)."""
     settings = json.loads(sys.argv[1])
+    os.umask(0o022)  # the code runs as another user
     lifeline = -1
     try:
         if settings["namespaces"]:
@@ -79,7 +82,7 @@ def main() -> None:
                 os.close(lifeline)
                 sys.exit(wait_for(child))
             os.close(other_end)
-            enter_root(settings)
+            enter_root()
         confine(settings)
         if settings["namespaces"]:  # a change of user takes the signal away, so that it is set here
             call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -122,27 +125,27 @@ def enter_namespaces() -> None:
 
 def build_root(settings: dict[str, Any]) -> None:
     """Mounts the root folder: in memory, with the folders that the program reads, and an empty one to write into."""
-    root = settings["root"]
     call("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
-    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4096,mode=755")
-    os.mkdir(f"{root}/tmp")
+    call("mount", "tmpfs", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=4096,mode=755")
+    os.mkdir(f"{ROOT}/tmp")
     size = f"size={settings['files_bytes']},nr_inodes=16384"
-    call("mount", "tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"{size},mode=1777")
-    for path, inside in settings["readable"]:
-        place = root + inside
+    call("mount", "tmpfs", f"{ROOT}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"{size},mode=1777")
+    for path in settings["readable"]:
+        place = ROOT + path
         if os.path.islink(path):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             os.symlink(os.readlink(path), place)
         else:
             mount_readable(path, place)
-    os.makedirs(f"{root}/dev")
+    write_files(settings["files"])
+    os.makedirs(f"{ROOT}/dev")
     for name in DEVICES:
-        bind(f"/dev/{name}", f"{root}/dev/{name}")
-    os.mkdir(f"{root}/dev/shm")
-    call("mount", "tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"{size},mode=1777")
+        bind(f"/dev/{name}", f"{ROOT}/dev/{name}")
+    os.mkdir(f"{ROOT}/dev/shm")
+    call("mount", "tmpfs", f"{ROOT}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"{size},mode=1777")
     for name, target in LINKS.items():
-        os.symlink(target, f"{root}/dev/{name}")
-    os.mkdir(f"{root}/proc")
+        os.symlink(target, f"{ROOT}/dev/{name}")
+    os.mkdir(f"{ROOT}/proc")
 
 
 def bind(path: str, place: str) -> None:
@@ -152,6 +155,22 @@ def bind(path: str, place: str) -> None:
     call("mount", path, place, None, MS_BIND | MS_REC, None)
 
 
+def write_files(files: dict[str, int]) -> None:
+    """Writes the descriptors' contents to paths in one folder of the root, in memory and read-only from then on."""
+    if not files:
+        return
+    folder = ROOT + os.path.commonpath(map(os.path.dirname, files))
+    room = sum(os.fstat(descriptor).st_size + (8 << 10) for descriptor in files.values())
+    os.makedirs(folder, exist_ok=True)
+    flags, size = MS_NOSUID | MS_NODEV, f"size={room + (64 << 10)},mode=755"
+    call("mount", "tmpfs", folder, "tmpfs", flags, size)
+    for path, descriptor in files.items():
+        os.makedirs(os.path.dirname(ROOT + path), exist_ok=True)
+        with open(descriptor, "rb", closefd=False) as given, open(ROOT + path, "wb") as file:
+            file.write(given.read())
+    call("mount", "none", folder, None, flags | MS_REMOUNT | MS_BIND | MS_RDONLY, None)
+
+
 def mount_readable(path: str, place: str) -> None:
     """Mounts a path read-only, with all that is mounted below it (Linux 5.12)."""
     bind(path, place)
@@ -159,9 +178,9 @@ def mount_readable(path: str, place: str) -> None:
     call("syscall", MOUNT_SETATTR, AT_FDCWD, place, AT_RECURSIVE, attributes, len(attributes))
 
 
-def enter_root(settings: dict[str, Any]) -> None:
+def enter_root() -> None:
     """Makes the folder the root of this process and of all that follow; nothing of the old one stays in reach."""
-    os.chdir(settings["root"])
+    os.chdir(ROOT)
     with contextlib.suppress(
         OSError
     ):  # not allowed inside some containers: programs run without it

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,14 +51,9 @@ def run(
     way, reason = support()
     if not way:
         raise UserError(reason)
-    with tempfile.TemporaryDirectory(prefix="rftjax-code-") as folder:
-        os.chmod(folder, 0o755)
-        for name, text in (files or {}).items():
-            path = Path(folder, name)
-            path.write_text(text, "utf-8", errors="surrogatepass")
-            path.chmod(0o644)
-        inside = [(str(path), str(path)) for path in readable] + [(folder, CODE)]
-        return _run(way, command, stdin, limits, inside, environment or {})
+    with contextlib.ExitStack() as held:
+        memory = {f"{CODE}/{name}": _in_memory(text, held) for name, text in (files or {}).items()}
+        return _run(way, command, stdin, limits, readable, environment or {}, memory)
 
 
 def run_python(
@@ -107,7 +101,7 @@ def support() -> tuple[str, str]:
     ways = ["namespaces"] + (["bubblewrap"] if shutil.which("bwrap") else [])
     for way in ways:
         try:
-            result = _run(way, ["/bin/sh", "-c", "echo inside"], "", DEFAULT, [], {})
+            result = _run(way, ["/bin/sh", "-c", "echo inside"], "", DEFAULT, [], {}, {})
         except UserError as error:
             told.append(f"{way}: {error}")
             continue
@@ -126,13 +120,13 @@ def _run(
     command: Sequence[str],
     stdin: str | bytes,
     limits: Limits,
-    readable: list[tuple[str, str]],
+    readable: Sequence[str | Path],
     environment: Mapping[str, str],
+    files: Mapping[str, int],
 ) -> Result:
-    """Runs a program by one way to draw the boundary; `readable` holds paths outside and inside."""
+    """Runs a program by one way to draw the boundary; `files` holds descriptors by paths inside."""
     data = stdin if isinstance(stdin, bytes) else stdin.encode("utf-8", "surrogatepass")
     report, theirs = os.pipe()
-    root = tempfile.mkdtemp(prefix="rftjax-sandbox-")
     try:
         settings = dataclasses.asdict(limits) | {
             "command": list(command),
@@ -141,8 +135,8 @@ def _run(
             "parent": os.getpid(),
             "number": next(_numbers) % (1 << 24),
             "readable": _readable(readable),
+            "files": dict(files),
             "report": theirs,
-            "root": root,
         }
         words = [sys.executable, "-I", "-S", BOUNDARY, json.dumps(settings)]
         if way == "bubblewrap":
@@ -153,7 +147,7 @@ def _run(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={name: os.environ[name] for name in LOADER if name in os.environ},
-            pass_fds=(theirs,),
+            pass_fds=(theirs, *files.values()),
             start_new_session=True,
         )
         os.close(theirs)
@@ -172,20 +166,28 @@ def _run(
         for descriptor in (report, theirs):
             if descriptor >= 0:
                 os.close(descriptor)
-        os.rmdir(root)
 
 
-def _readable(paths: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+def _in_memory(text: str, held: contextlib.ExitStack) -> int:
+    """Returns a descriptor of a text that lies in no folder: nothing is left of it, however this process ends."""
+    descriptor = os.memfd_create("code")
+    held.callback(os.close, descriptor)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(text.encode("utf-8", "surrogatepass"))
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _readable(paths: Sequence[str | Path]) -> list[str]:
     """Returns what exists of the system's, Python's and the given paths, none inside another one."""
     python = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))}
-    wanted = {inside: os.path.abspath(path) for path, inside in paths}
-    wanted |= {path: path for path in (*SYSTEM, *python, BOUNDARY)}
-    found: dict[str, str] = {}
-    for inside, path in sorted(wanted.items()):
-        above = (other for other in found if not os.path.islink(found[other]))
-        if os.path.lexists(path) and not any(inside.startswith(other + "/") for other in above):
-            found[inside] = path
-    return [(path, inside) for inside, path in found.items()]
+    found: list[str] = []
+    given = [os.path.abspath(str(path)) for path in paths]
+    for path in sorted({*given, *SYSTEM, *python, BOUNDARY}):
+        above = (other for other in found if not os.path.islink(other))
+        if os.path.lexists(path) and not any(path.startswith(other + "/") for other in above):
+            found.append(path)
+    return found
 
 
 def _bubblewrap(settings: Mapping[str, Any]) -> list[str]:
@@ -200,9 +202,11 @@ def _bubblewrap(settings: Mapping[str, Any]) -> list[str]:
     words += ["--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
     words += ["--proc", "/proc", "--dev", "/dev", "--size", str(settings["files_bytes"])]
     words += ["--tmpfs", "/tmp", "--chdir", "/tmp"]
-    for path, inside in settings["readable"]:
+    for path in settings["readable"]:
         link = os.path.islink(path)
-        words += ["--symlink", os.readlink(path), inside] if link else ["--ro-bind", path, inside]
+        words += ["--symlink", os.readlink(path), path] if link else ["--ro-bind", path, path]
+    for path, descriptor in settings["files"].items():
+        words += ["--ro-bind-data", str(descriptor), path]
     return words
 
 
