@@ -116,3 +116,18 @@ def test_the_check_says_whether_tools_are_seen_and_calls_are_read(template, told
     assert len(found) == len(told)
     for one, start in zip(found, told, strict=True):
         assert one.startswith(start), one
+
+
+@pytest.mark.parametrize(
+    "example, told",
+    [
+        ('<tool_call>{"name": "find"}</tool_call>', ["a call, written by an example and read"]),
+        ("<tool_call>find(ab)</tool_call>", ["WARNING: the call of an example is not read"]),
+        ("ab", ["WARNING: the chat template writes no calls"]),
+    ],
+)
+def test_tools_that_the_messages_teach_are_seen_and_their_examples_are_read(example, told):
+    shown = [("system", "find"), ("user", "ab"), ("assistant", example), ("user", "ab")]
+    messages = [{"role": role, "content": text} for role, text in shown]
+    found = preflight.tool_findings(make(CHATML), messages, TOOLS)
+    assert [one.startswith(start) for one, start in zip(found, told, strict=True)] == [True], found

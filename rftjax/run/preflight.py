@@ -149,8 +149,8 @@ def _say_tools(parts: Parts, report: Report) -> None:
 
 
 def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) -> list[str]:
-    """Returns what a chat template does with tools: whether a prompt shows them, and whether a call that it renders,
-    encoded and decoded as a sampled answer would be, is read back as that call."""
+    """Returns what the model is taught of tools: whether a prompt shows them, and whether a call as the template
+    renders it, encoded and decoded as a sampled answer would be, or else as the row's examples write it, is read."""
     found = []
     if chat.drops_tools(tokenizer, list(messages), list(tools)):
         found.append(
@@ -162,10 +162,7 @@ def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
     names = [tool.get("function", tool).get("name") for tool in tools]
     read = tool_calls({"role": "assistant", "content": call}, names)
     if not call:
-        found.append(
-            "WARNING: the chat template writes no calls; tell the model in a system message to write"
-            ' <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
-        )
+        found.append(_example_finding(messages, names))
     elif [one.get("arguments") for one in read] != [arguments]:
         found.append(
             f"WARNING: rftjax.environments.tools does not read a call as the chat template writes it, {call.strip()!r}:"
@@ -175,6 +172,23 @@ def tool_findings(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
     else:
         found.append(f"a call, written by the template and read back: {call.strip()!r}")
     return found
+
+
+def _example_finding(messages: Sequence[Message], names: Sequence[Any]) -> str:
+    """Returns whether the calls are read that a row's examples teach where the template writes none."""
+    for message in messages:
+        calls = tool_calls(message, names) if message["role"] == "assistant" else []
+        if problems := [call["problem"] for call in calls if "problem" in call]:
+            return (
+                f"WARNING: the call of an example is not read, {message['content']!r:.200}: {problems[0]}; write it as"
+                ' <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+            )
+        if calls:
+            return f"a call, written by an example and read: {message['content']!r:.200}"
+    return (
+        "WARNING: the chat template writes no calls; tell the model in a system message to write"
+        ' <tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+    )
 
 
 def _sample(parts: Parts) -> list[Trajectory]:

@@ -413,7 +413,10 @@ def instability(tokenizer: Any) -> str:
 
 
 def drops_tools(tokenizer: Any, messages: list[Message], tools: list[Any]) -> bool:
-    """Says whether the template renders the same with and without the tools, so that the model never sees them."""
+    """Says whether the model never sees some tool: the template renders none, and no system message names it."""
+    told = " ".join(str(m.get("content")) for m in messages if m["role"] == "system")
+    if all(_tool_name(tool) in told for tool in tools):
+        return False
     return _text(tokenizer, messages, True, tools) == _text(tokenizer, messages, True, None)
 
 
