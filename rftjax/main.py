@@ -26,6 +26,9 @@ DEVICES = flags.DEFINE_integer(
     "devices", 0, "Number of devices that --mode=plan plans for (0: the fewest that hold the job)."
 )
 PRICE = flags.DEFINE_float("price", 0.0, "Price of a device hour, for the cost in --mode=plan.")
+COMPILE = flags.DEFINE_bool(
+    "compile", False, "Have XLA compile the step for the devices of --mode=plan, without them."
+)
 RESTART_FROM = flags.DEFINE_integer(
     "restart_from", -1, "Go back to the checkpoint of this step and drop what follows it (-1: no)."
 )
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
         )
     if ROLLOUTS.value and MODE.value != "score":
         sys.exit(f"error: --rollouts={ROLLOUTS.value}: is what --mode=score scores; leave it out")
-    for flag in (DEVICE, DEVICES, PRICE):
+    for flag in (DEVICE, DEVICES, PRICE, COMPILE):
         if flag.present and MODE.value != "plan":
             sys.exit(
                 f"error: --{flag.name}={flag.value}: is what --mode=plan plans with; leave it out"
@@ -86,6 +89,11 @@ def main(argv: list[str]) -> None:
     # A second start finds its compiled programs here; JAX_COMPILATION_CACHE_DIR names another place.
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache_folder(), "compiled"))
+    if MODE.value == "plan":
+        # No device is used; a plugin for some would look for them, and a program for devices that are not here is not
+        # one to keep.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)
     try:
         jax.device_count()
     except (RuntimeError, AssertionError):  # what JAX raises without the backend
@@ -98,6 +106,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
     back = {"restart_from": RESTART_FROM.value, "accepted": ACCEPT.value}
     planned = {"device": DEVICE.value, "devices": DEVICES.value, "price": PRICE.value}
+    planned["compiles"] = COMPILE.value
     run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
     try:
         modes.run(MODE.value, *run, **back, **planned, rollouts=ROLLOUTS.value)

@@ -31,16 +31,18 @@ def run(
     device: str = "",
     devices: int = 0,
     price: float = 0.0,
+    compiles: bool = False,
     rollouts: str = "",
 ) -> None:
     """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates,
-    serve serves and chat talks to; `device`, `devices` and `price` are what plan plans for; `rollouts` is what score
+    serve serves and chat talks to; `device`, `devices` and `price` are what plan plans for, `compiles` has it ask the
+    compiler; `rollouts` is what score
     scores, by default the workdir's own.
 
     Only a run writes a config and takes a lock: the others may run beside it. Plan, serve and chat need no workdir.
     """
     if mode == "plan":
-        print("\n".join(planning.report(given, device, devices, price)))
+        print("\n".join(planning.report(given, device, devices, price, compiles=compiles)))
         return
     if mode in ("serve", "chat"):
         config = serving.served_config(given, overrides, workdir)

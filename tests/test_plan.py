@@ -6,7 +6,7 @@ from rftjax import config as configs
 from rftjax import modes
 from rftjax.devices.accelerators import ACCELERATORS
 from rftjax.errors import UserError
-from rftjax.run import memory, plan
+from rftjax.run import arithmetic, memory, plan
 from rftjax.run.build import build, complete_config
 from rftjax.weights.model_config import read_config
 
@@ -40,12 +40,12 @@ def config(tmp_path):
 
 def planned(config, devices, name="H100"):
     complete = complete_config(config, devices=devices, needs=("model.path",))
-    return plan.plan(complete, plan._model(complete), ACCELERATORS[name], devices)
+    return plan.plan(complete, plan.open_shape(complete), ACCELERATORS[name], devices)
 
 
 def test_bytes_are_those_of_parameters_optimizer_gradient_and_cache(config):
     one, four = planned(config, 1), planned(config, 4)
-    assert plan.entries(plan._model(config).config) == ENTRIES
+    assert arithmetic.entries(plan.open_shape(config).config) == ENTRIES
     assert one.held["trained parameters"] == 4 * ENTRIES
     assert one.updating["gradient, and that of a micro-batch"] == 8 * ENTRIES
     assert one.held["optimizer"] == pytest.approx(8 * ENTRIES, rel=1e-6)
@@ -178,10 +178,15 @@ def test_a_token_uses_its_own_experts_and_decoding_reads_those_of_its_rows(tmp_p
         "norm_topk_prob": True, "tie_word_embeddings": False, "max_position_embeddings": 4096,
     }  # fmt: skip
     model = read_config(fields, "bfloat16")
-    assert round(plan.entries(model) / 1e9) == 671 and round(plan.active_entries(model) / 1e9) == 37
-    one, many = plan._read_share(model, 1), plan._read_share(model, 4096)
-    active = plan.active_entries(model) + model.vocab * model.width  # and the embedding's table
-    assert one == pytest.approx(active / plan.entries(model), rel=1e-3)
+    assert (
+        round(arithmetic.entries(model) / 1e9) == 671
+        and round(arithmetic.active_entries(model) / 1e9) == 37
+    )
+    one, many = arithmetic.read_share(model, 1), arithmetic.read_share(model, 4096)
+    active = (
+        arithmetic.active_entries(model) + model.vocab * model.width
+    )  # and the embedding's table
+    assert one == pytest.approx(active / arithmetic.entries(model), rel=1e-3)
     assert many == pytest.approx(1.0)
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = configs.base_config()

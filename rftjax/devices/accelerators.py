@@ -10,8 +10,8 @@ GIB = 2**30
 
 
 class Accelerator(NamedTuple):
-    """One chip: bytes of memory, operations a second (dense bfloat16 products), bytes a second that its memory gives
-    and that it sends over all of its links together. `source` says where the numbers stand."""
+    """One device, as JAX counts them: bytes of memory, operations a second (dense bfloat16 products), bytes a second
+    that its memory gives and that it sends over all of its links together. `source` says where the numbers stand."""
 
     name: str
     memory: float
@@ -35,11 +35,11 @@ ACCELERATORS = {
         Accelerator("v6e", 32 * GIB, 918e12, 1638e9, 448e9, f"{_GOOGLE} TPU v6e"),
         Accelerator(
             "v7x",
-            192 * GIB,
-            2307e12,
-            7380e9,
-            1200e9,
-            f"{_GOOGLE} TPU7x, a chip with both of its devices",
+            96 * GIB,
+            1153.5e12,
+            3690e9,
+            600e9,
+            f"{_GOOGLE} TPU7x, for one of a chip's two devices",
         ),
     )
 }
