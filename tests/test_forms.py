@@ -3,9 +3,12 @@
 import inspect
 import json
 import re
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import test_judge
 from snippets import blocks
 
 from rftjax import config as configs
@@ -69,6 +72,18 @@ async def length_reward(completions, completion_ids, trainer_state, log_metric, 
 def plain_reward(prompts, completions, **kwargs):
     return [float(len(set(completions))) if prompt == "?" else 0.0 for prompt in prompts]
 ''',
+    "varied.py": """
+from eval_protocol.models import EvaluateResult, EvaluationRow, Message
+from eval_protocol.pytest import evaluation_test
+
+MESSAGES = [[[Message(role="user", content="Say some words.")]]]
+
+@evaluation_test(input_messages=MESSAGES, completion_params=[{"model": "m"}], mode="pointwise")
+def test_varied(row: EvaluationRow) -> EvaluationRow:
+    words = str(row.messages[-1].content).split()
+    row.evaluation_result = EvaluateResult(score=len(set(words)) / 9)
+    return row
+""",
     "verl_reward.py": """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert data_source == "openai/gsm8k" and extra_info["index"] == 7
@@ -303,6 +318,15 @@ def test_a_sum_leaves_out_what_does_not_score_a_sample_and_drops_faults(folder):
     assert [(one.reward, one.valid) for one in found] == [(1.0, True), (2.0, True), (0.0, False)]
     assert found[0].parts == {"b": 1.0}
     assert "RuntimeError: a hard one" in found[2].reason
+
+
+def test_a_group_of_a_sum_is_a_draw_also_where_another_evaluator_gets_all(folder):
+    every = f"{DATA}/eval_protocol/groups.py:test_against_the_mean"
+    one, other = group("aa", "a", draw=1), group("aaaaa", "a", draw=2)
+    with Scorer(f"group={folder}/native.py:evaluate_group, all={every}", workers=1) as scorer:
+        found = scorer.gather([one[0], other[0], one[1], other[1]])
+    assert [score.parts["group"] for score in found] == [1.0, 1.0, 0.0, 0.0]
+    assert [score.parts["all"] for score in found] == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_a_sum_with_a_coroutine_function_runs_many_calls_at_once(folder):
@@ -554,8 +578,22 @@ def test_the_rows_of_an_environment_are_tasks(environment):
 # ---- Training
 
 
+@pytest.fixture
+def judge(tmp_path):
+    """The file of a grader whose model answers over HTTP."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), test_judge.Handler)
+    server.lock, server.say = threading.Lock(), test_judge.say
+    server.requests, server.tries, server.open, server.most = [], {}, 0, 0
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield test_judge.kept_grader(server, tmp_path)
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
-    folder, environment, tiny_dir, tmp_path
+    folder, environment, judge, tiny_dir, tmp_path
 ):
     """One run whose reward is the sum of one evaluator of each form, over rows as TRL and verl write them."""
     rows = [
@@ -575,6 +613,7 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
     config = configs.base_config()
     config.steps, config.export, config.logging.histograms = 2, False, False
     config.model.path, config.tasks.train = str(tiny_dir), str(tmp_path / "rows.jsonl")
+    protocol = DATA / "eval_protocol"
     config.evaluator = ", ".join(
         [
             f"native={folder}/native.py:evaluate",
@@ -582,8 +621,11 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
             f"trl={folder}/trl_rewards.py:length_reward",
             f"verl={folder}/verl_reward.py:compute_score*0.5",
             f"openai={tmp_path}/grader.json",
-            f"ep={Path(__file__).parent}/data/eval_protocol/groups.py:test_shortest*0.1",
-            f"rubric={environment.replace('env.py', 'plain.py')}:ENV*0",
+            f"ep={protocol}/groups.py:test_shortest*0.1",
+            f"row={folder}/varied.py:test_varied*0.1",
+            f"all={protocol}/groups.py:test_against_the_mean*0.1",
+            f"rubric={environment.replace('env.py', 'plain.py')}:ENV*0.1",
+            f"judge={judge}*0.1",
         ]
     )
     config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 128
@@ -593,13 +635,13 @@ def test_every_form_trains_a_model_and_its_rewards_are_recorded_one_by_one(
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert done and int(state.step) == 2
     for line in lines:
-        parts = {
-            name: line[f"reward/part/{name}"]
-            for name in ("native", "group", "trl", "verl", "openai", "ep")
-        }
+        weights = dict.fromkeys(("native", "group", "trl", "openai"), 1.0) | {"verl": 0.5}
+        weights |= dict.fromkeys(("ep", "row", "all", "rubric", "judge"), 0.1)
+        parts = {name: line[f"reward/part/{name}"] for name in weights}
         assert line["evaluator/error_share"] == 0.0 and parts["group"] == 0.25
-        assert 0 < line["reward/part/rubric"] < 1 and line["metric/rubric/turns"] == 1.0
-        total = sum(parts.values()) - 0.5 * parts["verl"] - 0.9 * parts["ep"]
+        assert all(0 < parts[name] < 1 for name in ("ep", "row", "all", "rubric", "judge"))
+        assert line["metric/rubric/turns"] == 1.0 and line["metric/judge/judge_calls"] <= 1.0
+        total = sum(weights[name] * parts[name] for name in weights)
         assert line["reward/mean"] == pytest.approx(total) and line["grad_norm"] > 0
 
 

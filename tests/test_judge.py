@@ -165,6 +165,13 @@ def grader(server, tmp_path, **fields):
     return {**base, "input": template, "cache": str(tmp_path / "kept"), **fields}
 
 
+def kept_grader(server, folder):
+    """The file of a grader that rates an answer."""
+    path = folder / "judge.json"
+    path.write_text(json.dumps(grader(server, folder)))
+    return path
+
+
 def scored(grader, folder, *answers: str):
     """Scores of the answers, as one group, in a worker process."""
     (folder / "judge.json").write_text(json.dumps(grader))

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from rftjax.evaluators.forms.form import PASS, SAMPLE, SCOPES, Form, invalid, scores
+from rftjax.evaluators.forms.form import ALL, GROUP, PASS, SAMPLE, SCOPES, Form, invalid, scores
 from rftjax.types import Score, Trajectory
 from rftjax.workers.named import Named
 from rftjax.workers.serving import describe
@@ -41,21 +41,42 @@ async def _rated(one: Form, trajectories: Sequence[Trajectory]) -> list[Score | 
 
     A fault in a call with one sample is raised where no other sample is in the sum's call: the worker tells more of it.
     """
-    alone = [[each] for each in trajectories]
-    for calls in [alone] if one.scope == SAMPLE else [[trajectories], alone]:
-        found: list[Score | None] = []
-        for call in calls:
-            try:
-                found += await _called(one, call)
-            except Exception as error:
-                if len(trajectories) == 1:
-                    raise
-                if calls is not alone and one.separable:
-                    break
-                found += [invalid(describe(error)[0]) for _ in call]
-        else:
-            return found
-    raise AssertionError("the calls of single samples end in scores")
+    found: list[Score | None] = [None] * len(trajectories)
+    for places in _calls(one, trajectories):
+        call = [trajectories[at] for at in places]
+        try:
+            results = await _called(one, call)
+        except Exception as error:
+            if len(trajectories) == 1:
+                raise
+            if len(call) > 1 and one.separable:
+                results = [result for each in call for result in await _rated_apart(one, each)]
+            else:
+                results = [invalid(describe(error)[0]) for _ in call]
+        for at, result in zip(places, results, strict=True):
+            found[at] = result
+    return found
+
+
+async def _rated_apart(one: Form, trajectory: Trajectory) -> list[Score | None]:
+    """Returns what an evaluator says of a sample of a call that failed, in a call of its own."""
+    try:
+        return await _called(one, [trajectory])
+    except Exception as error:
+        return [invalid(describe(error)[0])]
+
+
+def _calls(one: Form, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+    """Returns the places of each call's trajectories: one, those of a draw, or all."""
+    key = {
+        SAMPLE: lambda at: at,
+        GROUP: lambda at: trajectories[at].draw,
+        ALL: lambda at: None,
+    }[one.scope]
+    calls: dict[Any, list[int]] = {}
+    for at in range(len(trajectories)):
+        calls.setdefault(key(at), []).append(at)
+    return list(calls.values())
 
 
 async def _called(one: Form, call: Sequence[Trajectory]) -> list[Score | None]:
