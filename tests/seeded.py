@@ -180,6 +180,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 1.0,
         },
     },
+    "gpt_oss": SHAPE
+    | {
+        "model_type": "gpt_oss",
+        "head_dim": 12,
+        "sliding_window": 5,
+        "layer_types": [
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
+        "num_local_experts": 7,
+        "num_experts_per_tok": 3,
+        "swiglu_alpha": 1.3,
+        "swiglu_limit": 0.8,
+        "tie_word_embeddings": True,
+        "rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+    },
     "gemma3": SHAPE | GEMMA | {"sliding_window_pattern": 3},
 }
 # Text towers inside of models that also see.
@@ -276,7 +294,8 @@ def checkpoint(folder: Path, name: str, renamed: Callable[[str], str] = str, **f
     """Writes the checkpoint of a name, as it was when transformers gave its numbers, with `fields` over its config."""
     stored = json.loads((DATA / f"{name}.json").read_text())
     shapes = {key: tuple(shape) for key, shape in stored.items()}
-    made = one_by_one(tensors(shapes, centred="gemma3" in name))
+    made = tensors(shapes, centred="gemma3" in name)
+    made = made if name == "gpt_oss" else one_by_one(made)  # it is published with fused experts
     folder.mkdir(parents=True)
     save_file({renamed(key): one for key, one in made.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps((CONFIGS | VISION)[name] | fields))

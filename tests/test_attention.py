@@ -155,6 +155,38 @@ def test_long_rows_on_a_cpu_keep_nothing_of_rows_by_rows():
     assert f"bool[1,{short},{short}]" in program(short)
 
 
+@pytest.mark.parametrize("form", ["blocked", "tiled", "splash", "cudnn"])
+def test_sinks_take_weight_from_the_keys_in_every_form(form, splash_on_cpu, monkeypatch):
+    monkeypatch.setattr(attention, "CUDNN", "xla")  # the same call as on a GPU
+    q, k, v, mask = inputs(300, rows=1)
+    layout = packed(300, rows=1)
+    used = jnp.any(mask, axis=-1)[:, :, None, None]
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+    sinks = jnp.asarray([-2.0, 0.5, 3.0, 1.0, -1.0, 9.0])
+
+    def total(form, *given):
+        attended = attention.attend(form, *given[:3], layout, None, None, given[3])
+        return jnp.sum(jnp.where(used, attended, 0.0) * weights), attended
+
+    def run(form):
+        both = jax.value_and_grad(total, argnums=(1, 2, 3, 4), has_aux=True)
+        return jax.jit(both, static_argnums=0)(form, q, k, v, sinks)
+
+    (_, found), grads = run(form)
+    (_, wanted), expected = run("plain")
+    # One more key without a value, written out.
+    H, C = q.shape[2:]
+    scores = jnp.einsum("BTHC,BSHC->BHTS", q, jnp.repeat(k, H // 2, 2)) / C**0.5
+    scores = jnp.where(mask[:, None], jnp.exp(scores), 0.0)
+    shares = scores / (scores.sum(-1, keepdims=True) + jnp.exp(sinks)[None, :, None, None])
+    by_hand = jnp.einsum("BHTS,BSHC->BTHC", shares, jnp.repeat(v, H // 2, 2))
+    for one, two in ((wanted, by_hand), (found, wanted)):
+        np.testing.assert_allclose(jnp.where(used, one, 0), jnp.where(used, two, 0), atol=4e-6)
+    assert np.abs(expected[3]).min() > 1e-3
+    for one, two in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
+
+
 @pytest.mark.parametrize("T", [40, 300])
 def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(T, splash_on_cpu):
     q, k, v, mask = inputs(T, rows=1)

@@ -41,6 +41,23 @@ def test_the_decoding_kernel_gives_what_the_plain_form_gives(heads, dtype, bound
     )
 
 
+@pytest.mark.parametrize("heads", [2, 6])
+def test_sinks_are_a_key_without_a_value_in_every_form(heads, monkeypatch):
+    monkeypatch.setattr(attention, "CUDNN", "xla")
+    q, keys, values, positions = inputs(1, heads, 32)
+    sinks = jnp.linspace(-1.0, 8.0, heads)
+    wanted = cached.attend("plain", q, keys, values, positions, 100, sinks)
+    assert np.abs(wanted - cached.attend("plain", q, keys, values, positions, 100)).max() > 0.1
+    alone = cached.single(q[:, 0], keys, values, positions[:, 0], 100, sinks, interpret=True)
+    np.testing.assert_allclose(alone, wanted[:, 0], atol=1e-6)
+    library = cached.attend("cudnn", q, keys[:, :, :-1], values[:, :, :-1], positions, 100, sinks)
+    np.testing.assert_allclose(library[:-2], wanted[:-2], atol=1e-6)
+    low = cached.attend(
+        "plain", *(x.astype("bfloat16") for x in (q, keys, values)), positions, 100, sinks
+    )
+    np.testing.assert_allclose(low.astype("float32"), wanted, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("heads", "dtype", "doubled"),
     [(2, "bfloat16", True), (2, "float32", False), (6, "bfloat16", False)],

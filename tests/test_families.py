@@ -100,7 +100,7 @@ def test_an_export_has_the_names_and_values_of_the_checkpoint(
     assert {name: fields[name] for name in model.fields} == model.fields
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Policy], name: str):
     config, params = models[name].config, models[name].params
     tokens_BT = jnp.asarray(seeded.tokens(name))
@@ -181,6 +181,27 @@ def test_adapters_of_latent_attention_and_experts_are_merged_and_written_for_pef
         np.testing.assert_array_equal(one, two)
 
 
+def test_adapters_of_experts_that_are_stored_fused_merge_and_are_refused_for_peft(
+    models: dict[str, Policy], tmp_path: Path
+):
+    model = models["gpt_oss"]
+    rng = np.random.default_rng(0)
+    pairs = lora.init(model.config, rank=2, targets="query,experts_down")
+    pairs = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype("float32"), pairs)
+    own = pairs["experts_0"]
+    merged = device.merge(model.params, pairs)["experts_0"]["mlp"]["experts_down"]["kernel"]
+    pair = own["mlp"]["experts_down"]
+    added = merged - model.params["experts_0"]["mlp"]["experts_down"]["kernel"]
+    np.testing.assert_allclose(added, pair["a"] @ pair["b"], atol=1e-6)
+    with pytest.raises(UserError, match="lora.targets: experts_down: .*leave out experts_gate"):
+        lora.save_peft(tmp_path / "all", model.config, pairs, alpha=2.0)
+    rest = {"experts_0": {"attention": own["attention"]}}
+    lora.save_peft(tmp_path / "rest", model.config, rest, alpha=2.0)
+    assert jax.tree.structure(lora.load_peft(tmp_path / "rest", model.config, alpha=2.0)) == (
+        jax.tree.structure(rest)
+    )
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_fresh_parameters_have_the_names_and_shapes_of_the_table(
     models: dict[str, Policy], name: str
@@ -222,7 +243,7 @@ def test_the_text_model_of_a_model_that_sees_is_loaded_and_exported_alone(
     assert fields["architectures"][0].endswith("ForCausalLM")
 
 
-@pytest.mark.parametrize("name", ["olmo2", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["olmo2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_the_logits_on_a_mesh_are_those_of_one_device(models: dict[str, Policy], name: str):
     mesh = mesh_of(2, 2, 2)
     model = models[name]
@@ -285,6 +306,18 @@ PUBLISHED = {
         "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
         "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
         "use_sliding_window": false, "vocab_size": 151936}""",
+    "gpt-oss-20b": """{"architectures": ["GptOssForCausalLM"], "attention_bias": true, "attention_dropout": 0.0,
+        "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+        "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880, "layer_types":
+        ["sliding_attention", "full_attention"], "max_position_embeddings": 131072, "model_type": "gpt_oss",
+        "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 2, "num_key_value_heads": 8,
+        "num_local_experts": 32, "output_router_logits": false, "pad_token_id": 199999, "quantization_config":
+        {"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+        "lm_head"], "quant_method": "mxfp4"}, "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0,
+        "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+        "truncate": false}, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+        "swiglu_limit": 7.0, "tie_word_embeddings": false, "transformers_version": "4.55.0.dev0",
+        "use_cache": true, "vocab_size": 201088}""",
     "DeepSeek-V3": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config",
         "AutoModel": "modeling_deepseek.DeepseekV3Model",
@@ -374,6 +407,11 @@ def test_published_configs_are_read(name: str, tmp_path: Path):
         assert (config.rope.theta, config.rope.factor, config.rope.kind) == (1e6, 8.0, "linear")
         assert config.ropes[0].theta == 1e4 and config.ropes[5] == config.rope
         assert config.windows[:6] == (1024,) * 5 + (FULL,)
+    if name == "gpt-oss-20b":
+        bare = {
+            key: one for key, one in fields.items() if "rope" not in key and key != "layer_types"
+        }
+        assert hf.read_config(bare) == config and config.windows == (128, FULL)
     if name == "DeepSeek-V3":
         assert [(stack.first, stack.count, stack.sparse) for stack in config.stacks] == [
             (0, 3, False), (3, 58, True),
@@ -399,6 +437,9 @@ def test_published_configs_are_read(name: str, tmp_path: Path):
         ("qwen3", {"num_experts": 8}, "num_experts=8"),
         ("qwen3_moe", {"num_experts_per_tok": 13}, "num_experts_per_tok=13: must be from 1 to 12"),
         ("qwen3_moe", {"num_local_experts": 8}, "num_experts=12 and num_local_experts=8"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0: must be above 0"),
+        ("gpt_oss", {"experts_per_token": 2}, "num_experts_per_tok=3 and experts_per_token=2"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("deepseek_v3", {"n_group": 5}, "12 experts in n_group=5"),
         ("deepseek_v3", {"num_experts_per_tok": 7}, "num_experts_per_tok=7: must be from 1 to 6"),
         ("deepseek_v3", {"n_group": 12}, "n_group=12: a group needs two experts"),

@@ -14,6 +14,7 @@ import pytest
 import seeded
 
 from rftjax.errors import UserError
+from rftjax.models import decoder
 from rftjax.weights import hf
 from rftjax.weights.packed import block_of
 from rftjax.weights.shards import write_safetensors
@@ -122,6 +123,50 @@ def test_weights_in_8_bits_without_their_scales_are_refused(
     write(tmp_path, stored | {name + "_scale_inv": scale[1:]}, quantization_config=FP8)
     with pytest.raises(UserError, match=rf"{name}_scale_inv has shape \(2, 4\)"):
         hf.load(tmp_path)
+
+
+def test_experts_in_4_bits_load_as_what_they_stand_for(tmp_path: Path):
+    fields = seeded.CONFIGS["gpt_oss"] | {"hidden_size": 64, "intermediate_size": 64}
+    config = hf.read_config(fields)
+    fresh = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
+    out = hf.save(tmp_path / "plain", config, fresh, fields)
+    tensors = hf.read_safetensors(out / "model.safetensors")
+    rng, stored = np.random.default_rng(0), dict(tensors)
+    magnitudes = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        E, D, F = tensors[name].shape
+        codes = rng.integers(0, 16, (E, F, D))
+        scales = rng.integers(120, 131, (E, F, D // 32))
+        each = np.repeat(2.0 ** (scales - 127), 32, -1)
+        values = magnitudes[codes % 8] * np.where(codes < 8, 1, -1) * each
+        tensors[name] = np.asarray(values.swapaxes(1, 2), np.float32)
+        del stored[name]
+        packed = codes[..., ::2] + 16 * codes[..., 1::2]
+        stored[name + "_blocks"] = packed.astype(np.uint8).reshape(E, F, D // 32, 16)
+        stored[name + "_scales"] = scales.astype(np.uint8)
+    write_safetensors(
+        out / "model.safetensors", {n: np.ascontiguousarray(t) for n, t in tensors.items()}
+    )
+    (tmp_path / "packed").mkdir()
+    write_safetensors(tmp_path / "packed" / "model.safetensors", stored)
+    given = fields | {
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    }
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(given))
+    _, params, found = hf.load(tmp_path / "packed")
+    assert_same(params, hf.load(out)[1])
+    again = hf.save(tmp_path / "again", config, params, found, dtype="bfloat16")
+    kept = hf.read_safetensors(again / "model.safetensors")
+    name = "model.layers.2.mlp.experts.gate_up_proj"
+    assert kept[name].dtype == jnp.bfloat16 and np.array_equal(kept[name], tensors[name])
+    assert "quantization_config" not in hf.read_fields(again)
+    stored.pop(name + "_scales")
+    write_safetensors(tmp_path / "packed" / "model.safetensors", stored)
+    with pytest.raises(UserError, match=f"{name}_blocks has no {name}_scales"):
+        hf.load(tmp_path / "packed")
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="is stored as U8"):
+        hf.load(tmp_path / "packed")
 
 
 @pytest.mark.parametrize(

@@ -255,18 +255,19 @@ def over_rows(
 def over_heads(
     mesh: Mesh | None, function: Callable[..., jax.Array], kv_heads: int
 ) -> Callable[..., jax.Array]:
-    """Returns attention (q_BTHC, k_BTKC, v_BTKC, layout, window) as each device runs it on its own rows and heads.
+    """Returns attention (q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H) as each device runs it on its rows and heads.
 
     For kernels that the compiler cannot share out. Heads that `tensor` does not divide are computed on each of its
     devices.
     """
     if mesh is None or mesh.size == 1:
         return function
-    heads = PartitionSpec(ROWS, None, "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None)
+    of_heads = PartitionSpec("tensor" if kv_heads % mesh.shape["tensor"] == 0 else None)
+    heads = PartitionSpec(ROWS, None, *of_heads)
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(heads, heads, heads, PartitionSpec(ROWS), PartitionSpec()),
+        in_specs=(heads, heads, heads, PartitionSpec(ROWS), PartitionSpec(), of_heads),
         out_specs=heads,
         check_vma=False,
     )

@@ -15,6 +15,8 @@ UNDECAYED = (
     "bias",
     "scale",
     "correction",
+    "router_bias",
+    "sinks",
 )  # by name: stacked over layers, a norm's gain has two axes
 
 

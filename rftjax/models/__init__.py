@@ -4,6 +4,7 @@ from rftjax.models.config import CacheLeaf, Config
 from rftjax.models.families import (
     deepseek_v3,
     gemma3,
+    gpt_oss,
     kimi_k2,
     llama,
     ministral,
@@ -18,6 +19,7 @@ from rftjax.models.families import (
 FAMILIES = {
     "deepseek_v3": deepseek_v3,
     "gemma3_text": gemma3,
+    "gpt_oss": gpt_oss,
     "kimi_k2": kimi_k2,
     "llama": llama,
     "ministral": ministral,

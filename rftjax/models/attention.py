@@ -18,6 +18,7 @@ BLOCKS = 8
 TILE = 128  # what `splash` rounds T up to
 LONG = 512  # tokens of a row from which on `tiled` is faster than `blocked` on a CPU
 CUDNN = "cudnn"  # as JAX names it
+PAIR, EIGHT = 2, 8  # its keys come in pairs, its channels in eights
 FORMS = ("blocked", "tiled", "plain", "cudnn", "splash")
 
 
@@ -29,6 +30,7 @@ def attend(
     layout: Layout,
     window: Any = None,
     mesh: Mesh | None = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `splash` on TPUs only.
 
@@ -38,9 +40,9 @@ def attend(
     form = "tiled" if form == "blocked" and _suits_tiles(q_BTHC.shape[1], mesh) else form
     if form in ("tiled", "splash"):
         run = sharding.over_heads(mesh, tiled if form == "tiled" else splash, k_BTKC.shape[2])
-        return run(q_BTHC, k_BTKC, v_BTKC, layout, window)
+        return run(q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H)
     form_of = {"blocked": blocked, "plain": plain, "cudnn": cudnn}
-    return form_of[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window))
+    return form_of[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window), sinks_H)
 
 
 def _suits_tiles(T: int, mesh: Mesh | None) -> bool:
@@ -51,25 +53,53 @@ def _suits_tiles(T: int, mesh: Mesh | None) -> bool:
 
 
 def cudnn(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask_BTS: jax.Array,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what `plain` does, for tokens that attend to any, by cuDNN's kernel."""
+    scale, channels = q_BTHC.shape[-1] ** -0.5, q_BTHC.shape[-1]
+    if sinks_H is not None:
+        # The kernel has no sinks: they are the scores of one more key, by one more channel, and its values are 0.
+        more = [(0, 0), (0, PAIR), (0, 0), (0, EIGHT)]
+        k_BSKC, v_BSKC = (jnp.pad(x, more) for x in (k_BSKC, v_BSKC))
+        k_BSKC = k_BSKC.at[:, -PAIR, :, channels].set(1)
+        q_BTHC = jnp.pad(q_BTHC, [(0, 0), (0, 0), (0, 0), (0, EIGHT)])
+        q_BTHC = q_BTHC.at[..., channels].set((sinks_H / scale).astype(q_BTHC.dtype)[None, None])
+        mask_BTS = jnp.pad(mask_BTS, ((0, 0), (0, 0), (0, PAIR))).at[:, :, -PAIR].set(True)
     return jax.nn.dot_product_attention(
-        q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], implementation=CUDNN
-    )
+        q_BTHC, k_BSKC, v_BSKC, mask=mask_BTS[:, None], implementation=CUDNN, scale=scale
+    )[..., :channels]
 
 
 def plain(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask_BTS: jax.Array,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns attended values (B, T, H, C), the form that the others are compared with."""
+    """Returns attended values (B, T, H, C), the form that the others are compared with; a sink is a score of its head
+    that takes part in the softmax and has no value (Agarwal et al. 2025)."""
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
     q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)
     scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_BTS[:, None, None], scores, FLOOR)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKC.dtype)
+    weights = softmax(jnp.where(mask_BTS[:, None, None], scores, FLOOR), sinks_H)
+    weights = weights.astype(v_BSKC.dtype)
     return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C)
+
+
+def softmax(scores_BKGTS: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
+    """Returns the weights of float32 scores over the last axis, a sink among them without a weight of its own."""
+    if sinks_H is None:
+        return jax.nn.softmax(scores_BKGTS, axis=-1)
+    B, K, G, T = scores_BKGTS.shape[:4]
+    sinks = jnp.broadcast_to(sinks_H.reshape(1, K, G, 1, 1), (B, K, G, T, 1))
+    both = jnp.concatenate([scores_BKGTS, sinks.astype(scores_BKGTS.dtype)], axis=-1)
+    return jax.nn.softmax(both, axis=-1)[..., :-1]
 
 
 def splash(
@@ -78,6 +108,7 @@ def splash(
     v_BTKC: jax.Array,
     layout: Layout,
     window: Any = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what `plain` does, for tokens that attend to any, by the kernel that JAX has for TPUs (splash attention).
 
@@ -97,8 +128,16 @@ def splash(
         for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
             # The flag was made an array on the way, which cannot be asked while a function is traced.
             setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
-        heads: Any = jax.vmap(jax.vmap(kernel, in_axes=(0, None, None)))
-        return heads(q_HXC.reshape(K, H // K, 1, X, C), k_KXC, v_KXC).reshape(H, X, C)
+        queries = q_HXC.reshape(K, H // K, 1, X, C)
+        if sinks_H is None:
+            heads: Any = jax.vmap(jax.vmap(kernel, in_axes=(0, None, None)))
+            return heads(queries, k_KXC, v_KXC).reshape(H, X, C)
+
+        def sunk(q_1XC: jax.Array, k_XC: jax.Array, v_XC: jax.Array, sink_1: jax.Array) -> Any:
+            return kernel(q_1XC, k_XC, v_XC, sinks=sink_1)
+
+        heads = jax.vmap(jax.vmap(sunk, in_axes=(0, None, None, 0)))
+        return heads(queries, k_KXC, v_KXC, sinks_H.reshape(K, H // K, 1)).reshape(H, X, C)
 
     q_BHXC, k_BKXC, v_BKXC = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
     # The kernel gives NaN for padding that attends to nothing; the others see themselves anyhow.
@@ -112,14 +151,18 @@ def splash(
 
 @jax.custom_vjp
 def blocked(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    mask_BTT: jax.Array,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what `plain` does where the mask lets no token see a later one.
 
     A block of queries computes no score beyond its end, and the backward pass computes the weights again from the
     logarithm of their sum (Dao et al. 2022).
     """
-    return _forward(q_BTHC, k_BTKC, v_BTKC, mask_BTT)[0]
+    return _forward(q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H)[0]
 
 
 def _blocks(T: int) -> list[tuple[int, int]]:
@@ -144,7 +187,11 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _forward(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, mask_BTT: jax.Array
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    mask_BTT: jax.Array,
+    sinks_H: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple]:
     B, T, H, C = q_BTHC.shape
     K = k_BTKC.shape[2]
@@ -161,19 +208,23 @@ def _forward(
         scores = scores.reshape(B, K, G, -1, end) * (C**-0.5)
         scores = jnp.where(mask_BTT[:, None, None, start:end, :end], scores, FLOOR)
         top = jnp.max(scores, axis=-1, keepdims=True)
+        if sinks_H is not None:
+            top = jnp.maximum(top, sinks_H.reshape(1, K, G, 1, 1))
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sinks_H is not None:
+            total = total + jnp.exp(sinks_H.reshape(1, K, G, 1, 1) - top)
         weights = weights.astype(v_BTKC.dtype).reshape(B, K, -1, end)
         values = _product("BKNS,BKSC->BKNC", weights, v_BKTC[:, :, :end])
         outputs.append((values.reshape(B, K, G, -1, C) / total).astype(q_BTHC.dtype))
         totals.append(top + jnp.log(total))
     output = jnp.concatenate(outputs, axis=3)
-    saved = (q_BTHC, k_BTKC, v_BTKC, mask_BTT, output, jnp.concatenate(totals, axis=3))
-    return _by_token(output), saved
+    total = jnp.concatenate(totals, axis=3)
+    return _by_token(output), (q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H, output, total)
 
 
 def _backward(saved: tuple, d_BTHC: jax.Array) -> tuple:
-    q_BTHC, k_BTKC, v_BTKC, mask_BTT, output_BKGTC, total_BKGT1 = saved
+    q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H, output_BKGTC, total_BKGT1 = saved
     B, T, H, C = q_BTHC.shape
     K = k_BTKC.shape[2]
     G, dtype = H // K, q_BTHC.dtype
@@ -200,7 +251,11 @@ def _backward(saved: tuple, d_BTHC: jax.Array) -> tuple:
         dq.append(_product("BKNS,BKSC->BKNC", dscores, k_BKTC[:, :, :end]).reshape(B, K, G, -1, C))
     dq_BTHC = _by_token(jnp.concatenate(dq, axis=3)).astype(dtype)
     dk_BTKC, dv_BTKC = (grad.swapaxes(1, 2).astype(dtype) for grad in (dk_BKTC, dv_BKTC))
-    return dq_BTHC, dk_BTKC, dv_BTKC, None
+    if sinks_H is None:
+        return dq_BTHC, dk_BTKC, dv_BTKC, None, None
+    weight_BKGT1 = jnp.exp(sinks_H.reshape(1, K, G, 1, 1) - total_BKGT1)
+    dsinks_H = -jnp.sum(weight_BKGT1 * inner_BKGT1, axis=(0, 3, 4)).reshape(H)
+    return dq_BTHC, dk_BTKC, dv_BTKC, None, dsinks_H.astype(sinks_H.dtype)
 
 
 blocked.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ from rftjax.models.attention import plain
 from rftjax.models.config import Config, Stack
 from rftjax.models.experts import Experts
 from rftjax.models.latent import LatentAttention
-from rftjax.models.layers import ACTIVATIONS, Attend, Attention, Mlp, Norm
+from rftjax.models.layers import Attend, Attention, Mlp, Norm
 from rftjax.models.rotary import Turn
 
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
         c = self.config
         latent = c.latent.rank > 0
         self.attention = LatentAttention(c, self.cached) if latent else Attention(c)
-        self.mlp = Experts(c, ACTIVATIONS[c.activation]) if self.stack.sparse else Mlp(c)
+        self.mlp = Experts(c) if self.stack.sparse else Mlp(c)
         if self.stack.sparse and c.routing.shared:
             self.shared = Mlp(c, c.routing.shared)
         if c.norms in ("before", "both"):
@@ -48,8 +48,8 @@ class Block(nn.Module):
         return x_BTD + (self.mlp_output_norm(added_BTD) if after else added_BTD), kept
 
 
-def causal(q_BTHC: jax.Array, new: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+def causal(q_BTHC: jax.Array, new: dict[str, jax.Array], *sinks: Any) -> tuple[jax.Array, None]:
     """Attends among the new tokens alone, each to those before it (used to make initial parameters)."""
     T = q_BTHC.shape[1]
     mask_BTT = jnp.tril(jnp.ones((q_BTHC.shape[0], T, T), bool))
-    return plain(q_BTHC, new["keys"], new["values"], mask_BTT), None
+    return plain(q_BTHC, new["keys"], new["values"], mask_BTT, *sinks), None

@@ -15,12 +15,17 @@ LEAST = 16  # query heads a product takes at least
 
 
 def over(
-    form: str, q_BTHC: jax.Array, seen: dict[str, jax.Array], positions_BT: jax.Array, window: Any
+    form: str,
+    q_BTHC: jax.Array,
+    seen: dict[str, jax.Array],
+    positions_BT: jax.Array,
+    window: Any,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns what `attend` does for the leaves of one layer's cache, or `latent` where there are no keys."""
     if "latent" in seen:
         return latent(q_BTHC, seen["latent"], seen["rotated"], positions_BT, window)
-    return attend(form, q_BTHC, seen["keys"], seen["values"], positions_BT, window)
+    return attend(form, q_BTHC, seen["keys"], seen["values"], positions_BT, window, sinks_H)
 
 
 def attend(
@@ -30,22 +35,26 @@ def attend(
     values_BKSC: jax.Array,
     positions_BT: jax.Array,
     window: Any,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns attended values (B, T, H, C): a token at position p sees those of its row from p - window + 1 to p.
 
     `form` is one of `attention.FORMS`; all but cudnn are the same here. What a token beyond the cache gets is not used.
     """
     if form == "cudnn" and q_BTHC.shape[1] == 1 and suits(keys_BKSC):
-        return single(q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window)[:, None]
+        one = q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window, sinks_H
+        return single(*one)[:, None]
     back_BTS = positions_BT[:, :, None] - jnp.arange(keys_BKSC.shape[2])[None, None, :]
     mask_BTS = (back_BTS >= 0) & (back_BTS < window)
     if form == "cudnn":
         return attention.cudnn(
-            q_BTHC, keys_BKSC.swapaxes(1, 2), values_BKSC.swapaxes(1, 2), mask_BTS
+            q_BTHC, keys_BKSC.swapaxes(1, 2), values_BKSC.swapaxes(1, 2), mask_BTS, sinks_H
         )
     if lonely(q_BTHC, keys_BKSC):
-        return plain(jnp.repeat(q_BTHC, 2, axis=2), keys_BKSC, values_BKSC, mask_BTS)[:, :, ::2]
-    return plain(q_BTHC, keys_BKSC, values_BKSC, mask_BTS)
+        twice = jnp.repeat(q_BTHC, 2, axis=2)
+        sinks = None if sinks_H is None else jnp.repeat(sinks_H, 2)
+        return plain(twice, keys_BKSC, values_BKSC, mask_BTS, sinks)[:, :, ::2]
+    return plain(q_BTHC, keys_BKSC, values_BKSC, mask_BTS, sinks_H)
 
 
 def lonely(q_BTHC: jax.Array, keys_BKSC: jax.Array) -> bool:
@@ -75,7 +84,11 @@ def latent(
 
 
 def plain(
-    q_BTHC: jax.Array, keys_BKSC: jax.Array, values_BKSC: jax.Array, mask_BTS: jax.Array
+    q_BTHC: jax.Array,
+    keys_BKSC: jax.Array,
+    values_BKSC: jax.Array,
+    mask_BTS: jax.Array,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns attended values by two products, the form that the others are compared with."""
     B, T, H, C = q_BTHC.shape
@@ -83,7 +96,7 @@ def plain(
     q_BKGTC = (q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)).transpose(0, 2, 3, 1, 4)
     scores = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BTS[:, None, None], scores, attention.FLOOR)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values_BKSC.dtype)
+    weights = attention.softmax(scores, sinks_H).astype(values_BKSC.dtype)
     attended = jnp.einsum("BKGTS,BKSC->BKGTC", weights, values_BKSC)
     return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
@@ -100,6 +113,7 @@ def single(
     values_BKSC: jax.Array,
     position_B: jax.Array,
     window: Any,
+    sinks_H: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -123,22 +137,36 @@ def single(
     def heads(rows: int) -> Any:
         return pallas.BlockSpec((None, None, rows, C), lambda row, head: (row, head, 0, 0))
 
+    # A sink is where the running maximum and sum begin; without sinks there is nothing.
+    first_KG = jnp.full((K, G + spare), attention.FLOOR)
+    if sinks_H is not None:
+        first_KG = first_KG.at[:, :G].set(sinks_H.reshape(K, G).astype(jnp.float32))
+    of_head = pallas.BlockSpec((None, G + spare), lambda row, head: (head, 0))
     one = pallas.BlockSpec((1,), lambda row, head: (row,))
     attended = pallas.pallas_call(
-        functools.partial(_kernel, scale=C**-0.5),
+        functools.partial(_kernel, scale=C**-0.5, sunk=sinks_H is not None),
         grid=(B, K),
-        in_specs=[one, one, heads(G + spare), heads(S), heads(S)],
+        in_specs=[one, one, of_head, heads(G + spare), heads(S), heads(S)],
         out_specs=heads(G + spare),
         out_shape=jax.ShapeDtypeStruct(q_BKGC.shape, q_BHC.dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="decode_attention",
-    )(start_B, end_B, q_BKGC, keys_BKSC, values_BKSC)
+    )(start_B, end_B, first_KG, q_BKGC, keys_BKSC, values_BKSC)
     return attended[:, :, :G].reshape(B, H, C)
 
 
 def _kernel(
-    start: Any, end: Any, query: Any, keys: Any, values: Any, attended: Any, *, scale: float
+    start: Any,
+    end: Any,
+    sinks: Any,
+    query: Any,
+    keys: Any,
+    values: Any,
+    attended: Any,
+    *,
+    scale: float,
+    sunk: bool,
 ) -> None:
     """Computes one row's query heads of one key head; the arguments are references to memory."""
     from jax.experimental import pallas
@@ -164,7 +192,7 @@ def _kernel(
         return new_top, total, output * fading[:, None] + product
 
     rows = q.shape[0]
-    nothing = jnp.full(rows, attention.FLOOR), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
+    nothing = sinks[...], jnp.full(rows, float(sunk)), jnp.zeros(q.shape, jnp.float32)
     tiles = (behind + TILE - 1) // TILE
     _, total, output = jax.lax.fori_loop(first // TILE, tiles, tile, nothing)
     attended[...] = (output / total[:, None]).astype(q.dtype)

@@ -57,6 +57,9 @@ class Routing:
     scale: float = 1.0
     groups: int = 1
     open_groups: int = 1
+    router_bias: bool = False
+    bias: bool = False  # of each map of an expert
+    interleaved: bool = False  # stored and exported fused, columns of gate and up in turn (gpt-oss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +126,9 @@ class Config:
     query_scale: float = 0.0  # of attention scores, 0.0: 1 / sqrt(channels)
     activation: str = "silu"  # one of `layers.ACTIVATIONS`
     embed_scale: float = 1.0  # of embeddings
+    sinks: bool = False  # each head has a score of attending to nothing
+    gate_limit: float = 0.0  # see `layers.gated`, 0.0: off
+    gate_gain: float = 1.0
     logit_cap: float = 0.0  # logits become cap * tanh(logits / cap), 0.0: off
 
     @property

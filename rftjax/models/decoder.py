@@ -8,10 +8,11 @@ The only stack of most families is called `layers`:
     [layers/attention_output_norm/scale (L, D)  layers/mlp_output_norm/scale (L, D)]
     layers/attention/query/kernel (L, D, H, C)  [bias (L, H, C)]; key and value with K for H
     [layers/attention/query_norm/scale (L, C) or (L, H, C); key_norm with K for H]
-    layers/attention/output/kernel (L, H, C, D) [bias (L, D)]
+    layers/attention/output/kernel (L, H, C, D) [bias (L, D)]  [layers/attention/sinks (L, H)]
     layers/mlp/gate/kernel, up/kernel (L, D, F) [bias (L, F)]; down/kernel (L, F, D) [bias (L, D)]
-    in a stack with experts, for mlp above: router/weight (L, D, E) [correction (L, E)];
-        experts_gate/kernel, experts_up/kernel (L, E, D, F); experts_down/kernel (L, E, F, D);
+    in a stack with experts, for mlp above: router/weight (L, D, E) [correction, router_bias (L, E)];
+        experts_gate/kernel, experts_up/kernel (L, E, D, F) [bias (L, E, F)];
+        experts_down/kernel (L, E, F, D) [bias (L, E, D)];
         and beside it [shared/gate, up, down], which every token passes; latent attention: see `latent`
     final_norm/scale (D)
     head/kernel (D, V)                          only where the embedding is not tied
@@ -55,10 +56,13 @@ __all__ = [
 ]
 
 
+WIDE = ("scale", "sinks", "weight", "router_bias", "correction")
+
+
 def reading_dtype(name: str, dtype: str) -> str:
-    """Returns the dtype in which the forward pass reads a parameter whose path ends in `name`: norm gains and routers
-    in float32, all else in the compute dtype."""
-    return "float32" if name in ("scale", "weight", "correction") else dtype
+    """Returns the dtype in which the forward pass reads a parameter whose path ends in `name`: norm gains, sinks and
+    routers in float32, all else in the compute dtype."""
+    return "float32" if name in WIDE else dtype
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -122,9 +126,9 @@ def walk(
             x_RXD = sharding.keep_rows(mesh, x_RXD)
             limit = window if config.windowed else None
 
-            def among(q: jax.Array, new: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            def among(q: jax.Array, new: dict, *sinks: jax.Array) -> tuple[jax.Array, None]:
                 keys, values = new["keys"], new["values"]
-                return attend(config.attention, q, keys, values, layout, limit, mesh), None
+                return attend(config.attention, q, keys, values, layout, limit, mesh, *sinks), None
 
             (x_RXD, _), told = block.apply(tree, x_RXD, turn, among, mutable=[COLLECTION])
             return x_RXD, told.get(COLLECTION, {}).get("mlp", {})

@@ -8,7 +8,6 @@ over blocks of rows of one expert. Every shape is static.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rftjax.models.config import Config, Routing
+from rftjax.models.layers import gated
 from rftjax.models.linear import transposed
 
 BLOCK = 128  # rows of a block at most
@@ -198,13 +198,17 @@ class Grouped(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_JD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    def __call__(self, x_JD: jax.Array, expert_J: jax.Array, sizes_E: jax.Array) -> jax.Array:
         shape = (self.config.routing.experts, x_JD.shape[1], self.features)
         init = nn.initializers.normal(self.config.init_std)
         y: Any = grouped(x_JD, self.param("kernel", init, shape, jnp.float32), sizes_E)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + grouped(grouped(x_JD, a, sizes_E), b, sizes_E)
+        if self.config.routing.bias:
+            zeros, outputs = nn.initializers.zeros, (shape[0], self.features)
+            bias_EF = self.param("bias", zeros, outputs, jnp.float32)
+            y = y + jnp.take(bias_EF, expert_J, axis=0).astype(y.dtype)
         return y
 
 
@@ -220,6 +224,10 @@ class Router(nn.Module):
         weight = self.param("weight", init, (x_TD.shape[1], c.routing.experts), jnp.float32)
         highest = jax.lax.Precision.HIGHEST
         logits_TE = jnp.dot(x_TD.astype(jnp.float32), weight, precision=highest)
+        if c.routing.router_bias:
+            zeros = nn.initializers.zeros
+            bias_E = self.param("router_bias", zeros, (c.routing.experts,), jnp.float32)
+            logits_TE = logits_TE + bias_E[None]
         if not c.routing.corrected:
             return logits_TE, None
         zeros = nn.initializers.zeros
@@ -230,7 +238,6 @@ class Experts(nn.Module):
     """A gated feed-forward layer in which each token passes the experts that the router chooses."""
 
     config: Config
-    activation: Callable[[jax.Array], jax.Array] = nn.silu
 
     def setup(self) -> None:
         c = self.config
@@ -247,12 +254,14 @@ class Experts(nn.Module):
         self.sow(COLLECTION, "entropies", entropies_T.reshape(x.shape[:-1]))
         expert_J = chosen_TU.reshape(-1)
         order_J = jnp.argsort(expert_J, stable=True)
+        sorted_J = expert_J[order_J]
         place_J = jnp.zeros_like(order_J).at[order_J].set(jnp.arange(order_J.shape[0]))
-        ends = jnp.searchsorted(expert_J[order_J], jnp.arange(routing.experts + 1))
+        ends = jnp.searchsorted(sorted_J, jnp.arange(routing.experts + 1))
         sizes_E = jnp.diff(ends).astype(jnp.int32)
         rows = spread(x_TD, order_J, place_J, routing.chosen)
-        inner = self.activation(self.experts_gate(rows, sizes_E)) * self.experts_up(rows, sizes_E)
-        y = unsorted(self.experts_down(inner, sizes_E), order_J, place_J)
+        each = sorted_J, sizes_E
+        inner = gated(self.config, self.experts_gate(rows, *each), self.experts_up(rows, *each))
+        y = unsorted(self.experts_down(inner, *each), order_J, place_J)
         y_TUD = y.reshape(*chosen_TU.shape, -1)
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
         return mixed.astype(x.dtype).reshape(x.shape)

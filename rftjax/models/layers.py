@@ -17,7 +17,8 @@ from rftjax.models.rotary import Turn, rotate
 
 # What a layer calls with the queries and with what the cache holds of its new tokens, by the names that the family
 # declares, each (B, T, ...); returns attended values (B, T, H, C) and whatever the caller wants to keep.
-Attend = Callable[[jax.Array, dict[str, jax.Array]], tuple[jax.Array, Any]]
+# A third argument are the sinks_H of attention that has any.
+Attend = Callable[..., tuple[jax.Array, Any]]
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "silu": nn.silu,
@@ -86,6 +87,9 @@ class Attention(nn.Module):
         if c.qk_norm:
             axes = {"head": 1, "whole": 2}[c.qk_norm]
             self.query_norm, self.key_norm = Norm(c, axes), Norm(c, axes)
+        if c.sinks:
+            init = nn.initializers.normal(c.init_std)
+            self.sinks = self.param("sinks", init, (c.heads,), jnp.float32)
 
     def __call__(self, x_BTD: jax.Array, turn: Turn, attend: Attend) -> tuple[jax.Array, Any]:
         c = self.config
@@ -95,12 +99,23 @@ class Attention(nn.Module):
         # Attention divides by sqrt(C) itself.
         scale = c.query_scale * math.sqrt(c.channels) if c.query_scale else 1.0
         new = {"keys": rotate(k_BTKC, turn), "values": v_BTKC}
-        attended_BTHC, kept = attend(rotate(q_BTHC, turn, scale), new)
+        sinks = (self.sinks,) if c.sinks else ()
+        attended_BTHC, kept = attend(rotate(q_BTHC, turn, scale), new, *sinks)
         return self.output(attended_BTHC), kept
 
 
+def gated(config: Config, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns the inner vectors of a gated feed-forward layer (Shazeer 2020); with a `gate_limit`, of gpt-oss's form:
+    both sides clipped, a sigmoid of `gate_gain` times the gate, and one added to `up` (Agarwal et al. 2025)."""
+    limit = config.gate_limit
+    if not limit:
+        return ACTIVATIONS[config.activation](gate) * up
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(gate * config.gate_gain) * (up + 1)
+
+
 class Mlp(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020) of width `ffn`, 0: the config's."""
+    """Gated feed-forward layer of width `ffn`, 0: the config's."""
 
     config: Config
     ffn: int = 0
@@ -110,5 +125,4 @@ class Mlp(nn.Module):
         c, ffn = self.config, self.ffn or self.config.ffn
         gate = Linear((ffn,), c, use_bias=c.mlp_bias, name="gate")(x)
         up = Linear((ffn,), c, use_bias=c.mlp_bias, name="up")(x)
-        hidden = ACTIVATIONS[c.activation](gate) * up
-        return Linear((c.width,), c, use_bias=c.mlp_bias, name="down")(hidden)
+        return Linear((c.width,), c, use_bias=c.mlp_bias, name="down")(gated(c, gate, up))

@@ -30,14 +30,19 @@ DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("up", "bias"): ("ffn",),
     ("down", "kernel"): ("ffn", "width"),
     ("down", "bias"): ("width",),
+    ("attention", "sinks"): ("heads",),
 }
 
 EXPERT_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("router", "weight"): ("width", "experts"),
     ("router", "correction"): ("experts",),
+    ("router", "router_bias"): ("experts",),
     ("experts_gate", "kernel"): ("experts", "width", "ffn"),
     ("experts_up", "kernel"): ("experts", "width", "ffn"),
     ("experts_down", "kernel"): ("experts", "ffn", "width"),
+    ("experts_gate", "bias"): ("experts", "ffn"),
+    ("experts_up", "bias"): ("experts", "ffn"),
+    ("experts_down", "bias"): ("experts", "width"),
 }
 LATENT_AXES: dict[tuple[str, str], tuple[str, ...]] = {
     ("query_down", "kernel"): ("width", "channels"),
@@ -156,6 +161,9 @@ def _layer_names(config: Config, stack: Stack) -> list[Name]:
             shape = heads if c.qk_norm == "whole" else heads[1:]
             hf = "model.layers.{layer}.self_attn." + theirs + ".weight"
             table.append(Name((stack.name, "attention", ours, "scale"), hf, shape, 0))
+    if c.sinks:
+        hf = "model.layers.{layer}.self_attn.sinks"
+        table.append(Name((stack.name, "attention", "sinks"), hf, (c.heads,), 0))
     for ours, theirs in NORMS[c.norms].items():
         hf = "model.layers.{layer}." + theirs + ".weight"
         table.append(Name((stack.name, ours, "scale"), hf, (c.width,), 0))
@@ -199,14 +207,19 @@ def _expert_names(config: Config, stack: Stack) -> list[Name]:
     width, routing = config.width, config.routing
     E, F = routing.experts, routing.ffn
     path, stem = (stack.name, "mlp"), "model.layers.{layer}.mlp."
-    table = [Name((*path, "router", "weight"), stem + "gate.weight", (width, E), 1)]
+    theirs = "router" if routing.router_bias else "gate"
+    table = [Name((*path, "router", "weight"), stem + theirs + ".weight", (width, E), 1)]
+    if routing.router_bias:
+        table.append(Name((*path, "router", "router_bias"), stem + theirs + ".bias", (E,), 0))
     if routing.corrected:
         hf = stem + "gate.e_score_correction_bias"
         table.append(Name((*path, "router", "correction"), hf, (E,), 0))
     shapes = {"gate": (E, width, F), "up": (E, width, F), "down": (E, F, width)}
     for ours, shape in shapes.items():
-        hf = stem + "experts.{expert}." + ours + "_proj.weight"
-        table.append(Name((*path, "experts_" + ours, "kernel"), hf, shape, 1))
+        hf, one = stem + "experts.{expert}." + ours + "_proj.", (*path, "experts_" + ours)
+        table.append(Name((*one, "kernel"), hf + "weight", shape, 1))
+        if routing.bias:
+            table.append(Name((*one, "bias"), hf + "bias", (E, shape[-1]), 0))
     return table
 
 

@@ -27,12 +27,13 @@ def tiled(
     v_BTKC: jax.Array,
     layout: Layout,
     window: Any = None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Returns attended values (B, T, H, C) of tokens that attend to any; the others' are finite.
 
     A running maximum and sum join the tiles, and the backward pass computes the weights again (Dao et al. 2022).
     """
-    return _forward(q_BTHC, k_BTKC, v_BTKC, layout, window)[0]
+    return _forward(q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H)[0]
 
 
 class _Tiles:
@@ -63,6 +64,10 @@ class _Tiles:
         parted = x_YKNC.reshape(self.Y, self.K, -1, TILE, self.C).transpose(0, 3, 1, 2, 4)
         return parted.reshape(self.B, self.X, -1, self.C)[:, : self.T]
 
+    def by_query(self, x_H: jax.Array) -> jax.Array:
+        """Returns x (K, N): one number of each head for each token of a tile."""
+        return jnp.repeat(x_H.astype(jnp.float32), TILE).reshape(self.K, self.N)
+
     def mask(self, query: Any, key: Any) -> jax.Array:
         """Returns mask_TT of a tile of queries and one of keys of the same row."""
         mine, theirs = ([at(stack, index) for stack in self.stacks] for index in (query, key))
@@ -85,7 +90,12 @@ def put(arrays: jax.Array, array: jax.Array, index: Any) -> jax.Array:
 
 
 def _forward(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, layout: Layout, window: Any
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    layout: Layout,
+    window: Any,
+    sinks_H: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple]:
     tiles = _Tiles(q_BTHC, k_BTKC, layout, window)
     K, G, N, C, dtype = tiles.K, tiles.G, tiles.N, tiles.C, q_BTHC.dtype
@@ -109,6 +119,8 @@ def _forward(
 
         zeros_KN1 = jnp.zeros((K, N, 1))
         empty = zeros_KN1 + FLOOR, zeros_KN1, jnp.zeros((K, N, C))
+        if sinks_H is not None:  # the first score that a query sees
+            empty = tiles.by_query(sinks_H)[..., None], zeros_KN1 + 1.0, empty[2]
         top_KN1, total_KN1, sum_KNC = jax.lax.fori_loop(0, tiles.counts_Y[query], of_key, empty)
         total_KN1 = jnp.maximum(total_KN1, TINY)  # 0 where the tile sees nothing
         outputs, totals = carry
@@ -118,11 +130,11 @@ def _forward(
     empty = jnp.zeros((tiles.Y, K, N, C), dtype), jnp.zeros((tiles.Y, K, N))
     outputs, totals = jax.lax.fori_loop(0, tiles.Y, of_query, empty)
     output_BTHC = tiles.join(outputs)
-    return output_BTHC, (q_BTHC, k_BTKC, v_BTKC, layout, window, output_BTHC, totals)
+    return output_BTHC, (q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H, output_BTHC, totals)
 
 
 def _backward(saved: tuple, d_BTHC: jax.Array) -> tuple:
-    q_BTHC, k_BTKC, v_BTKC, layout, window, output_BTHC, totals = saved
+    q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H, output_BTHC, totals = saved
     tiles = _Tiles(q_BTHC, k_BTKC, layout, window)
     K, G, N, C, dtype = tiles.K, tiles.G, tiles.N, tiles.C, q_BTHC.dtype
     products = d_BTHC.astype(jnp.float32) * output_BTHC.astype(jnp.float32)
@@ -160,7 +172,12 @@ def _backward(saved: tuple, d_BTHC: jax.Array) -> tuple:
     empty = jnp.zeros((tiles.Y, K, C, N), dtype), zeros, zeros
     dq, dk, dv = jax.lax.fori_loop(0, tiles.Y, of_query, empty)
     dq_BTHC, dk_BTKC, dv_BTKC = (tiles.join(x) for x in (dq.swapaxes(2, 3), dk, dv))
-    return dq_BTHC, dk_BTKC.astype(dtype), dv_BTKC.astype(dtype), None, None
+    gradients_of_3 = dq_BTHC, dk_BTKC.astype(dtype), dv_BTKC.astype(dtype)
+    if sinks_H is None:
+        return *gradients_of_3, None, None, None
+    weights = jnp.exp(tiles.by_query(sinks_H)[None] - totals)
+    dsinks_H = -jnp.sum((weights * inners).reshape(tiles.Y, -1, TILE), axis=(0, 2))
+    return *gradients_of_3, None, None, dsinks_H.astype(sinks_H.dtype)
 
 
 tiled.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rftjax.sampler import device
 from rftjax.text import tokenizer
 from rftjax.types import Params, TrainState
 from rftjax.weights import exporting, hf, lora
+
+log = logging.getLogger(__name__)
 
 ADAPTER, EXPORT = "adapter", "export"
 
@@ -95,8 +98,13 @@ def export_run(config: ConfigDict, workdir: Path) -> None:
     """Writes `export`, and the adapters alone in `adapter`, of the checkpoint that `export_step` names."""
     wanted = "last" if config.export_step == "last" else ""
     step = export(config, workdir, workdir / EXPORT, wanted=wanted)
-    if config.lora.rank:
-        export(config, workdir, workdir / ADAPTER, wanted=str(step), adapter=True)
+    if not config.lora.rank:
+        return
+    shape = hf.read_config(hf.read_fields(config.model.path))
+    if reason := lora.unknown_to_peft(shape, config.lora.targets):
+        log.warning("no %s is written, the merged export holds them too: %s", ADAPTER, reason)
+        return
+    export(config, workdir, workdir / ADAPTER, wanted=str(step), adapter=True)
 
 
 def check_exports(workdir: Path) -> None:

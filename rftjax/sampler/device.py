@@ -238,10 +238,10 @@ def _layers(
         def layer(
             tree: Params, x_BTD: jax.Array, cached: dict, window: Any, turn: Turn, block=block
         ) -> tuple:
-            def attend_cached(q: jax.Array, new: dict[str, jax.Array]) -> tuple:
+            def attend_cached(q: jax.Array, new: dict, *sinks: jax.Array) -> tuple:
                 written = {name: write(leaf, new[name]) for name, leaf in cached.items()}
                 seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
-                return over(config.attention, q, seen, positions_BT, window), written
+                return over(config.attention, q, seen, positions_BT, window, *sinks), written
 
             return block.apply(tree, x_BTD, turn, attend_cached)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def _shape(config: Config, name: Name) -> tuple[int, ...]:
 def _hf_shape(name: Name) -> tuple[int, ...]:
     """Returns the shape in Hugging Face's layout: (outputs, inputs) for a kernel."""
     if not name.inputs:
-        return name.shape if name.path[-1] == "embedding" else (int(np.prod(name.shape)),)
+        return name.shape if name.path[-1] == "embedding" else (int(np.prod(name.single)),)
     inputs, outputs = name.single[: name.inputs], name.single[name.inputs :]
     return int(np.prod(outputs)), int(np.prod(inputs))
 
@@ -239,18 +240,24 @@ def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
 def _hf_tensors(
     config: Config, params: Params, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
+    for hf, tensor in itertools.chain(_single(config, params), packed.fused(config, params)):
+        written = np.ascontiguousarray(tensor, dtype)
+        if not np.isfinite(written).all():
+            raise NotFinite(
+                f"tensor {hf} holds numbers that are not finite in {dtype}, so nothing was exported;"
+                " export an earlier step, or with dtype='float32'"
+            )
+        yield hf, written
+
+
+def _single(config: Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     for name in _table(config):
+        if packed.is_fused(config, name.path):
+            continue
         parts = np.asarray(_leaf(params, name.path)).reshape(-1, *name.single)
         shape = _hf_shape(name)
         for tensor, hf in zip(parts, tensors_of(config, name), strict=True):
-            flat = tensor.reshape(shape[::-1]).T if name.inputs else tensor.reshape(shape)
-            written = np.ascontiguousarray(flat, dtype)
-            if not np.isfinite(written).all():
-                raise NotFinite(
-                    f"tensor {hf} holds numbers that are not finite in {dtype}, so nothing was exported;"
-                    " export an earlier step, or with dtype='float32'"
-                )
-            yield hf, written
+            yield hf, tensor.reshape(shape[::-1]).T if name.inputs else tensor.reshape(shape)
 
 
 def _write_weights(

@@ -20,7 +20,7 @@ from rftjax.models import FAMILIES
 from rftjax.models.config import Config
 from rftjax.models.names import Name, layers_of, tensors_of
 from rftjax.types import Params
-from rftjax.weights import hf
+from rftjax.weights import hf, packed
 from rftjax.weights.exporting import NO_FACTS, replacing
 
 TARGETS = (
@@ -122,6 +122,8 @@ def save_peft(
         pair = adapters.get(stack, {}).get(part, {}).get(linear)
         if pair is None:
             continue
+        if reason := unknown_to_peft(config, linear):
+            raise UserError(reason)
         used.append(name.hf.removesuffix(".weight").rpartition(".")[2])
         rank = pair["a"].shape[-1]
         for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
@@ -151,6 +153,18 @@ def save_peft(
         hf.write_safetensors(work / "adapter_model.safetensors", tensors)
         hf.write_json(work / "adapter_config.json", fields)
     return target
+
+
+def unknown_to_peft(config: Config, targets: str) -> str:
+    """Returns why a directory of peft cannot hold adapters of these targets, else an empty text."""
+    names = [name.path for name in _kernels(config, parse_targets(targets))]
+    wrong = [path[-2] for path in names if packed.is_fused(config, path)]
+    if not wrong:
+        return ""
+    return (
+        f"lora.targets: {wrong[0]}: peft has no adapter of a map that {config.family} checkpoints store fused; leave"
+        " out experts_gate, experts_up and experts_down there, or use the merged export"
+    )
 
 
 def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:

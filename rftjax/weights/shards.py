@@ -25,7 +25,8 @@ Readers = dict[str, Callable[[], np.ndarray]]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
 FP8 = "F8_E4M3"
-READ = ("F32", "F16", "BF16", FP8)
+BYTES = "U8"
+READ = ("F32", "F16", "BF16", FP8, BYTES)
 # How names of the language model begin in a model that also sees, and alone; and those of its other parts.
 TEXT = {
     "language_model.model.": "model.",
