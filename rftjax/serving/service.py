@@ -18,9 +18,11 @@ from typing import Any
 from rftjax.sampler.engine import Engine, FindStop, Key, NoiseKey, SampledTurn
 from rftjax.types import SamplingParams
 
-# An engine at rest waits so long for a further request, and so long in all: who comes during a dispatch waits for its
-# end.
+# Who comes during a dispatch waits for its end. Before one, an engine at rest, or one with conversations whose next
+# turn may come at once, waits so long for a further request, and so long in all: seconds, and shares of the last
+# dispatch's time (of so many seconds at most), whichever is more.
 GATHER_S, GATHER_MOST_S = 0.005, 0.05
+GATHER_SHARE, GATHER_MOST_SHARE, DISPATCH_MOST_S = 0.02, 0.1, 5.0
 # Gets what a dispatch added to a turn: tokens and log-probabilities. Called on the engine's thread.
 Listener = Callable[[list[int], list[float]], None]
 
@@ -170,21 +172,27 @@ class Service:
     # Everything below runs on the engine's thread.
 
     def _run(self) -> None:
-        gather_until_s = 0.0
+        gather_until_s = dispatch_s = 0.0
         while True:
             idle = not self._calls
-            wait_s = None if idle else min(GATHER_S, gather_until_s - time.monotonic())
+            further_s = max(GATHER_S, GATHER_SHARE * dispatch_s)
+            wait_s = None if idle else min(further_s, gather_until_s - time.monotonic())
             try:
                 work = self._inbox.get(wait_s is None or wait_s > 0, wait_s)
             except queue.Empty:
-                gather_until_s = 0.0
+                start_s, before = time.monotonic(), self.active
                 self._step()
+                gather_until_s = time.monotonic()
+                dispatch_s = min(gather_until_s - start_s, DISPATCH_MOST_S)
+                if self.active < min(before, self.conversations):  # turns ended, others may follow
+                    gather_until_s += GATHER_MOST_SHARE * dispatch_s
                 continue
             if work is None:
                 return
             work()
             if idle and self._calls:  # the first of what may be many at once
-                gather_until_s = time.monotonic() + GATHER_MOST_S
+                most_s = max(GATHER_MOST_S, GATHER_MOST_SHARE * dispatch_s)
+                gather_until_s = time.monotonic() + most_s
 
     def _step(self) -> None:
         try:
