@@ -109,6 +109,15 @@ def test_the_hosts_part_of_a_step_is_told_beside_the_devices(bench):
     assert said["longer"]["tokens"] > 3 * said["fewer"]["tokens"]
 
 
+def test_a_device_is_busy_while_environments_are_waited_for(bench):
+    flags = ("--conversations=8", "--group=4", "--slots=4", "--turns=2", "--turn_tokens=4")
+    times = ("--longest_s=0.02", "--s_per_decode_step=0.001", "--workers=1")
+    said = bench("waiting", MODEL, *flags, *times, "--prompt_tokens=9")["waiting"]
+    assert 0.001 * said["decode_steps"] < said["busy_s"] < said["wall_s"]
+    assert said["busy_share"] == pytest.approx(said["busy_s"] / said["wall_s"], rel=1e-4)
+    assert said["rows_share"] == pytest.approx(64 / (4 * said["decode_steps"]), rel=1e-4)
+
+
 def test_the_forms_of_sampling_count_steps_and_tokens(bench):
     flags = ("--slots=4", "--requests=8", "--shortest=2", "--longest=8", "--median_tokens=4")
     turns = ("--turn_tokens=3", "--environment_tokens=7", "--wait_dispatches=2")

@@ -46,13 +46,13 @@ def reply(task, messages):
 """
 
 
-def small_engine(flags: Any, policy: rftjax.Policy, length: int) -> Engine:
+def small_engine(flags: Any, policy: rftjax.Policy, length: int, *, parked: int) -> Engine:
     """Returns a sampler whose cache takes no memory to speak of."""
     config = dataclasses.replace(policy.config, layers=1, width=8, heads=1, kv_heads=1, channels=8)
     engine = Engine(
         config,
         slots=flags.slots,
-        parked=flags.slots,
+        parked=parked,
         max_length=length,
         stops=[policy.stop_tokens(())[0]],
         dispatch_steps=flags.dispatch_steps,
@@ -69,7 +69,7 @@ def run(flags: Any, policy: rftjax.Policy, conversations: int, turns: int) -> di
     stop = policy.stop_tokens(())[0]
     standin = StandIn(tokenizer.encode(WORDS * 4, add_special_tokens=False), stop)
     length = flags.prompt_tokens + turns * (flags.turn_tokens + flags.environment_tokens + 32) + 64
-    engine = small_engine(flags, policy, length)
+    engine = small_engine(flags, policy, length, parked=flags.slots)
     words = (WORDS * (1 + flags.environment_tokens // 20)).split()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "environment.py"
@@ -127,7 +127,7 @@ def tails(flags: Any, policy: rftjax.Policy, shared: float) -> dict[str, Any]:
         policy.stop_tokens(())[0],
         lambda draw, sample: prompt + int(lengths[draw, sample]),
     )
-    engine = small_engine(flags, policy, prompt + flags.longest + 8)
+    engine = small_engine(flags, policy, prompt + flags.longest + 8, parked=flags.slots)
     params = SamplingParams(flags.longest)
     found: dict[str, Any] = {}
     with Environments("") as environments, Replaced(standin):
