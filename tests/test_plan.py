@@ -1,15 +1,18 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from rftjax import config as configs
 from rftjax import modes
+from rftjax.config.flags import load_spec
 from rftjax.devices.accelerators import ACCELERATORS
 from rftjax.errors import UserError
 from rftjax.run import arithmetic, memory, plan
 from rftjax.run.build import build, complete_config
 from rftjax.weights.model_config import read_config
 
+ROOT = Path(__file__).parents[1]
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -165,6 +168,18 @@ def test_the_mode_needs_no_workdir_no_rows_and_no_weights(config, capsys):
     modes.run("plan", config, {}, None, device="H100", devices=2, price=1.5)
     out = capsys.readouterr().out
     assert "2 H100; the numbers of NVIDIA's data sheet" in out and "\ncost" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "used"), [("deepseek_v3", 671.03, 36.62), ("kimi_k2", 1026.41, 31.69)]
+)
+def test_frontier_models_are_planned_from_their_published_configs(name, billions, used):
+    config = load_spec(f"{ROOT}/experiments/{name}.py")
+    lines = plan.report(config, "v5p", 0, 0.0)
+    assert f"{billions} billion parameters, {used} billion used by a token" in lines[0]
+    assert any(line.startswith("peak") and line.endswith("fits") for line in lines)
+    debug = load_spec(f"{ROOT}/experiments/{name}.py:full,debug")
+    assert not debug.lora.rank and arithmetic.entries(plan.open_shape(debug).config) < 1e6
 
 
 def test_a_token_uses_its_own_experts_and_decoding_reads_those_of_its_rows(tmp_path):

@@ -60,6 +60,20 @@ def test_optimizer_state_lies_where_its_parameters_lie(tiny_dir):
         )
 
 
+def test_adapters_of_experts_are_divided_as_their_kernels_and_others_replicated():
+    mesh, logical = mesh_of(2, 2, 2), FAMILIES["deepseek_v3"].LOGICAL_AXES
+
+    def lies(*path):
+        return sharding.partition(mesh, logical, ("layers", "mlp", *path), (2, 4, 16, 16))
+
+    assert lies("experts_gate", "a") == lies("experts_up", "a") == PartitionSpec(None, None, "fsdp")
+    assert lies("experts_gate", "b") == PartitionSpec(None, None, None, "tensor")
+    assert lies("experts_down", "a") == PartitionSpec(None, None, "tensor")
+    assert lies("experts_down", "b") == PartitionSpec(None, None, None, "fsdp")
+    dense = sharding.partition(mesh, logical, ("layers", "attention", "output", "a"), (2, 16, 4))
+    assert dense == PartitionSpec()
+
+
 def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):
     mesh = mesh_of(1, 1, 4)  # 4 query heads, 2 key and value heads
     params = rftjax.load(str(tiny_dir), mesh=mesh).params

@@ -22,7 +22,10 @@ ROWS = (
 
 # What a family's file declares: the logical axes of each parameter, by the last two names of its path.
 LogicalAxes = Mapping[tuple[str, str], tuple[str, ...]]
-ADAPTERS = ("a", "b")  # the factors of a LoRA product: small, replicated
+ADAPTERS = (
+    "a",
+    "b",
+)  # the factors of a LoRA product: replicated, for they are small but for those of experts
 
 Rules = Mapping[str, str | None]
 RULES: Rules = {
@@ -112,21 +115,27 @@ def _axes(
 def _logical(
     logical: LogicalAxes, path: tuple[str, ...], shape: tuple[int, ...]
 ) -> tuple[str, ...]:
-    """Returns the logical axes of a parameter, "" for one that no rule divides (of layers, of adapters).
+    """Returns the logical axes of a parameter, "" for one that no rule divides (of layers, of most adapters).
 
     Raises ValueError where the family declares none, or one without a rule.
     """
-    if not shape or path[-1] in ADAPTERS:
-        return ("",) * len(shape)
+    if not shape:
+        return ()
     end = path[-2], path[-1]
     names = logical.get(end)
+    if path[-1] in ADAPTERS:
+        kernel = logical.get((path[-2], "kernel"), ("",))
+        if kernel[0] != "experts":
+            return ("",) * len(shape)
+        inputs, outputs = (kernel[1], "") if path[-1] == "a" else ("", kernel[2])
+        names = (kernel[0], inputs, outputs)
     # Parameters of layers are stacked along a leading axis, but for the sampler.
     if names is None or len(shape) - len(names) not in (0, 1):
         raise ValueError(
             f"{'/'.join(path)} of shape {shape}: the model family declares the axes {names} for {end};"
             " LOGICAL_AXES in its file must name one for each"
         )
-    if unknown := set(names) - set(RULES):
+    if unknown := set(names) - set(RULES) - {""}:
         raise ValueError(
             f"{'/'.join(path)}: no rule says where the axes {sorted(unknown)} lie; must be of {', '.join(RULES)}"
         )
