@@ -320,15 +320,13 @@ def load(
     """
     closed = threading.Event()
 
-    def place(masters: bool, at: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+    def place(masters: bool, at: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, Any]:
         if closed.is_set():
             raise concurrent.futures.CancelledError
         wanted = "float32" if masters else decoder.reading_dtype(at[-1], dtype)
-        # On the host, a leaf at a time: no device ever holds a float32 base that nothing reads.
-        read = leaf.astype(jnp.dtype(wanted), copy=False)
         if mesh is None:
-            return jnp.asarray(read)
-        return sharding.put_parameter(mesh, logical_axes(model.config), at, read)
+            return wanted, None
+        return wanted, sharding.of_parameter(mesh, logical_axes(model.config), at, shape)
 
     def read(masters: bool) -> Params:
         return model.read(functools.partial(place, masters))

@@ -269,18 +269,17 @@ def test_a_save_replaces_what_was_there(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_leaves_are_placed_one_by_one_as_stacked_float32(copy: Path):
+def test_leaves_are_placed_one_by_one_in_the_dtype_that_is_asked_for(copy: Path):
     placed: dict[tuple[str, ...], tuple[int, ...]] = {}
 
-    def place(path: tuple[str, ...], leaf: np.ndarray) -> np.ndarray:
-        assert isinstance(leaf, np.ndarray)
-        assert leaf.dtype == np.float32
-        placed[path] = leaf.shape
-        return leaf
+    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, None]:
+        placed[path] = shape
+        return "bfloat16", None
 
     _, params, _ = hf.load(copy, place=place)
     assert placed["layers", "attention", "key", "kernel"] == (2, 32, 2, 12)
     assert len(placed) == len(jax.tree.leaves(params))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 
 def test_random_parameters_need_no_weights_and_follow_the_seed(copy: Path):

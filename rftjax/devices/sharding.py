@@ -142,9 +142,11 @@ def _logical(
     return ("",) * (len(shape) - len(names)) + names
 
 
-def put_parameter(mesh: Mesh, logical: LogicalAxes, path: tuple[str, ...], array: Any) -> jax.Array:
-    """Returns one parameter on the mesh by the rules."""
-    return jax.device_put(array, NamedSharding(mesh, partition(mesh, logical, path, array.shape)))
+def of_parameter(
+    mesh: Mesh, logical: LogicalAxes, path: tuple[str, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+    """Returns where one parameter lies on the mesh by the rules."""
+    return NamedSharding(mesh, partition(mesh, logical, path, shape))
 
 
 def shard_tree(mesh: Mesh, logical: LogicalAxes, tree: Params) -> Params:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from rftjax.errors import NotFinite, UserError
 from rftjax.models import FAMILIES, decoder
 from rftjax.models.config import Config
 from rftjax.models.names import Name, layers_of, tensors_of
 from rftjax.types import Params
-from rftjax.weights import gguf, packed, shards
+from rftjax.weights import gguf, packed, shards, streaming
 from rftjax.weights.directories import locate, read_json, write_json
 from rftjax.weights.exporting import NO_FACTS, replacing
 from rftjax.weights.model_config import exported_fields, read_config, read_fields
@@ -42,14 +42,15 @@ __all__ = [
     "write_safetensors",
 ]
 
-Place = Callable[[tuple[str, ...], np.ndarray], Any]
-Leaves = Iterator[tuple[tuple[str, ...], np.ndarray]]
+# From a parameter's path and shape to its dtype, and where it lies (None: the default device).
+Place = Callable[[tuple[str, ...], tuple[int, ...]], tuple[Any, Sharding | None]]
+Leaves = Iterator[tuple[tuple[str, ...], np.ndarray | streaming.Large]]
 
 
 class Model(NamedTuple):
     """An open model: its config, its Hugging Face config, and a reader of its float32 parameters.
 
-    `read(place)` prefetches the next leaf while `place(path, array)` puts the last one on devices.
+    `read(place)` prefetches the next leaf, or the next block of a large one, while the last one goes to devices.
     """
 
     config: Config
@@ -86,7 +87,7 @@ def open_model(
 
     def stored_leaves() -> Leaves:
         leaves = ((name.path, _read_leaf(found, config, name, readers)) for name in _table(config))
-        return _prefetched(leaves)
+        return streaming.prefetched(leaves)
 
     if init == "random":
         return Model(config, fields, functools.partial(_placed, random_leaves))
@@ -128,17 +129,8 @@ def abstract_params(config: Config) -> Params:
 
 
 def _placed(leaves: Callable[[], Leaves], place: Place | None) -> Params:
-    put = place or (lambda _, leaf: jnp.asarray(leaf))
-    return _tree((path, put(path, leaf)) for path, leaf in leaves())
-
-
-def _prefetched(leaves: Leaves) -> Leaves:
-    """Yields the leaves and reads the next one while the caller uses the last."""
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(next, leaves, None)
-        while (leaf := pending.result()) is not None:
-            pending = reader.submit(next, leaves, None)
-            yield leaf
+    where = place or (lambda _path, _shape: ("float32", None))
+    return _tree((path, streaming.put(leaf, *where(path, leaf.shape))) for path, leaf in leaves())
 
 
 def _table(config: Config) -> list[Name]:
@@ -158,18 +150,50 @@ def _hf_shape(name: Name) -> tuple[int, ...]:
     return int(np.prod(outputs)), int(np.prod(inputs))
 
 
-def _read_leaf(found: Path, config: Config, name: Name, readers: Readers) -> np.ndarray:
-    leaf = np.empty(_shape(config, name), np.float32)
+def _read_leaf(
+    found: Path, config: Config, name: Name, readers: Readers
+) -> np.ndarray | streaming.Large:
+    """Returns a leaf in float32, or a large one to be read in blocks."""
+    shape = _shape(config, name)
+    if streaming.is_large(shape):
+        return streaming.Large(shape, functools.partial(_blocks, found, config, name, readers))
+    leaf = np.empty(shape, np.float32)
     parts = leaf.reshape(-1, *name.single)
     for index, hf in enumerate(tensors_of(config, name)):
         tensor = readers[hf]()
-        if tensor.shape != _hf_shape(name):
-            raise UserError(
-                f"model.path={found}: tensor {hf} has shape {tensor.shape},"
-                f" the config asks for {_hf_shape(name)}; use the config.json that belongs to these weights"
-            )
+        _check_shape(found, hf, tensor.shape, name)
         parts[index] = (tensor.T if name.inputs else tensor).reshape(name.single)
     return leaf
+
+
+def _blocks(found: Path, config: Config, name: Name, readers: Readers) -> Iterator[streaming.Block]:
+    """Yields the blocks of a leaf, each some rows of one tensor in the dtype in which it is stored."""
+    axis = name.inputs  # of ours that the rows of Hugging Face's matrices belong to
+    entries = name.single[axis]
+    inner = _hf_shape(name)[0] // entries
+    stacked = _shape(config, name)[: len(_shape(config, name)) - len(name.single)]
+    for index, hf in enumerate(tensors_of(config, name)):
+        at = tuple(slice(one, one + 1) for one in map(int, np.unravel_index(index, stacked)))
+        reader, whole = readers[hf], None
+        if not isinstance(reader, shards.Stored | packed.Scaled):
+            whole = reader()
+        _check_shape(found, hf, (reader if whole is None else whole).shape, name)
+        for start, stop in streaming.spans(entries, 4 * math.prod(name.single) // entries):
+            first, last = start * inner, stop * inner
+            read = reader.rows(first, last) if whole is None else whole[first:last]
+            part = (*name.single[:axis], stop - start, *name.single[axis + 1 :])
+            inside = [slice(0, size) for size in part]
+            inside[axis] = slice(start, stop)
+            block = (read.T if name.inputs else read).reshape(*[1] * len(at), *part)
+            yield (*at, *inside), block
+
+
+def _check_shape(found: Path, hf: str, shape: tuple[int, ...], name: Name) -> None:
+    if shape != _hf_shape(name):
+        raise UserError(
+            f"model.path={found}: tensor {hf} has shape {shape},"
+            f" the config asks for {_hf_shape(name)}; use the config.json that belongs to these weights"
+        )
 
 
 def _check_tied(found: Path, readers: Readers) -> None:

@@ -80,14 +80,27 @@ class Scaled:
         """Returns one entry of the first axis."""
         return self._product(self.weight.part(index), self.scale.part(index))
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Returns some rows of a matrix."""
+        high, wide = self.block
+        self._check()
+        scale = self.scale.rows(start // high, -(-stop // high)).astype(np.float32)
+        each = np.repeat(scale[np.arange(start, stop) // high - start // high], wide, -1)
+        return self.weight.rows(start, stop).astype(np.float32) * each[:, : self.shape[1]]
+
+    def _check(self) -> None:
+        rows, columns = self.weight.shape[-2:]
+        high, wide = self.block
+        if self.scale.shape[-2:] != (-(-rows // high), -(-columns // wide)):
+            raise UserError(
+                f"model.path: tensor {self.name}{SCALE} has shape {self.scale.shape}, {self.name} of shape {self.shape}"
+                f" in blocks of {high} x {wide} asks for another; use the config.json that belongs to these weights"
+            )
+
     def _product(self, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        self._check()
         rows, columns = weight.shape[-2:]
         high, wide = self.block
-        if scale.shape[-2:] != (-(-rows // high), -(-columns // wide)):
-            raise UserError(
-                f"model.path: tensor {self.name}{SCALE} has shape {scale.shape}, {self.name} of shape {weight.shape} in"
-                f" blocks of {high} x {wide} asks for another; use the config.json that belongs to these weights"
-            )
         each = np.repeat(np.repeat(scale.astype(np.float32), high, -2), wide, -1)
         return weight.astype(np.float32) * each[..., :rows, :columns]
 

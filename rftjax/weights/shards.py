@@ -56,18 +56,25 @@ class Stored:
     def part(self, index: int) -> np.ndarray:
         """Reads one entry of the first axis."""
         if self.kind == FP8:
-            return self._bytes(index)
+            return self._bytes(index, index + 1)[0]
         return self.file.get_slice(self.name)[index]
 
-    def _bytes(self, index: int = -1) -> np.ndarray:
-        """Reads a tensor of a type that NumPy does not name, whole or one entry."""
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Reads some entries of the first axis."""
+        if self.kind == FP8:
+            return self._bytes(start, stop)
+        return self.file.get_slice(self.name)[start:stop]
+
+    def _bytes(self, start: int = 0, stop: int = -1) -> np.ndarray:
+        """Reads a tensor of a type that NumPy does not name, whole or some entries of its first axis."""
+        stop = self.shape[0] if stop < 0 else stop
         with self.path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            start = 8 + length + json.loads(file.read(length))[self.name]["data_offsets"][0]
-            shape = self.shape if index < 0 else self.shape[1:]
-            size = math.prod(shape)
-            file.seek(start + max(index, 0) * size)
-            return np.frombuffer(file.read(size), jnp.float8_e4m3fn).reshape(shape)
+            first = 8 + length + json.loads(file.read(length))[self.name]["data_offsets"][0]
+            size = math.prod(self.shape[1:])
+            file.seek(first + start * size)
+            data = file.read((stop - start) * size)
+            return np.frombuffer(data, jnp.float8_e4m3fn).reshape(stop - start, *self.shape[1:])
 
 
 def open_directory(directory: Path) -> Readers:
