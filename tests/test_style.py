@@ -25,7 +25,7 @@ OWNERS = {
     "safetensors": {"weights.shards"},
     "starlette": {"serving.app", "serving.tracing"},
     "tensorboard": {"monitor.events"},
-    "tokenizers": {"text.gguf_tokenizer"},
+    "tokenizers": {"text.gguf_tokenizer", "text.rank_tokenizer"},
     "transformers": {"text.tokenizer"},
     "uvicorn": {"serving.server"},
 }

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.text import gguf_tokenizer
+from rftjax.text import gguf_tokenizer, rank_tokenizer
 from rftjax.weights import gguf, hf
 from rftjax.weights.directories import check_content
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    rank_tokenizer.RANKS,
+)
 FILES = (*VOCABULARIES, "tokenizer_config.json")
 TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 BOM = b"\xef\xbb\xbf"
@@ -25,7 +28,8 @@ def load(path: str | os.PathLike[str]) -> Any:
     """Returns the fast tokenizer of a directory, hub name or GGUF file.
 
     A tokenizer.json is taken as it is: the automatic class rebuilds some as another kind. Tokens that other files of
-    the directory add are added as transformers does. Raises UserError where there is no tokenizer.
+    the directory add are added as transformers does. Without one, a tiktoken.model is read as Kimi K2's. Raises
+    UserError where there is no tokenizer.
     """
     found = hf.locate(path)
     if _is_gguf(found):
@@ -40,6 +44,9 @@ def load(path: str | os.PathLike[str]) -> Any:
             f"model.path={directory}: has no tokenizer.json and none of {', '.join(VOCABULARIES[1:])}; add them"
         )
     _check_files(directory)
+    if (directory / rank_tokenizer.RANKS).exists():
+        built, settings = rank_tokenizer.build(directory)
+        return _fast(tokenizer_object=built, **settings)
     try:
         return _transformers().AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # each tokenizer class fails in its own way

@@ -8,7 +8,7 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.models import FAMILIES
 from rftjax.models.config import Config
-from rftjax.models.families import qwen2, qwen3
+from rftjax.models.families import kimi_k2, qwen2, qwen3
 from rftjax.models.rope import rope_fields
 from rftjax.weights import gguf, packed
 from rftjax.weights.directories import config_file, locate, read_json
@@ -240,4 +240,8 @@ def _check_types(fields: dict[str, Any], kind: str) -> None:
 def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[str, Any]:
     """Returns the config of an export, for both transformers 4 (which reads `torch_dtype`) and 5 (`dtype`)."""
     kept = {name: value for name, value in fields.items() if name != "quantization_config"}
+    if FAMILIES[config.family] is kimi_k2:
+        # Which transformers has under this name only; the code that came with the model is not exported.
+        kept = {name: value for name, value in kept.items() if name != "auto_map"}
+        kept["model_type"] = "deepseek_v3"
     return kept | {"dtype": dtype, "torch_dtype": dtype} | rope_fields(fields, config)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-LARGE = 64 << 20  # bytes in float32 from which on a parameter is read in blocks
+LARGE = 128 << 20  # bytes in float32 from which on a parameter is read in blocks
 BLOCK = 32 << 20  # bytes of a block in float32, at most where its tensor can be read in parts
 
 Block = tuple[tuple[slice, ...], np.ndarray]  # where it lies in a parameter, and its numbers
