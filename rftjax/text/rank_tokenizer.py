@@ -91,8 +91,10 @@ def _tokenizer(ranks: dict[bytes, int]) -> Any:
         for cut in range(1, len(piece)):
             first, second = ranks.get(piece[:cut]), ranks.get(piece[cut:])
             if first is not None and second is not None:
-                merges.append((rank, first, second, (piece[:cut], piece[cut:])))
-    pairs = [tuple(_written(part, letters) for part in parts) for *_, parts in sorted(merges)]
+                merges.append((rank, first, second, piece[:cut], piece[cut:]))
+    pairs = [
+        (_written(left, letters), _written(right, letters)) for *_, left, right in sorted(merges)
+    ]
     built = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=True))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(PIECES), "isolated")
