@@ -512,12 +512,34 @@ def test_requests_that_come_within_a_moment_begin_in_one_dispatch(weights, monke
     service = Service(engine)
     try:
         service.open([7], 4, (0, 0, 0), SamplingParams()).future.result()  # compiles
-        before = engine.counters.dispatches
+        before = engine.counters.decode_steps
         calls = [service.open([7, 8], 4, (0, 1, 9), SamplingParams())]
         time.sleep(0.05)
         calls += [service.open([7, 8], 4, (0, 1, i), SamplingParams()) for i in range(3)]
         for call in calls:
             call.future.result()
-        assert engine.counters.dispatches - before == 1
+        assert engine.counters.decode_steps - before == 4
+    finally:
+        service.stop()
+
+
+def test_an_engine_at_rest_begins_with_short_dispatches_and_their_tokens_are_the_same(weights):
+    alone = served.make_engine(weights, stops=[])
+    alone.open((0, 0), [7, 8], 15, (0, 0, 0), SamplingParams())
+    turns = []
+    while alone.busy:
+        turns += alone.step()
+    service, heard = Service(served.make_engine(weights, stops=[])), []
+
+    def hear(tokens, logprobs):
+        heard.append(len(tokens))
+
+    try:
+        for _ in range(2):
+            heard.clear()
+            call = service.open([7, 8], 15, (0, 0, 0), SamplingParams(), listener=hear)
+            assert call.future.result().tokens == turns[0].tokens
+            assert heard == [1, 2, 4, 4, 4]
+            service.close(call.key)
     finally:
         service.stop()

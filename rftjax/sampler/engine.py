@@ -288,8 +288,12 @@ class Engine:
         """Whether any conversation has tokens to sample."""
         return any(conversation.budget > 0 for conversation in self._open.values())
 
-    def step(self) -> list[SampledTurn]:
-        """Fills slots, computes what prompts and environments added, takes one dispatch; returns the turns it ended."""
+    def step(self, most: int = 0) -> list[SampledTurn]:
+        """Fills slots, computes what prompts and environments added, takes one dispatch; returns the turns it ended.
+
+        With `most` a dispatch that is not under way yet has at most so many steps, and none follows before the host
+        has looked at it: who comes meanwhile joins soon.
+        """
         assert self._params is not None, "set_params comes first"
         copies = self._admit()
         running = [c for c in self._in_slots.values() if c.budget > 0]
@@ -298,10 +302,10 @@ class Engine:
             return []
         self._pool.reserve(max(len(c.tokens) + min(c.budget, self._ahead) for c in running))
         self._fill(running, copies)
-        flight = self._flight or self._launch(running, self.steps)
+        flight = self._flight or self._launch(running, min(most or self.steps, self.steps))
         left = [c for c in running if not self._surely_ends(c, flight)]
-        most = self._steps_behind(flight)
-        self._flight = self._launch(left, most) if left and most else None
+        behind = 0 if most else self._steps_behind(flight)
+        self._flight = self._launch(left, behind) if left and behind else None
         return self._land(flight)
 
     def _admit(self) -> dict[int, int]:

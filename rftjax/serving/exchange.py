@@ -32,7 +32,9 @@ class Exchange:
         at, tell = len(self.turns), self._teller()
 
         def heard(tokens: Any, logprobs: Any) -> None:
-            tell(at, (tokens, logprobs))
+            self.first_s = self.first_s or time.monotonic()
+            if self.asked.stream:  # else nobody sees it before the answer is whole
+                tell(at, (tokens, logprobs))
 
         turn = self.desk.begin(self.asked, prompt, index, heard)
         self.turns.append(turn)
@@ -57,7 +59,6 @@ class Exchange:
                 continue
             answer = self.turns[at].answer
             start = len(answer.tokens)
-            self.first_s = self.first_s or time.monotonic()
             if isinstance(event, tuple):
                 yield at, answer.add(*event), start, False
             else:

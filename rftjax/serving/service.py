@@ -73,6 +73,9 @@ class Service:
         # What follows belongs to the engine's thread.
         self._stops: dict[Key, _Stops] = {}  # of the open conversations
         self._calls: dict[Key, Call] = {}
+        # Steps of the next dispatch: after a rest 1, then twice as many each time. Those who come a little later join
+        # soon, and a first token is there early.
+        self._most = 1
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -191,12 +194,15 @@ class Service:
                 return
             work()
             if idle and self._calls:  # the first of what may be many at once
+                self._most = 1
                 most_s = max(GATHER_MOST_S, GATHER_MOST_SHARE * dispatch_s)
                 gather_until_s = time.monotonic() + most_s
 
     def _step(self) -> None:
+        most = self._most if self._most < self.engine.steps else 0
+        self._most = min(2 * self._most, self.engine.steps)
         try:
-            turns = {turn.key: turn for turn in self.engine.step()}
+            turns = {turn.key: turn for turn in self.engine.step(most)}
         except Exception as error:
             self._give_up(error)
             return

@@ -1,11 +1,15 @@
 """A server with many clients beside the same requests in the process itself, in turn.
 
     python scripts/bench/serving.py --model=MODEL [--clients=64] [--rounds=3] [--dtype=bfloat16]
+    python scripts/bench/serving.py --model=tests/data/tiny --prompt_tokens=16 --new_tokens=44 --long_prompt=30 \
+        --s_per_decode_step=0.1 --s_per_prefill=0.1
 
 Every client asks once, for an answer of its own length, with token ids and a seed; the clients are another process.
 `ratio` is the median of the server's throughput over the engine's, `cpu_ratio` the same by this process's own time,
 which other processes on the machine disturb less; `wrong` counts answers that differ from the engine's. The times to
-a first token are those of one long prompt that the server has not seen, and of the same once more.
+a first token are those of one long prompt that the server has not seen, and of the same once more. With
+`--s_per_decode_step` a stand-in sleeps in the place of the device, so that what is measured is how the server fills
+dispatches, on any machine; its answers are random and not compared.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from typing import Any
 import numpy as np
 import openai
 import workload
+from standin import Replaced, Timed
 
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
@@ -104,6 +109,15 @@ def first_token_s(url: str, prompt: list[int]) -> float:
 
 
 def main(flags: argparse.Namespace) -> dict[str, Any]:
+    if not flags.s_per_decode_step:
+        return measure(flags)
+    words = list(range(3, 8))
+    with Replaced(Timed(words, words[0], flags.s_per_decode_step, flags.s_per_prefill)):
+        return measure(flags) | {"wrong": 0}
+
+
+def measure(flags: argparse.Namespace) -> dict[str, Any]:
+    """Runs the rounds and the two requests with a long prompt."""
     config, params = workload.load(flags)
     words = tokenizer.load(flags.model)
     vocab = min(tokenizer.vocabulary(words), config.vocab)
@@ -176,6 +190,8 @@ if __name__ == "__main__":
         workload.add_engine_flags(parser)
         parser.add_argument("--clients", type=int, default=64)
         parser.add_argument("--rounds", type=int, default=3)
+        parser.add_argument("--s_per_decode_step", type=float, default=0.0)
+        parser.add_argument("--s_per_prefill", type=float, default=0.0)
         parser.add_argument("--long_prompt", type=int, default=512, help="tokens")
         given = parser.parse_args()
         workload.report(given, main(given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,30 @@ class StandIn:
         logprobs_BT = np.where(taken_BT, np.float32(-1.0), np.float32(0.0))
         results = tokens_BT, logprobs_BT, np.int32(steps)
         return cache, (np.maximum(left_B - steps, 0),), *jax.device_put(results)
+
+
+class Timed(StandIn):
+    """A stand-in that takes the time of a device."""
+
+    def __init__(self, words: list[int], stop: int, decode_s: float, prefill_s: float) -> None:
+        super().__init__(words, stop)
+        self.decode_s, self.prefill_s, self.busy_s = decode_s, prefill_s, 0.0
+
+    def _work(self, seconds: float) -> None:
+        start = time.perf_counter()
+        time.sleep(seconds)
+        self.busy_s += time.perf_counter() - start
+
+    def prefill(self, *given: Any, **settings: Any) -> Any:
+        """Sleeps as long as a prefill takes."""
+        self._work(self.prefill_s)
+        return super().prefill(*given, **settings)
+
+    def decode(self, *given: Any, **settings: Any):
+        """Sleeps as long as the decode steps take."""
+        found = super().decode(*given, **settings)
+        self._work(int(found[-1]) * self.decode_s)
+        return found
 
 
 class Replaced:

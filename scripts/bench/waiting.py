@@ -18,7 +18,7 @@ from typing import Any
 
 import host
 import workload
-from standin import Replaced, StandIn
+from standin import Replaced, Timed
 
 import rftjax
 from rftjax.environments import Environments
@@ -33,30 +33,6 @@ async def reply(task, messages):
     said = sum(message["role"] == "assistant" for message in messages)
     return None if said == {turns} else [{{"role": "user", "content": "go on with the next one"}}]
 """
-
-
-class Timed(StandIn):
-    """A stand-in that takes the time of a device."""
-
-    def __init__(self, words: list[int], stop: int, decode_s: float, prefill_s: float) -> None:
-        super().__init__(words, stop)
-        self.decode_s, self.prefill_s, self.busy_s = decode_s, prefill_s, 0.0
-
-    def _work(self, seconds: float) -> None:
-        start = time.perf_counter()
-        time.sleep(seconds)
-        self.busy_s += time.perf_counter() - start
-
-    def prefill(self, *given: Any, **settings: Any) -> Any:
-        """Sleeps as long as a prefill takes."""
-        self._work(self.prefill_s)
-        return super().prefill(*given, **settings)
-
-    def decode(self, *given: Any, **settings: Any):
-        """Sleeps as long as the decode steps take."""
-        found = super().decode(*given, **settings)
-        self._work(int(found[-1]) * self.decode_s)
-        return found
 
 
 def measure(flags: Any, policy: rftjax.Policy) -> dict[str, float]:
