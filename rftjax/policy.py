@@ -25,7 +25,7 @@ from rftjax.models import decoder, logical_axes
 from rftjax.models.config import Config
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
-from rftjax.text import chat, tokenizer
+from rftjax.text import chat, template, tokenizer
 from rftjax.types import Message, Pack, Params, SamplingParams, Task, Trajectory
 from rftjax.weights import hf
 
@@ -50,7 +50,9 @@ class Policy:
         mesh: Mesh | None = None,
         closed: threading.Event | None = None,
         masters: bool = True,
+        chat_settings: Mapping[str, str] | None = None,
     ) -> None:
+        self._chat_settings = dict(chat_settings or {})
         self.path, self.config, self.fields, self.mesh = path, config, fields, mesh
         self._params, self.masters = params, masters
         self._closed = closed or threading.Event()
@@ -108,7 +110,7 @@ class Policy:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model's path; raises ValueError where it has none."""
-        return tokenizer.load(self.path)
+        return template.settle(tokenizer.load(self.path), **self._chat_settings)
 
     @functools.cached_property
     def vocabulary(self) -> int:
@@ -312,11 +314,13 @@ def load(
     seed: int = 0,
     lazy: bool = False,
     masters: bool = True,
+    chat_settings: Mapping[str, str] | None = None,
 ) -> Policy:
     """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in.
 
     `attention` is one of `models.attention.FORMS`. With `lazy` the parameters are read once they are asked for;
-    without `masters` they are kept in the dtype in which the forward pass reads them.
+    without `masters` they are kept in the dtype in which the forward pass reads them. `chat_settings` are those of
+    `text.template.settle`.
     """
     closed = threading.Event()
 
@@ -334,7 +338,7 @@ def load(
     model = hf.open_model(path, dtype=dtype, init=init, seed=seed)
     config = dataclasses.replace(model.config, attention=attention)
     params = read if lazy else read(masters)
-    return Policy(path, config, params, model.fields, mesh, closed, masters)
+    return Policy(path, config, params, model.fields, mesh, closed, masters, chat_settings)
 
 
 def _several(prompts: Any) -> list[Any]:

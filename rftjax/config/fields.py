@@ -134,6 +134,11 @@ def base_config() -> ConfigDict:
                 "prefill_chunk": 64,  # tokens
                 "pool": 0,  # rows of the KV cache; 0: chosen from `slots`
             },
+            "chat": {
+                "thinking": "template",  # its own default; "on", "off", or an effort: "low", "medium", "high"
+                # What a template rewrites begins a new sequence ("template"), or stays as it was sampled ("kept").
+                "history": "template",
+            },
             "rollout": {
                 "max_turns": 1,
                 "max_length": 1024,  # tokens of a whole conversation

@@ -105,6 +105,8 @@ _CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "grpo.credit": ("trajectory", "turn"),
     "model.init": ("pretrained", "random"),
+    "chat.history": ("template", "kept"),
+    "chat.thinking": ("template", "on", "off", "low", "medium", "high"),
     "rollout.truncated_turns": ("environment", "end", "mask"),
     "optim.schedule": ("constant", "linear", "cosine"),
 }

@@ -223,6 +223,7 @@ def open_model(config: ConfigDict, mesh: Mesh) -> policy.Policy:
         seed=config.seed,
         lazy=True,
         masters=config.lora.rank == 0,
+        chat_settings=config.chat.to_dict(),
     )
 
 

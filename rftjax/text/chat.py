@@ -10,47 +10,20 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rftjax.errors import UserError
+from rftjax.text.template import ChatTemplateError, TextError, settings_of
+from rftjax.text.template import text as _text
 from rftjax.types import Message, Task
 
 MARK = "8c1f0e5d7a"  # stands for an assistant's content while the text behind it is looked up
 CHARACTERS = 64  # of text for each token that there is room for: a longer text is too long and is not encoded
 
 
-class TextError(UserError):
-    """Says that a text cannot be shown to the model."""
-
-
 class TooLong(TextError):
     """Says that a text is too long for the tokens that there is room for, whatever the tokenizer makes of it."""
 
 
-class ChatTemplateError(TextError):
-    """Says that a chat template does not render a conversation."""
-
-
 class Rewriting(ChatTemplateError):
     """Says that a chat template changes a conversation's past, which can go on in a new sequence."""
-
-
-def _text(
-    tokenizer: Any, messages: list[Message], generation_prompt: bool, tools: list[Any] | None
-) -> str:
-    if not tokenizer.chat_template:
-        raise ChatTemplateError(
-            "the tokenizer has no chat template, which rows with `messages` need;"
-            " give rows with `prompt` (plain text) or a model that has one"
-        )
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools or None, add_generation_prompt=generation_prompt, tokenize=False
-        )
-    except Exception as error:  # a template raises what its author wrote
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ChatTemplateError(
-            f"the chat template refuses a conversation of roles {roles:.200}:"
-            f" {type(error).__name__}: {error}"
-        ) from error
 
 
 def _check_text(text: str, most: int) -> None:
@@ -292,31 +265,63 @@ def follow(
 ) -> tuple[list[int], str]:
     """Returns what `continuation` does, and the text that the next turn goes on from: the `prompt` of the next call.
 
-    `prompt` is the text that the sampled turn went on from, as rendered before.
+    `prompt` is the text that the sampled turn went on from, as rendered before. With `chat.history="kept"` nothing
+    before the new messages is rendered again, whatever the template would make of it.
     """
+    if settings_of(tokenizer).kept:
+        content = str(messages[-1].get("content") or "")
+        messages = _without_answers(messages)
+        suffix = _suffix(tokenizer, messages, new_messages, tools)
+        after = prompt + content + suffix
+        _check_text(after, most)
+        return _behind_stop(tokenizer, messages, suffix, last_token, tools), after
     after = _text(tokenizer, [*messages, *new_messages], True, tools)
     _check_text(after, most)
     suffix = _suffix(tokenizer, messages, new_messages, tools)
     if reason := _rewritten(prompt, str(messages[-1].get("content") or ""), after, suffix):
         raise Rewriting(reason)
+    return _behind_stop(tokenizer, messages, suffix, last_token, tools), after
+
+
+def _behind_stop(
+    tokenizer: Any,
+    messages: list[Message],
+    suffix: str,
+    last_token: int,
+    tools: list[Any] | None,
+) -> list[int]:
+    """Returns the ids of a suffix without the end of turn that was sampled."""
     ids = encode(tokenizer, suffix)
     if last_token < 0 or not ids:
-        return ids, after
+        return ids
     # Encoded together and cut, so that the rest is encoded as inside a text and not as its start. Some templates write
     # white space before their end of turn.
     for at in {0, _first_ink(tokenizer, ids)}:
         if ids[at] == last_token:
-            return ids[at + 1 :], after
+            return ids[at + 1 :]
     end = _behind_mark(_text(tokenizer, _marked(messages), False, tools))
     at, end_ids = _first_ink(tokenizer, ids), encode(tokenizer, end)
     same_end = bool(end_ids) and end_ids[_first_ink(tokenizer, end_ids)] == ids[at]
     if same_end and _is_special(tokenizer, ids[at]) and _is_special(tokenizer, last_token):
         # The stop token that was sampled stands in the place of the template's.
-        return ids[at + 1 :], after
+        return ids[at + 1 :]
+    ends_last = bool(end_ids) and end_ids[_first_ink(tokenizer, end_ids)] == last_token
+    if ends_last and all(_is_special(tokenizer, one) for one in (*ids[at : at + 2], last_token)):
+        # The template ends a last turn with what was sampled and others with another token (gpt-oss); behind it a turn
+        # begins with a token of its own.
+        return ids[at + 1 :]
     stop = show(tokenizer, [last_token])
     if stop and end.startswith(stop) and suffix.startswith(stop):
-        return encode(tokenizer, suffix.removeprefix(stop)), after
-    return ids, after
+        return encode(tokenizer, suffix.removeprefix(stop))
+    return ids
+
+
+def _without_answers(messages: list[Message]) -> list[Message]:
+    """Returns the messages with a dot for what the model said: the template is to write what is around it alone."""
+    return [
+        message | {"content": "."} if message["role"] == "assistant" else message
+        for message in messages
+    ]
 
 
 def _marked(messages: list[Message]) -> list[Message]:
@@ -395,6 +400,8 @@ SAMPLE: tuple[Message, ...] = (
 
 def instability(tokenizer: Any) -> str:
     """Returns how the template rewrites a sample with thinking and tools, else an empty text."""
+    if settings_of(tokenizer).kept:
+        return ""
     plain = [
         message | {"content": str(message["content"]).rpartition("</think>")[2].strip()}
         for message in SAMPLE
