@@ -40,6 +40,13 @@ ROLLOUTS = flags.DEFINE_string(
     "",
     "What --mode=score scores: a run's workdir, or a JSONL file of rollouts or conversations (the workdir's own).",
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "For a run of several processes: HOST:PORT of process 0, or auto (Slurm, Cloud TPU, GKE); none: one process.",
+)
+PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes there are, with HOST:PORT.")
+PROCESS = flags.DEFINE_integer("process", -1, "The number of this process, with HOST:PORT.")
 INTERRUPTED = 130  # the exit code of a run that a signal ended
 STOP_AFTER = flags.DEFINE_integer(
     "stop_after", 0, "End cleanly after this step (0: at the config's last)."
@@ -79,10 +86,12 @@ def main(argv: list[str]) -> None:
             sys.exit(
                 f"error: --{flag.name}={flag.value}: is what --mode=plan plans with; leave it out"
             )
+    _check_processes()
     logging.set_verbosity(logging.WARNING)
     import jax
 
     from rftjax import modes
+    from rftjax.devices import processes
     from rftjax.run import failures
     from rftjax.run.interruption import Interrupted
 
@@ -94,6 +103,11 @@ def main(argv: list[str]) -> None:
         # one to keep.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        if COORDINATOR.value:
+            processes.start(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     try:
         jax.device_count()
     except (RuntimeError, AssertionError):  # what JAX raises without the backend
@@ -123,6 +137,22 @@ def main(argv: list[str]) -> None:
                 file=sys.stderr,
             )
         raise
+
+
+def _check_processes() -> None:
+    """Ends the program where the flags do not say which of how many processes this is."""
+    where, several, this = COORDINATOR.value, PROCESSES.value, PROCESS.value
+    if where and MODE.value != "train":
+        sys.exit(f"error: --coordinator={where}: several processes run --mode=train only")
+    if where and where != "auto" and not (":" in where and 0 <= this < several):
+        sys.exit(
+            f"error: --coordinator={where}: must be auto, or HOST:PORT with --processes=N and --process=I, from 0 to"
+            f" N - 1 and another for each; there are {several} and {this}"
+        )
+    if (several or this >= 0) and (not where or where == "auto"):
+        sys.exit(
+            f"error: --processes={several}, --process={this}: go with --coordinator=HOST:PORT; leave them out"
+        )
 
 
 if __name__ == "__main__":

@@ -7,15 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from rftjax import train
+from rftjax.devices import processes
 from rftjax.errors import UserError
 from rftjax.monitor import recorder as metrics
 from rftjax.run import build as job
-from rftjax.run import evaluating, lock, preflight, recorded, rescoring, results, serving
+from rftjax.run import (
+    checkpoint,
+    evaluating,
+    lock,
+    preflight,
+    recorded,
+    rescoring,
+    results,
+    serving,
+)
 from rftjax.run import plan as planning
+
+EXPORT_S = 24 * 3600  # that the other processes wait for the first one's export
 
 
 def run(
@@ -67,14 +78,15 @@ def run(
         print("\n".join(evaluating.evaluate(config, workdir, step or "last")))
         return
     metrics.check_workdir(workdir)
-    alone = lock.held(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    alone = lock.held(workdir) if processes.first() else contextlib.nullcontext()
     with alone:
         config = job.open_config(workdir, given, overrides)
         if config.export:
             results.check_exports(workdir)
         # The state is not kept: the export reads a checkpoint, and memory holds one of them.
         done = train.train(config, workdir, stop_after, restart_from, accepted)[1]
-        if done and config.export:
+        if done and config.export and processes.first():
             results.export_run(config, workdir)
-    if jax.process_index() == 0:
+        checkpoint.meet(f"the export of {workdir}", seconds=EXPORT_S)
+    if processes.first():
         print(results.summary(workdir))

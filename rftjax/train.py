@@ -14,6 +14,7 @@ from rftjax.run.interruption import Interruption
 from rftjax.run.prefetch import make_prefetch
 from rftjax.run.saving import Saving, check_updates
 from rftjax.run.schedule import Schedule
+from rftjax.run.shares import scored_by_all
 from rftjax.run.startup import compile_ahead, step_counts
 from rftjax.run.training import make_learner
 from rftjax.run.workdir import open_binding, open_checkpoints, open_recorder
@@ -60,8 +61,7 @@ def train(
                     with recorder.time("sample"):
                         sampled = prefetch.take(state, wanted)
                     with recorder.time("evaluate"):
-                        parts.scorer.gather(sampled)
-                        trajectories += sampled
+                        trajectories += scored_by_all(parts.scorer, sampled)
                 parts.scorer.check(answered(trajectories))
                 with recorder.time("update"), interruption.hold():
                     step += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ DECODE_RULES: Rules = {**RULES, "width": None, "rank": None}
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Returns a mesh of all devices; one axis may be -1 and takes what the others leave."""
+    """Returns a mesh of all devices, those of a process side by side; one axis may be -1 and takes what the others
+    leave."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     count = jax.device_count()
     rest = [name for name, size in sizes.items() if size == -1]
@@ -62,7 +64,46 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}: their product must be the number of devices,"
             f" {count}; set one axis to -1 to let it take the rest"
         )
-    return Mesh(np.asarray(jax.devices()).reshape(tuple(sizes.values())), AXES)
+    devices = sorted(jax.devices(), key=lambda one: one.process_index)
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def decode_mesh(mesh: Mesh) -> Mesh:
+    """Returns the mesh on which the sampler's weights are made: the same devices, no group of `tensor` in two
+    processes."""
+    if jax.process_count() == 1:
+        return mesh
+    tensor = math.gcd(mesh.shape["tensor"], jax.local_device_count())
+    return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES)
+
+
+def local_mesh(mesh: Mesh | None) -> Mesh | None:
+    """Returns this process's part of `decode_mesh`, on which it samples; the mesh itself where there is one process."""
+    if mesh is None or jax.process_count() == 1:
+        return mesh
+    groups = [
+        group
+        for group in decode_mesh(mesh).devices
+        if group.flat[0].process_index == jax.process_index()
+    ]
+    return Mesh(np.asarray(groups), AXES)
+
+
+def to_local(mesh: Mesh, tree: Any) -> Any:
+    """Returns arrays that lie on `decode_mesh` as arrays on `local_mesh`, without a copy; they may be abstract."""
+    if jax.process_count() == 1:
+        return tree
+    here = local_mesh(mesh)
+    assert here is not None
+
+    def one(leaf: Any) -> Any:
+        place = NamedSharding(here, leaf.sharding.spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, place, parts)
+
+    return jax.tree.map(one, tree)
 
 
 def partition(
@@ -149,9 +190,23 @@ def of_parameter(
     return NamedSharding(mesh, partition(mesh, logical, path, shape))
 
 
+def put(tree: Any, places: Any) -> Any:
+    """Returns arrays, of which each process has the whole, where they are to lie: on devices of other processes too."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def one(leaf: Any, place: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, place)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
+
+    return jax.tree.map(one, tree, places)
+
+
 def shard_tree(mesh: Mesh, logical: LogicalAxes, tree: Params) -> Params:
     """Returns the tree with every leaf on the mesh; optimizer state follows the parameters that it mirrors."""
-    return jax.device_put(tree, shardings(mesh, logical, tree))
+    return put(tree, shardings(mesh, logical, tree))
 
 
 def abstract_tree(mesh: Mesh, logical: LogicalAxes, tree: Params) -> Params:
@@ -187,9 +242,9 @@ def put_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Returns the batch on the mesh: packed rows over data and fsdp, the small arrays of the loss everywhere."""
     rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    pack = jax.tree.map(lambda leaf: jax.device_put(leaf, rows), batch.pack)
+    pack = jax.tree.map(lambda leaf: put(leaf, rows), batch.pack)
     rest = batch._replace(pack=None)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, everywhere), rest)._replace(pack=pack)
+    return jax.tree.map(lambda leaf: put(leaf, everywhere), rest)._replace(pack=pack)
 
 
 def row_multiple(mesh: Mesh | None) -> int:

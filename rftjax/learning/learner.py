@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rftjax import grpo
-from rftjax.devices import sharding
+from rftjax.devices import processes, sharding
 from rftjax.devices.compilation import Program
 from rftjax.learning import batching, merging, update
 from rftjax.learning.batching import make_batch
@@ -184,7 +184,7 @@ class Learner:
     ) -> list[tuple[Trajectory, float]]:
         """Returns each trajectory's KL estimate, summed over the tokens that it is trained on."""
         sampled_BT = make_batch(part, **self.shape).sampled_BT
-        kl_BT = np.asarray(grpo.estimate_kl(self.fields["kl"], old_BT, reference_BT))
+        kl_BT = processes.to_host(grpo.estimate_kl(self.fields["kl"], old_BT, reference_BT))
         total_B = np.where(sampled_BT, kl_BT, 0.0).sum(axis=1)
         owners = [trajectory for trajectory in part for _ in trajectory.sequences]
         totals: dict[int, float] = {}

@@ -47,7 +47,8 @@ class Recorder:
     wrote after its last checkpoint. TensorBoard gets histograms and rollout texts every `every` steps, with `rollouts`
     conversations a text (0: none); metrics.jsonl has every step. `RolloutFiles` takes `keep_rollouts` and
     `compress_rollouts`. `alarms` maps the metrics' lines to sentences by name. `config` holds the run's fields by path,
-    for TensorBoard; `loggers` also get every line. A process that is not `primary` keeps timers and writes nothing.
+    for TensorBoard; `loggers` also get every line. A process that is not `primary` writes nothing; `agree` hands it the
+    primary's line of a step, so that what is decided by the lines is decided alike.
     """
 
     def __init__(
@@ -66,12 +67,13 @@ class Recorder:
         alarms: Alarms = lambda lines: {},
         config: Mapping[str, Any] = NO_TEXTS,
         loggers: Loggers | None = None,
+        agree: Callable[[Any], Any] = lambda line: line,
     ) -> None:
         if every < 1:
             raise UserError(f"logging.every={every}: a number of steps, at least 1")
         self.workdir, self.steps = Path(workdir).absolute(), steps
         self._every, self._rollouts, self._histograms = every, rollouts, histograms
-        self._primary = primary
+        self._primary, self._agree = primary, agree
         self._alarms = alarms
         self._loggers = loggers or Loggers({})
         self._metrics_path = self.workdir / "metrics.jsonl"
@@ -91,6 +93,7 @@ class Recorder:
                 self._events = Events(self.workdir / "tensorboard", purge_step=resume_step + 1)
                 if config:
                     self._events.config(resume_step, self.workdir.name, config)
+        self._lines = self._agree(self._lines)
         self._progress = Progress(steps, self._lines, quiet=quiet or not primary)
         self._step_began_s = time.monotonic()
 
@@ -146,8 +149,11 @@ class Recorder:
         """Ends a step: writes its line to metrics.jsonl, TensorBoard and the terminal.
 
         Call it before saving the step's checkpoint, so that a resume finds the line. A second flush of the last step,
-        after an evaluation at the end, adds to its line.
+        after an evaluation at the end, adds to its line. All processes call it together.
         """
+        self._flush(step, self._agree)
+
+    def _flush(self, step: int, agree: Callable[[Any], Any]) -> None:
         old = self._lines[-1] if self._lines else {"step": -1}
         if step < old["step"]:
             raise UserError(f"metrics of step {step} came after those of step {old['step']}")
@@ -155,6 +161,7 @@ class Recorder:
         metrics = {name: float(value) for name, value in self._pending.pop(step, {}).items()}
         metrics = {**self._end_timers(step, again), **metrics}
         if not self._primary:
+            self._keep(agree(None), again)
             return
         if again:
             metrics = {name: x for name, x in metrics.items() if old.get(name) != x}
@@ -162,12 +169,11 @@ class Recorder:
         alarms = self._alarms([*(self._lines[:-1] if again else self._lines), line])
         fired = {f"alarm/{name}": 1.0 for name in alarms}
         line, metrics = {**line, **fired}, {**metrics, **fired}
+        self._keep(agree(line), again)
         with self._writing():
             if again:
-                self._lines[-1] = line
                 write_whole(self._metrics_path, _encoded(self._lines))
             else:
-                self._lines.append(line)
                 with open(self._metrics_path, "ab") as file:
                     file.write(encode(to_json(line)))
             self._events.scalars(step, metrics)
@@ -179,6 +185,10 @@ class Recorder:
             if f"alarm/{name}" not in old:
                 log.warning("step %d: alarm %s: %s", step, name, words)
         self._progress.show(line)
+
+    def _keep(self, line: dict[str, Any] | None, again: bool) -> None:
+        if line is not None:
+            self._lines[-1 if again else len(self._lines) :] = [line]
 
     def say(self, text: str) -> None:
         """Prints a separate line."""
@@ -204,7 +214,7 @@ class Recorder:
             closing.callback(self._progress.close)
             closing.callback(self._files.close)
             for step in sorted(self._pending):
-                self.flush(step)
+                self._flush(step, lambda line: line)  # others may not be here
 
     def _end_timers(self, step: int, again: bool) -> dict[str, float]:
         """Returns times and throughput of the step that ends now; step 0 only evaluates."""

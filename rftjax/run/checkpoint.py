@@ -24,10 +24,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from rftjax.devices import processes
 from rftjax.errors import NotFinite, UserError
 from rftjax.types import Params, TrainState
 
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
+MEETING_S = 20  # that a process whose run has failed waits for the others, to save together
 _TREES = ("trainable", "frozen", "optimizer", "reference")
 _OPTIONAL = ("frozen", "reference")  # empty in some runs, and then not written
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -76,12 +78,21 @@ class Checkpoints:
         _silence_orbax()
         if read_only and not self.directory.is_dir():
             raise UserError(f"{self.directory} holds no checkpoints: no such directory")
+        here = processes.index()
+        together = ocp.options.MultiprocessingOptions()
+        if read_only and processes.count() > 1:  # whoever reads does so without the others
+            together = ocp.options.MultiprocessingOptions(
+                primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader{here}"
+            )
         with self._writing():
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 item_handlers={
-                    **{name: ocp.PyTreeCheckpointHandler() for name in _TREES},
-                    "host": ocp.JsonCheckpointHandler(),
+                    **{
+                        name: ocp.PyTreeCheckpointHandler(multiprocessing_options=together)
+                        for name in _TREES
+                    },
+                    "host": ocp.JsonCheckpointHandler(multiprocessing_options=together),
                 },
                 options=ocp.CheckpointManagerOptions(
                     # `best_fn` makes Orbax store the metric; the policy alone decides what stays:
@@ -90,6 +101,7 @@ class Checkpoints:
                     preservation_policy=_preservation(keep, best_metric),
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
+                    multiprocessing_options=together,
                 ),
             )
 
@@ -132,14 +144,17 @@ class Checkpoints:
     def rank(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Adds the metric of an evaluation that came after the save; nothing where there is one, or no such step."""
         best = float(metrics.get(self.best_metric, math.nan))
-        if not math.isfinite(best) or step not in self.steps() or not math.isnan(self.metric(step)):
+        wanted = math.isfinite(best) and step in self.steps() and math.isnan(self.metric(step))
+        if not processes.agree(wanted):
             return
         with self._writing():
             # Orbax keeps metrics as an item of that name, with a file of that name. A kill leaves what it cleans up.
             partial = self.directory / f"{step}.metrics.orbax-checkpoint-tmp-0"
-            partial.mkdir(exist_ok=True)
-            (partial / "metrics").write_text(json.dumps({self.best_metric: best}))
-            partial.rename(self.directory / str(step) / "metrics")
+            if processes.first():
+                partial.mkdir(exist_ok=True)
+                (partial / "metrics").write_text(json.dumps({self.best_metric: best}))
+                partial.rename(self.directory / str(step) / "metrics")
+            processes.gather(None)  # nobody looks before it is there
             self._manager.reload()
 
     def wait(self) -> None:
@@ -322,6 +337,16 @@ class Checkpoints:
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
     return [jax.numpy.isfinite(leaf).all() for leaf in leaves]
+
+
+def meet(name: str, *, seconds: int = MEETING_S) -> bool:
+    """Whether all processes call this with the same name, used once only, within so many seconds."""
+    try:
+        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+    except Exception as error:  # of types that JAX does not publish
+        logging.error("not all processes came to %s: %s", name, _first_line(error))
+        return False
+    return True
 
 
 def exists(directory: Path) -> bool:

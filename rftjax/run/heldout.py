@@ -14,10 +14,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rftjax.devices import processes
 from rftjax.errors import UserError
 from rftjax.monitor.rollouts import commonest, mean_by_name
 from rftjax.rollout import Sampling
 from rftjax.run.sampling import sampling_params
+from rftjax.run.shares import scored_by_all
 from rftjax.scoring import Scorer, answered
 from rftjax.types import SamplingParams, Score, Task, Trajectory
 
@@ -102,11 +104,12 @@ def evaluate_set(
 
     Raises EvaluatorError above the allowed share of failures.
     """
-    draws = list(enumerate(tasks))
-    trajectories = rollout(
-        draws, samples, params, stream=stream(name), on_finish=scorer.of_groups(samples)
-    )
-    scorer.gather(trajectories)
+    draws = processes.share(list(enumerate(tasks)))
+    with processes.together():
+        sampled = rollout(
+            draws, samples, params, stream=stream(name), on_finish=scorer.of_groups(samples)
+        )
+    trajectories = scored_by_all(scorer, sampled)
     scorer.check(answered(trajectories))
     prefix = "eval/" if name == MAIN else f"eval/{name}/"
     measured = measure(trajectories, pass_k=pass_k, pass_reward=pass_reward)

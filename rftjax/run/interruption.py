@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rftjax.devices import processes
+
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -25,12 +27,14 @@ class Interrupted(Exception):
 class Interruption:
     """Notes SIGINT, SIGTERM and SIGHUP, so that the step under way can end and be saved.
 
+    `received` says so; where there are several processes, from the next `agree` on, and in all of them.
+
     A second one raises KeyboardInterrupt where the main thread is, as `GRACE_S` after a SIGTERM or SIGHUP do: those
     come before a SIGKILL. Nothing is raised inside `hold`.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self._noted = False
         self._urgent = False
         self._holds = 0
         self._before: dict[int, Any] = {}
@@ -44,6 +48,10 @@ class Interruption:
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._hurry)
         return self
 
+    def agree(self) -> None:
+        """Makes a signal that one process got known to all, which call this together."""
+        self.received = any(processes.gather(self._noted))
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Keeps a second signal waiting until the block has ended: an update or a save must not be cut."""
@@ -56,10 +64,11 @@ class Interruption:
             self._raise()
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received:
+        if self._noted:
             self._hurry(number, frame)
             return
-        self.received = True
+        self._noted = True
+        self.received = self.received or processes.count() == 1
         log.warning("%s: the step under way ends first", signal.Signals(number).name)
         if number != signal.SIGINT:
             signal.setitimer(signal.ITIMER_REAL, GRACE_S)

@@ -65,7 +65,8 @@ def _weights(parts: Parts) -> float:
     shapes = jax.eval_shape(parts.sampler_weights.program(parts.state_builder.abstract_state).run)
     if parts.policy.mesh is None:
         return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)))
-    places = sharding.decode_shardings(parts.policy.mesh, logical_axes(parts.policy.config), shapes)
+    mesh = sharding.decode_mesh(parts.policy.mesh)
+    places = sharding.decode_shardings(mesh, logical_axes(parts.policy.config), shapes)
     sized = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places
     )
@@ -84,12 +85,14 @@ def _merging(parts: Parts) -> dict[str, float]:
 def _cache(parts: Parts) -> dict[str, float]:
     """Returns the bytes of the KV cache once its rows have their full length."""
     rows, length = parts.rollout.engine.rows, cache_length(parts.config.rollout.max_length)
-    cache = device.abstract_cache(parts.policy.config, rows, length, parts.mesh)
-    here = rows // sharding.row_multiple(parts.mesh)
+    mesh = parts.rollout.engine.mesh
+    cache = device.abstract_cache(parts.policy.config, rows, length, mesh)
+    here = rows // sharding.row_multiple(mesh)
     return {f"cache of {here} rows of up to {length} tokens": _bytes(cache)}
 
 
 def _decoding(parts: Parts) -> float:
     """Returns the bytes of a decode step's float32 logits and of one temporary array of their size."""
-    slots = parts.rollout.engine.slots // sharding.row_multiple(parts.mesh)
+    engine = parts.rollout.engine
+    slots = engine.slots // sharding.row_multiple(engine.mesh)
     return 2.0 * 4 * slots * parts.policy.config.vocab

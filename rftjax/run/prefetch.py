@@ -6,6 +6,7 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
+from rftjax.devices import processes
 from rftjax.rollout import Rollout
 from rftjax.run.build import Parts
 from rftjax.run.partial import Partial
@@ -40,12 +41,12 @@ class Prefetch:
         self._before: dict[str, Any] = {}
 
     def take(self, state: TrainState, wanted: int) -> list[Trajectory]:
-        """Returns the groups of the next `wanted` draws: those begun ahead, or sampled now from the state."""
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            return begun.result()
-        self._use(state)
-        return self._sample(self.stream.next(wanted))
+        """Returns this process's groups of the next `wanted` draws: begun ahead, or sampled now from the state."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            self._use(state)
+        with processes.together():
+            return begun.result() if begun else self._sample(self._share(wanted))
 
     def begin(self, state: TrainState, *, last: bool) -> None:
         """Begins the next batch before the state goes to an update, unless this step is the `last` before a pause.
@@ -57,7 +58,11 @@ class Prefetch:
             return
         self._before = self.stream.state()
         self._use(state, keep=True)
-        self._begun = self._thread.submit(self._sample, self.stream.next(self.prompts))
+        self._begun = self._thread.submit(self._sample, self._share(self.prompts))
+
+    def _share(self, wanted: int) -> list[tuple[int, Task]]:
+        """Returns those of the next draws that this process samples."""
+        return processes.share(self.stream.next(wanted))
 
     def position(self) -> dict[str, Any]:
         """Returns the stream's state for a checkpoint: draws that were begun and not trained on come again."""

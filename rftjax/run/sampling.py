@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rftjax import policy
-from rftjax.devices import sharding
+from rftjax.devices import processes, sharding
 from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
 from rftjax.errors import UserError
@@ -23,7 +23,7 @@ from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
 from rftjax.serving.agents import Agents
 from rftjax.text import chat
-from rftjax.types import SamplingParams, TrainState
+from rftjax.types import Params, SamplingParams, TrainState
 
 
 def make_rollout(config: ConfigDict, model: policy.Policy, environments: Environments) -> Rollout:
@@ -64,10 +64,12 @@ def open_agent_rollout(
 
 
 def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
-    """Returns the sampler of the config on the model's mesh, with rows for conversations that wait where there is an
-    environment or an agent."""
+    """Returns the sampler of the config on this process's part of the model's mesh and with its share of the rows;
+    there are rows for conversations that wait where there is an environment or an agent."""
     section = config.sampler
-    pool = section.pool or section.slots * (2 if config.environment or config.agent else 1)
+    slots = -(-section.slots // processes.count())
+    waiting = -(-section.pool // processes.count())
+    pool = waiting or slots * (2 if config.environment or config.agent else 1)
     shape = model.config
     if shape.attention == "cudnn" and model.mesh is not None and model.mesh.shape["tensor"] > 1:
         # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
@@ -78,8 +80,8 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     strings = model.stop_strings(section.stop)
     return Engine(
         shape,
-        slots=section.slots,
-        parked=pool - section.slots,
+        slots=slots,
+        parked=pool - slots,
         max_length=config.rollout.max_length,
         stops=model.stop_tokens(section.stop),
         find_stop=chat.StopStrings(model.tokenizer, strings) if strings else None,
@@ -89,7 +91,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
         bridge_steps=bridge,
         prefill_rows=section.prefill_rows,
         prefill_chunk=section.prefill_chunk,
-        mesh=model.mesh,
+        mesh=sharding.local_mesh(model.mesh),
     )
 
 
@@ -121,6 +123,7 @@ class SamplerWeights:
         self.release()
         with jax.transfer_guard(sharding.GUARD):
             weights = self.program(state, self._lora_scale).run()
+            weights = sharding.to_local(self._mesh, weights)
             weights = jax.tree.map(jnp.copy, weights) if keep else weights
         self._rollout.engine.set_params(weights)
         self._rollout.policy_version = int(jax.device_get(state.step))
@@ -132,7 +135,12 @@ class SamplerWeights:
     def program(self, state: TrainState, lora_scale: float = 1.0) -> Program:
         """Returns the call that makes the sampler's weights of a state; the state may be abstract at a scale of 1."""
         params, adapters = update.weights(state, lora_scale)
-        return Program(_sampler_params, (self._model, params, adapters), {"mesh": self._mesh})
+        mesh = sharding.decode_mesh(self._mesh)
+        return Program(_sampler_params, (self._model, params, adapters), {"mesh": mesh})
+
+    def abstract(self, state: TrainState) -> Params:
+        """Compiles `program` for an abstract state; returns the abstract form of the weights that the sampler gets."""
+        return sharding.to_local(self._mesh, self.program(state).abstract_output())
 
 
 _sampler_params = jax.jit(device.sampler_params, static_argnames=("config", "mesh"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from rftjax.devices import processes
 from rftjax.errors import NotFinite, UserError
 from rftjax.monitor.recorder import Recorder
-from rftjax.run.checkpoint import NO_METRICS, Checkpoints
+from rftjax.run import failures
+from rftjax.run.checkpoint import NO_METRICS, Checkpoints, meet
 from rftjax.run.interruption import Interrupted, Interruption
 from rftjax.types import TrainState
 
@@ -63,6 +66,8 @@ class Saving:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._leave_alone(error)
         failed: list[BaseException] = []
         saved: list[int] = []
         calls = (
@@ -88,6 +93,16 @@ class Saving:
                 log.error("while the run ended: %s: %s", type(fault).__name__, fault)
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(max(saved, default=0), self._recorder.steps) from error
+
+    def _leave_alone(self, error: BaseException) -> None:
+        """Ends this process at once where the run's others do not end too: what they do together would never end."""
+        step = 0 if self._finished is None else self._finished[0]
+        if not meet(f"the end of {self._checkpoints.directory} after step {step}"):
+            text = failures.explain(error) or "".join(traceback.format_exception(error))
+            processes.leave(
+                f"error: {text}\nprocess {processes.index()} of the run ends alone, and the others because of it; the"
+                " same command for all goes on from the last checkpoint"
+            )
 
     def _rescue(self, error: BaseException | None) -> None:
         """Saves the finished step where it can be used: an update that fails takes the state before it along."""

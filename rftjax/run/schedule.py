@@ -41,7 +41,8 @@ class Schedule:
         self._recorder, self._interruption = recorder, interruption
 
     def goes_on(self, step: int) -> bool:
-        """Whether another step follows."""
+        """Whether another step follows; all processes ask together, and get the same answer."""
+        self._interruption.agree()
         return step < self._last and not (self._interruption.received or self._stop_reason())
 
     def pauses(self, step: int) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
+from rftjax.devices import processes
 from rftjax.devices.compilation import Program, compiling
 from rftjax.learning.learner import Learner
 from rftjax.monitor.recorder import Recorder
@@ -42,7 +44,7 @@ def compile_ahead(
 def _programs(parts: Parts, learner: Learner, stream: TaskStream) -> Iterator[Program]:
     state = parts.state_builder.abstract_state
     yield from learner.programs(state)
-    weights = parts.sampler_weights.program(state).abstract_output()
+    weights = parts.sampler_weights.abstract(state)
     ahead = stream.upcoming(parts.config.batch.prompts + parts.config.rollout.partial)
     prompts = chat.prompts(parts.policy.tokenizer, ahead, tools=parts.environments.tools or None)
     params = sampling_params(parts.config)
@@ -53,12 +55,14 @@ def _programs(parts: Parts, learner: Learner, stream: TaskStream) -> Iterator[Pr
 
 def step_counts(parts: Parts) -> dict[str, float]:
     """Returns metrics of what happened since the last call: programs compiled, cache rows evicted from waiting
-    conversations, and bystanders of faults in user code."""
-    metrics = parts.compilations.take()
+    conversations, and bystanders of faults in user code; the latter two of all processes."""
+    metrics: dict[str, float] = {}
     if parts.config.environment or parts.config.agent:
         counters = parts.rollout.engine.counters
         metrics["throughput/evicted_rows"] = float(counters.evicted_rows)
         counters.evicted_rows = 0
         metrics["environment/bystanders"] = float(parts.rollout.bystanders)
     metrics["evaluator/bystanders"] = float(parts.scorer.bystanders)
-    return metrics
+    everywhere = processes.gather(metrics)
+    summed = {name: math.fsum(one[name] for one in everywhere) for name in metrics}
+    return parts.compilations.take() | summed

@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import jax
-
 from rftjax import config as configs
+from rftjax.devices import processes
 from rftjax.monitor import alarms
 from rftjax.monitor.loggers import open_loggers
 from rftjax.monitor.recorder import Recorder
@@ -36,7 +35,7 @@ def open_binding(parts: Parts, stream: TaskStream, accepted: Sequence[str]) -> B
     """Returns the run's tie to its workdir; UserError where inputs have changed and that is not `accepted`."""
     named = {set_field(name): found for name, found in parts.heldout.sets.items()}
     found = fingerprints(parts.config, stream, named)
-    primary = jax.process_index() == 0
+    primary = processes.first()
     return Binding(parts.workdir, parts.given, found, accepted=accepted, primary=primary)
 
 
@@ -44,7 +43,7 @@ def open_recorder(parts: Parts, resume_step: int) -> Recorder:
     """Returns the recorder, which keeps the metrics and rollouts up to `resume_step`, 0 for none."""
     section = parts.config.logging.to_dict()
     fields = configs.flatten(parts.config)
-    primary = jax.process_index() == 0
+    primary = processes.first()
     settings = {name: section.pop(name) for name in ("project", "name")}
     services = section.pop("to")
     loggers = open_loggers(services, parts.workdir, fields, **settings) if primary else None
@@ -57,5 +56,6 @@ def open_recorder(parts: Parts, resume_step: int) -> Recorder:
         alarms=functools.partial(alarms.find, **parts.config.alarms),
         config=fields,
         loggers=loggers,
+        agree=processes.agree,
         **section,
     )
