@@ -1,0 +1,192 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rftjax import config as configs
+from rftjax import modes
+from rftjax.devices import processes
+from rftjax.run import build as job
+
+ROOT = Path(__file__).parents[1]
+USER_CODE = """
+import os, signal
+
+def evaluate(task, trajectory):
+    return len(set(trajectory.completion.split())) / 8
+
+def hook(step, metrics, trajectories, state):
+    if step == 1 and os.environ.get("PROCESS") == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+# What each of two processes runs: the same calls, in the same order.
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import jax
+from rftjax import config as configs, modes
+from rftjax.devices import processes
+from rftjax.run.interruption import Interrupted
+
+if __name__ == "__main__":
+    address, workdir = sys.argv[1:]
+    processes.HEARTBEAT_S = 240  # on a busy machine; a death shows in the connection before
+    processes.start(address, 2, int(os.environ["PROCESS"]))
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    try:
+        with processes.together():
+            if processes.index() == 1:
+                raise ValueError("no more room")
+    except ValueError as error:
+        print(type(error).__name__, error)
+    config = configs.from_json((Path(workdir) / "given.json").read_text())
+    for _ in range(2):
+        try:
+            modes.run("train", config, {}, Path(workdir), 0)
+        except Interrupted as error:
+            print(error)
+    print("stays", flush=True)
+    if processes.index() == 1:
+        os._exit(9)
+    try:
+        processes.gather(None)
+    except Exception as error:
+        processes.leave(f"error: {error}")
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    for name, first, count in (("train", 0, 8), ("heldout", 20, 3)):
+        rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(first, first + count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "user.py").write_text(USER_CODE)
+    config = configs.base_config()
+    config.steps = 2
+    shutil.copytree(tiny_dir, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    shape = json.loads((tiny_dir / "config.json").read_text()) | {
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+    }
+    (folder / "model/config.json").write_text(json.dumps(shape))
+    config.model.path, config.model.init = str(folder / "model"), "random"
+    config.tasks.train = str(folder / "train.jsonl")
+    config.tasks.heldout = str(folder / "heldout.jsonl")
+    config.evaluator, config.hooks = f"{folder}/user.py:evaluate", f"{folder}/user.py:hook"
+    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 4, 128
+    config.sampler.max_new_tokens, config.sampler.slots = 8, 8
+    config.rollout.max_length = 24
+    config.scoring.workers, config.scoring.timeout_s = 1, 120.0
+    config.optim.lr = 1e-2
+    config.mesh.fsdp = 8
+    config.eval.every, config.checkpoint.every = 2, 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def two(config, tmp_path_factory):
+    """The workdir of a run by two processes, and what each of them said."""
+    workdir = tmp_path_factory.mktemp("two")
+    (workdir / "given.json").write_text(configs.to_json(config))
+    (workdir / "program.py").write_text(PROGRAM)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, str(workdir / "program.py"), address, str(workdir)]
+    xla = "--xla_force_host_platform_device_count=4"
+    xla += " --xla_cpu_collective_call_terminate_timeout_seconds=240"
+    flags = {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **flags, "PROCESS": str(process)},
+        )
+        for process in range(2)
+    ]
+    try:
+        said = [(*one.communicate(timeout=300), one.returncode) for one in started]
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+    return workdir, said
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    modes.run("train", config, {}, workdir, 0)
+    return workdir
+
+
+def records(workdir, name):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def test_two_processes_train_save_resume_and_export_as_one_does(one, two):
+    workdir, said = two
+    for name in ("step_000001", "step_000002", "heldout_000000", "heldout_000002"):
+        left, right = (records(place, f"rollouts/{name}.jsonl") for place in (one, workdir))
+        assert [row["draw"] for row in left] == [row["draw"] for row in right], said
+        for one_row, other in zip(left, right, strict=True):
+            assert one_row["reward"] == other["reward"]
+            for first, second in zip(one_row["sequences"], other["sequences"], strict=True):
+                assert first["tokens"] == second["tokens"]
+    for left, right in zip(
+        *(records(place, "metrics.jsonl") for place in (one, workdir)), strict=True
+    ):
+        own = ("time/", "compile/", "throughput/")
+        left, right = (
+            {name: line[name] for name in line if not name.startswith(own)}
+            for line in (left, right)
+        )
+        assert set(left) == set(right)
+        for name in left:
+            assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), name
+    weights = [load_file(place / "export/model.safetensors") for place in (one, workdir)]
+    for name, array in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], array, atol=1e-5, err_msg=name)
+
+
+def test_a_signal_to_one_process_and_a_fault_in_one_end_all(two):
+    for process, (said, errors, _) in enumerate(two[1]):
+        lines = said.splitlines()
+        own = "ValueError no more room"
+        other = "OtherProcess process 1 of 2 failed: ValueError: no more room"
+        assert (own if process else other) in lines, errors
+        assert "interrupted at 1/2" in lines, errors
+
+
+def test_a_process_that_dies_ends_the_other_with_a_message(two):
+    (said, errors, code), (_, _, other) = two[1]
+    assert "stays" in said and other == 9
+    assert code not in (0, None) and "error" in errors.lower(), errors
+
+
+def test_one_process_takes_all_and_exchanges_nothing():
+    assert processes.share([1, 2, 3]) == [1, 2, 3]
+    value = object()
+    assert processes.gather(value) == [value] and processes.agree(value) is value
+    assert processes.first() and processes.count() == 1
+    with pytest.raises(KeyError), processes.together():
+        raise KeyError
+
+
+def test_processes_that_carry_unfinished_answers_are_refused(config):
+    config = config.copy_and_resolve_references()
+    config.rollout.partial, config.eval.every = 2, 0
+    configs.check(job.complete_config(config), devices=8, processes=1)
+    with pytest.raises(ValueError, match="rollout.partial=2: must be 0 with several processes"):
+        configs.check(job.complete_config(config), devices=jax.device_count(), processes=2)
