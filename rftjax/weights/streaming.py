@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from rftjax.devices import sharding
+
 LARGE = 128 << 20  # bytes in float32 from which on a parameter is read in blocks
 BLOCK = 32 << 20  # bytes of a block in float32, at most where its tensor can be read in parts
 
@@ -54,7 +56,7 @@ def put(leaf: np.ndarray | Large, dtype: Any, where: Sharding | None) -> jax.Arr
         return _filled(leaf, jnp.dtype(dtype), where)
     # On the host: no device ever holds a float32 base that nothing reads.
     read = leaf.astype(jnp.dtype(dtype), copy=False)
-    return jnp.asarray(read) if where is None else jax.device_put(read, where)
+    return jnp.asarray(read) if where is None else sharding.put(read, where)
 
 
 def _filled(large: Large, dtype: np.dtype, where: Sharding | None) -> jax.Array:
