@@ -21,7 +21,7 @@ def spec(family: str, arg: str) -> ConfigDict:
     config.tasks.train = config.tasks.heldout = f"{HERE}/facts.py:rows"
     config.tasks.heldout_split = "heldout"
     config.model.path = f"{HERE}/shapes/{family}"
-    config.model.dtype, config.model.remat = "bfloat16", True
+    config.model.dtype, config.model.remat = "bfloat16", "layer"
     config.steps = 100
     config.batch.prompts, config.batch.group_size = 64, 8
     config.sampler.slots, config.sampler.max_new_tokens = 256, 1024

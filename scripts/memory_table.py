@@ -41,7 +41,7 @@ RANKS = {"full": 0, "LoRA, rank 8": 8}  # columns of the table, and their `lora.
 
 def estimate(name: str, layers: int, rank: int) -> tuple[float, float]:
     """Returns the most bytes held while a model of so many layers samples and in its update: the general spec,
-    bfloat16, `model.remat`."""
+    bfloat16, `model.remat=layer`."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -52,7 +52,7 @@ def estimate(name: str, layers: int, rank: int) -> tuple[float, float]:
         (folder / "rows.jsonl").write_text('{"prompt": "w1 w2", "answer": "w3"}\n')
         config = configs.base_config()
         config.model.path, config.model.init = made, "random"
-        config.model.dtype, config.model.remat = "bfloat16", True
+        config.model.dtype, config.model.remat = "bfloat16", "layer"
         config.tasks.train = str(folder / "rows.jsonl")
         config.evaluator = "rftjax.evaluators.contains:evaluate"
         config.scoring.workers, config.lora.rank = 1, rank

@@ -3,7 +3,6 @@
 The environment is set before anything imports JAX; worker processes inherit it.
 """
 
-import functools
 import os
 from pathlib import Path
 
@@ -49,8 +48,12 @@ def splash_on_cpu(monkeypatch: pytest.MonkeyPatch):
     """Runs the attention kernel for TPUs step by step on the CPU, where it cannot be compiled."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
-    name = "make_splash_mqa_single_device"
-    monkeypatch.setattr(kernels, name, functools.partial(getattr(kernels, name), interpret=True))
+    whole = kernels.SplashAttentionKernel
+
+    def stepwise(*infos: object, **settings: object) -> object:
+        return whole(*infos, **(settings | {"interpret": True}))
+
+    monkeypatch.setattr(kernels, "SplashAttentionKernel", stepwise)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from rftjax.models import attention
+from rftjax.models import attention, splash
 from rftjax.models.layout import Layout
 from rftjax.models.tiled import TILE, tiled
 
@@ -187,17 +187,37 @@ def test_sinks_take_weight_from_the_keys_in_every_form(form, splash_on_cpu, monk
         np.testing.assert_allclose(one, two, atol=2e-5)
 
 
-@pytest.mark.parametrize("T", [40, 300])
-def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(T, splash_on_cpu):
-    q, k, v, mask = inputs(T, rows=1)
+@pytest.mark.parametrize(("T", "window"), [(300, None), (300, 40)])
+def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(
+    T, window, splash_on_cpu
+):
+    q, k, v, _ = inputs(T, rows=1)
     layout = packed(T, rows=1)
+    mask = layout.mask(window)
+
+    def form(q, k, v, _):
+        return attention.splash(q, k, v, layout, window)
+
     used = np.asarray(jnp.any(mask, axis=-1))
-    found = np.asarray(attention.splash(q, k, v, layout))
-    grads = gradients(lambda q, k, v, _: attention.splash(q, k, v, layout), q, k, v, mask)
+    found, grads = np.asarray(jax.jit(form)(q, k, v, mask)), gradients(form, q, k, v, mask)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[used], attention.plain(q, k, v, mask)[used], atol=2e-6)
     for got, expected in zip(grads, gradients(attention.plain, q, k, v, mask), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_the_kernel_for_tpus_keeps_nothing_of_rows_by_rows():
+    T = 2 * splash.LONG  # rows by rows of a smaller T may be another shape
+    layout = Layout(*[jax.ShapeDtypeStruct((1, T), "int32")] * 3)
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, 64), "bfloat16") for heads in (2, 1))
+
+    def total(q, k, v, layout):
+        return attention.splash(q, k, v, layout).astype(jnp.float32).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, k, k, layout))
+    assert f"{2 * T},64]" in text  # the keys, twice behind one another
+    assert f"{T},{T}" not in text and f"{T},{2 * T}" not in text
+    assert f",{splash.LARGE},{splash.LARGE}]" not in text  # tiles of a mask, one behind another
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -52,7 +52,7 @@ def test_the_estimate_is_linear_in_the_number_of_layers(tiny_dir, tmp_path):
         fields |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
         (folder / "config.json").write_text(json.dumps(fields))
         config = small_spec(folder, folder)
-        config.model.init, config.model.remat = "random", True
+        config.model.init, config.model.remat = "random", "layer"
         with job.build(job.complete_config(config), folder / "run", read_ahead=False) as parts:
             found.append(memory.estimate(parts))
     for half in (memory.SAMPLING, memory.UPDATE):

@@ -100,7 +100,7 @@ def test_operations_and_bytes_make_the_seconds(config):
 
 def test_recomputing_activations_costs_a_pass_and_saves_layers(config):
     kept = planned(config, 1)
-    config.model.remat = True
+    config.model.remat = "layer"
     again = planned(config, 1)
     assert again.seconds["update"] == pytest.approx(4 / 3 * kept.seconds["update"])
     title = next(title for title in kept.updating if title.startswith("activations"))

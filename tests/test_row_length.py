@@ -9,6 +9,7 @@ import rftjax.config as configs
 from rftjax.learning.row_length import Group, choose, row_tokens, token_bytes
 from rftjax.models import decoder
 from rftjax.models.decoder import Config, Rope
+from rftjax.models.remat import REMATS
 from rftjax.run import build as job
 from rftjax.run.training import batch_shape
 
@@ -44,25 +45,37 @@ def test_a_row_is_no_longer_than_all_tokens_of_a_small_job():
 
 
 def test_activations_are_computed_again_only_where_prompts_would_cost_more():
-    def chosen(group: Group, tokens: float, remat: bool = False):
-        memory = tokens * token_bytes(CONFIG, remat=False)
-        return tuple(choose(CONFIG, group, 8, memory=memory, remat=remat))
+    def chosen(group: Group, tokens: float, least: str = ""):
+        memory = tokens * token_bytes(CONFIG, "")
+        return tuple(choose(CONFIG, group, 8, memory=memory, least=least))
 
     long, short = Group(2048, 1024, 8), Group(64, 1024, 8)
-    assert chosen(long, 20000) == (10240, False)
-    assert chosen(long, 4096) == (10240, True)  # else four rows with the prompt in each
-    assert chosen(short, 1100) == (1088, False)
-    assert chosen(short, 1100, remat=True) == (1088, True)
+    assert chosen(long, 20000) == (10240, "")
+    assert chosen(long, 4096) == (6144, "products")  # else four rows with the prompt in each
+    assert chosen(long, 4096, least="layer") == (10240, "layer")
+    assert chosen(short, 1100) == (1088, "")
+    assert chosen(short, 1100, least="layer") == (1088, "layer")
 
 
-def test_the_bytes_of_a_token_are_what_the_compiler_counts():
+def test_activations_are_computed_again_where_a_completion_fits_no_other_way():
+    def chosen(tokens: float, again: str):
+        memory = tokens * token_bytes(CONFIG, again)
+        return tuple(choose(CONFIG, Group(64, 1024, 8), 8, memory=memory, least=""))
+
+    assert chosen(1088, "") == (1088, "")
+    assert chosen(1088, "products") == (1088, "products")
+    assert chosen(1088, "layer") == chosen(64, "layer") == (1088, "layer")
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_the_bytes_of_a_token_are_what_the_compiler_counts(remat):
     params = jax.eval_shape(lambda key: decoder.init(CONFIG, key), jax.random.key(0))
 
     def temporary(tokens: int) -> int:
         row = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 
         def total(params, *arrays):
-            return jnp.sum(decoder.hidden(CONFIG, params, *arrays).astype("float32"))
+            return jnp.sum(decoder.hidden(CONFIG, params, *arrays, remat=remat).astype("float32"))
 
         program = jax.jit(jax.grad(total)).lower(params, row, row, row, row).compile()
         found = program.memory_analysis()
@@ -70,8 +83,7 @@ def test_the_bytes_of_a_token_are_what_the_compiler_counts():
         return found.temp_size_in_bytes
 
     grown = (temporary(1024) - temporary(512)) / 512
-    np.testing.assert_allclose(grown, token_bytes(CONFIG, remat=False), rtol=0.25)
-    assert token_bytes(CONFIG, remat=True) < token_bytes(CONFIG, remat=False) / 4
+    np.testing.assert_allclose(grown, token_bytes(CONFIG, remat), rtol=0.25)
 
 
 def test_a_job_chooses_its_rows_by_its_lengths_and_its_memory(tiny_dir, tmp_path):

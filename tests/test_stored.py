@@ -63,7 +63,7 @@ CHANGES = {
     "sampler.prefill_chunk": 3,
     "batch.pack_tokens": 100,
     "batch.pack_rows": 2,
-    "model.remat": True,
+    "model.remat": "products",
     "model.attention": "plain",
     "mesh.fsdp": 2,
     "optim.lr": 1e-3,

@@ -98,7 +98,7 @@ def base_config() -> ConfigDict:
                 "dtype": "float32",  # of the computation; master weights are float32
                 "init": "pretrained",  # or "random", from a config.json alone
                 "attention": "blocked",  # or "tiled", "plain"; "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs
-                "remat": False,  # compute activations again in the backward pass, to save memory
+                "remat": "",  # computed again for the backward pass: "products" what lies between, "layer" all; "" none
             },
             "tasks": {
                 "train": "",  # file, dataset or "module:name" of rows; required
@@ -327,11 +327,19 @@ def expand_home(config: ConfigDict) -> ConfigDict:
     return expanded
 
 
+def as_now(field: str, value: Any) -> Any:
+    """Returns a field's value as it is written now: `model.remat` was True or False."""
+    words = {"true": "layer", "false": ""} if field == "model.remat" else {}
+    return words.get(str(value).lower(), value)
+
+
 def expand_value(field: str, value: Any) -> Any:
-    """Returns a field's value with `~` expanded, also in "~/file.py:name" and in the sources of `eval.sets`.
+    """Returns a field's value `as_now`, `~` expanded, also in "~/file.py:name" and in the sources of `eval.sets`.
 
     A user that does not exist stays as it is.
     """
+    if field == "model.remat":
+        return as_now(field, value)
     if field == "eval.sets" and isinstance(value, tuple):
         return tuple(map(_expand_set, value))
     if field in ("evaluator", "eval.evaluator") and isinstance(value, str) and "~" in value:

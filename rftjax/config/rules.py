@@ -103,6 +103,7 @@ _CHOICES = {
     "export_step": ("best", "last"),
     "model.attention": ("blocked", "tiled", "plain", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("", "products", "layer"),
     "grpo.credit": ("trajectory", "turn"),
     "model.init": ("pretrained", "random"),
     "chat.history": ("template", "kept"),
@@ -206,7 +207,7 @@ def _value_problems(values: Mapping[str, Any], needs: Collection[str]) -> Iterat
                 yield field, rule
     for field, choices in _CHOICES.items():
         if isinstance(values.get(field), str) and values[field] not in choices:
-            yield field, f"must be one of {', '.join(choices)}"
+            yield field, f"must be one of {', '.join(one or repr(one) for one in choices)}"
     for field in _CALLABLES:
         if isinstance(values.get(field), str) and values[field]:
             yield from _callable_problems(field, values[field])

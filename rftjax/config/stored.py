@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from rftjax.config.fields import assign, base_config, flatten
+from rftjax.config.fields import as_now, assign, base_config, flatten
 from rftjax.errors import UserError
 from rftjax.workers import named
 
@@ -92,7 +92,7 @@ def from_json(text: str, name: str = "config.json") -> ConfigDict:
     with config.unlocked():
         for field, value in flatten(stored).items():
             try:
-                assign(config, field, value)
+                assign(config, field, as_now(field, value))
             except (TypeError, ValueError) as error:
                 raise UserError(
                     f"{name}: {field}={value!r}: {error}; start in a new workdir"

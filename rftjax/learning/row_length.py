@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from rftjax.models import remat
 from rftjax.models.decoder import Config
 
 UNIT = 64  # tokens that a chosen length is a multiple of
 ENOUGH = 512  # tokens of a row from which on products gain nothing by more of them
-RECOMPUTED = (
-    4 / 3
-)  # operations of an update that runs each layer's forward pass twice, over those of one
+# Time of an update over that of one which computes nothing again: what lies between products, or a second forward pass.
+COSTS = {remat.ALL: 1.0, remat.PRODUCTS: 1.05, remat.LAYER: 4 / 3}
 SPARE = 16  # one part in so many more tokens may be computed to have shorter rows
 
 
@@ -25,24 +25,26 @@ class Group(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Tokens of a packed row, and whether the backward pass computes each layer's activations again."""
+    """Tokens of a packed row, and what of a layer's activations stays for the backward pass (see `models.remat`)."""
 
     tokens: int
-    remat: bool
+    remat: str
 
 
-def choose(config: Config, group: Group, groups: int, *, memory: float, remat: bool) -> Rows:
+def choose(config: Config, group: Group, groups: int, *, memory: float, least: str) -> Rows:
     """Returns rows whose activations take at most `memory` bytes where a row may be so short.
 
-    `remat` asks for recomputation whatever the memory is; without it, activations are recomputed where this costs less
-    than the prompts that shorter rows compute again.
+    `least` asks for that much recomputation whatever the memory is. More is recomputed where a completion does not fit
+    else, or where this costs less than the prompts that shorter rows compute again.
     """
-    found = {}
-    for again in (False, True):
-        most = memory / token_bytes(config, remat=again)
-        found[again] = Rows(row_tokens(group, groups, most=most), again)
-    kept, spared = (computed(group, groups, found[again].tokens) for again in (False, True))
-    return found[remat or spared * RECOMPUTED < kept]
+    found = []
+    for again in remat.REMATS[remat.REMATS.index(least) :]:
+        most = memory / token_bytes(config, again)
+        tokens = row_tokens(group, groups, most=most)
+        cost = computed(group, groups, tokens) * COSTS[again]
+        found.append((tokens > most, cost, Rows(tokens, again)))
+    fitting = [one for one in found if not one[0]] or found[-1:]
+    return min(fitting, key=lambda one: one[1])[2]
 
 
 def row_tokens(group: Group, groups: int, *, most: float = float("inf")) -> int:
@@ -74,13 +76,16 @@ def computed(group: Group, groups: int, length: int) -> int:
     return groups * -(-group.samples // together) * length
 
 
-def token_bytes(config: Config, *, remat: bool) -> float:
+def token_bytes(config: Config, again: str) -> float:
     """Returns the bytes that an update keeps for the backward pass of one token, by estimate.
 
     A count of a layer's arrays without logits: a quarter from the compiler's in float32 and a third in
-    bfloat16. With `remat` a layer keeps its input, and XLA a few arrays of its size.
+    bfloat16. Of a layer that is computed again its input stays, and XLA has a few arrays of its size.
     """
     c = config
-    heads = (3 * c.heads + 4 * c.kv_heads) * c.channels
-    kept = 4 * c.width if remat else 6 * c.width + heads + 5 * c.ffn
-    return float(c.layers * kept * jnp.dtype(c.dtype).itemsize)
+    kept = {
+        remat.ALL: 6 * c.width + (3 * c.heads + 4 * c.kv_heads) * c.channels + 5 * c.ffn,
+        remat.PRODUCTS: 4 * c.width + (2 * c.heads + 2 * c.kv_heads) * c.channels + 2 * c.ffn,
+        remat.LAYER: 4 * c.width,
+    }
+    return float(c.layers * kept[again] * jnp.dtype(c.dtype).itemsize)

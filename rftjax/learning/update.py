@@ -17,6 +17,7 @@ from rftjax.learning import merging
 from rftjax.models import decoder, experts
 from rftjax.models.config import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
+from rftjax.models.remat import LAYER
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
 # A micro-batch's logits of up to so many bytes are computed at once and kept for the backward pass.
@@ -67,7 +68,7 @@ def scores(
     top_p: float = 1.0,
     top_k: int = 0,
     limit: int = 0,
-    remat: bool = False,
+    remat: str = "",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """Returns logprobs_RM of the targets and entropies_RM of one micro-batch, in nats, and metrics of the model's
@@ -107,7 +108,7 @@ def scores(
         return logprobs_B.reshape(sources_RM.shape), entropies_B.reshape(sources_RM.shape)
 
     whole = 4 * pack.sources_RM.size * config.vocab <= HEAD_BYTES
-    scored = score if whole and not remat else _chunked(score, used_RM)
+    scored = score if whole and remat != LAYER else _chunked(score, used_RM)
     own = () if temperatures_RM is None else (temperatures_RM,)
     logprobs_RM, entropies_RM = scored(pack.sources_RM, pack.targets_RM, *own)
     balance = experts.balance(config.routing, routed, pack.groups_RX > 0)
@@ -256,7 +257,7 @@ def make_update(
     *,
     term: Callable[[grpo.LossInputs], Any] | None = None,
     lora_scale: float = 0.0,
-    remat: bool = False,
+    remat: str = "",
     unroll: bool = False,
     shardings: Any = None,
     **settings: Any,

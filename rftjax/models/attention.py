@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from rftjax.devices import sharding
 from rftjax.models.layout import Layout
+from rftjax.models.remat import kept
+from rftjax.models.splash import splash
 from rftjax.models.tiled import FLOOR, tiled
 
 BLOCK = 128  # queries of a block, and at most BLOCKS of them
 BLOCKS = 8
-TILE = 128  # what `splash` rounds T up to
 LONG = 512  # tokens of a row from which on `tiled` is faster than `blocked` on a CPU
 CUDNN = "cudnn"  # as JAX names it
 PAIR, EIGHT = 2, 8  # its keys come in pairs, its channels in eights
@@ -102,53 +103,6 @@ def softmax(scores_BKGTS: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
     return jax.nn.softmax(both, axis=-1)[..., :-1]
 
 
-def splash(
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    layout: Layout,
-    window: Any = None,
-    sinks_H: jax.Array | None = None,
-) -> jax.Array:
-    """Returns what `plain` does, for tokens that attend to any, by the kernel that JAX has for TPUs (splash attention).
-
-    Empty tiles of the mask cost nothing, so a completion does not pay for its neighbours.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-
-    B, T, H, C = q_BTHC.shape
-    K, spare = k_BTKC.shape[2], -T % TILE
-    X = T + spare
-
-    def pad(x_BTHC: jax.Array) -> jax.Array:
-        return jnp.pad(x_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    def row(q_HXC: jax.Array, k_KXC: jax.Array, v_KXC: jax.Array, mask_XX: jax.Array) -> jax.Array:
-        kernel = kernels.make_splash_mqa_single_device(mask_XX[None])
-        for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
-            # The flag was made an array on the way, which cannot be asked while a function is traced.
-            setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
-        queries = q_HXC.reshape(K, H // K, 1, X, C)
-        if sinks_H is None:
-            heads: Any = jax.vmap(jax.vmap(kernel, in_axes=(0, None, None)))
-            return heads(queries, k_KXC, v_KXC).reshape(H, X, C)
-
-        def sunk(q_1XC: jax.Array, k_XC: jax.Array, v_XC: jax.Array, sink_1: jax.Array) -> Any:
-            return kernel(q_1XC, k_XC, v_XC, sinks=sink_1)
-
-        heads = jax.vmap(jax.vmap(sunk, in_axes=(0, None, None, 0)))
-        return heads(queries, k_KXC, v_KXC, sinks_H.reshape(K, H // K, 1)).reshape(H, X, C)
-
-    q_BHXC, k_BKXC, v_BKXC = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
-    # The kernel gives NaN for padding that attends to nothing; the others see themselves anyhow.
-    mask_BXX = (
-        jnp.pad(layout.mask(window), ((0, 0), (0, spare), (0, spare)))
-        | jnp.eye(X, dtype=bool)[None]
-    )
-    rows = [row(q_BHXC[at], k_BKXC[at], v_BKXC[at], mask_BXX[at]) for at in range(B)]
-    return jnp.stack(rows).swapaxes(1, 2)[:, :T]
-
-
 @jax.custom_vjp
 def blocked(
     q_BTHC: jax.Array,
@@ -218,8 +172,7 @@ def _forward(
         values = _product("BKNS,BKSC->BKNC", weights, v_BKTC[:, :, :end])
         outputs.append((values.reshape(B, K, G, -1, C) / total).astype(q_BTHC.dtype))
         totals.append(top + jnp.log(total))
-    output = jnp.concatenate(outputs, axis=3)
-    total = jnp.concatenate(totals, axis=3)
+    output, total = kept(jnp.concatenate(outputs, axis=3)), kept(jnp.concatenate(totals, axis=3))
     return _by_token(output), (q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H, output, total)
 
 

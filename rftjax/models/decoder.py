@@ -38,6 +38,7 @@ from rftjax.models.experts import COLLECTION
 from rftjax.models.layers import Norm
 from rftjax.models.layout import Layout
 from rftjax.models.linear import linear
+from rftjax.models.remat import rematerialized
 from rftjax.models.rotary import rotations
 from rftjax.types import Params
 
@@ -91,7 +92,7 @@ def hidden(
     segments_RX: jax.Array,
     *,
     lora: Params | None = None,
-    remat: bool = False,
+    remat: str = "",
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """Returns the last layer's normed output x_RXD for packed rows (see `types.Pack`), which lie on the mesh."""
@@ -108,7 +109,7 @@ def walk(
     segments_RX: jax.Array,
     *,
     lora: Params | None = None,
-    remat: bool = False,
+    remat: str = "",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
     """Returns what `hidden` does, and what the experts of each sparse stack told (see `experts.balance`)."""
@@ -138,7 +139,7 @@ def walk(
             trees["lora"] = lora[stack.name]
         here = slice(stack.first, stack.first + stack.count)
         windows, indices = config.layer_windows[here], config.rope_indices[here]
-        body = jax.checkpoint(layer) if remat else layer
+        body = rematerialized(layer, remat)
         if isinstance(params[stack.name], dict):
 
             def scanned(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rftjax.models.config import Config
 from rftjax.models.linear import linear
+from rftjax.models.remat import kept
 from rftjax.models.rotary import Turn, rotate
 
 # What a layer calls with the queries and with what the cache holds of its new tokens, by the names that the family
@@ -52,7 +53,7 @@ class Linear(nn.Module):
             y = y + bias.astype(y.dtype).reshape(
                 (1,) * (y.ndim - len(self.features)) + self.features
             )
-        return y
+        return kept(y)
 
 
 class Norm(nn.Module):
@@ -100,8 +101,8 @@ class Attention(nn.Module):
         scale = c.query_scale * math.sqrt(c.channels) if c.query_scale else 1.0
         new = {"keys": rotate(k_BTKC, turn), "values": v_BTKC}
         sinks = (self.sinks,) if c.sinks else ()
-        attended_BTHC, kept = attend(rotate(q_BTHC, turn, scale), new, *sinks)
-        return self.output(attended_BTHC), kept
+        attended_BTHC, held = attend(rotate(q_BTHC, turn, scale), new, *sinks)
+        return self.output(attended_BTHC), held
 
 
 def gated(config: Config, gate: jax.Array, up: jax.Array) -> jax.Array:

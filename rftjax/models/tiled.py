@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rftjax.models.layout import Layout
+from rftjax.models.remat import kept
 
 TILE = 128  # tokens
 FLOOR = -1e30  # finite, so that rows of padding are free of NaN
@@ -129,7 +130,7 @@ def _forward(
 
     empty = jnp.zeros((tiles.Y, K, N, C), dtype), jnp.zeros((tiles.Y, K, N))
     outputs, totals = jax.lax.fori_loop(0, tiles.Y, of_query, empty)
-    output_BTHC = tiles.join(outputs)
+    output_BTHC, totals = kept(tiles.join(outputs)), kept(totals)
     return output_BTHC, (q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H, output_BTHC, totals)
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rftjax.devices import sharding
 from rftjax.devices.accelerators import Accelerator
 from rftjax.learning import row_length, update
-from rftjax.models import logical_axes
+from rftjax.models import logical_axes, remat
 from rftjax.models.config import Config, Stack
 from rftjax.weights import hf
 
@@ -52,7 +52,11 @@ class Job:
         """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and those at work."""
         c = self.model
         layers = [self._layer(stack) for stack in c.stacks for _ in range(stack.count)]
-        if self.config.model.remat:
+        again = self.config.model.remat
+        if again == remat.PRODUCTS:
+            kept = row_length.token_bytes(c, again) / row_length.token_bytes(c, remat.ALL)
+            return sum(layers) * kept + 2 * max(layers)
+        if again == remat.LAYER:
             return float(self.row_tokens * self.item * c.width * c.layers) + max(layers)
         return sum(layers) + 2 * max(layers)
 
@@ -68,7 +72,7 @@ class Job:
         """Bytes of the float32 logits that exist at once in five forms, and of the head, gathered, and its gradient."""
         scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
-        chunked = whole > update.HEAD_BYTES or self.config.model.remat
+        chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
         one = 4.0 * (scored if chunked else self.row_tokens) * self.model.vocab
         forms = self.item if self.config.lora.rank else 2 * self.item + 4
         head = self.model.vocab * self.model.width * forms
@@ -97,7 +101,7 @@ class Job:
             + 2 * head * self.sampled
             + 4 * pairs["all"] * self._pair_width
         )
-        passes = 4 if self.config.model.remat else 3
+        passes = 3 * row_length.COSTS[self.config.model.remat]
         found = {
             "prefill": prefill / devices / rate,
             f"decode, {steps:,} steps of {self.slots} rows": steps * max(step_reads, step_computes),

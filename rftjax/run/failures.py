@@ -45,7 +45,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (
             f"a device has too little memory ({str(error).splitlines()[0][:200]}); lower sampler.slots, "
-            "batch.pack_rows or batch.memory, set model.remat=True or raise mesh.fsdp: "
+            "batch.pack_rows or batch.memory, set model.remat='layer' or raise mesh.fsdp: "
             "a run that goes on may change these too"
         )
     if not isinstance(error, OSError) or error.errno not in _WAYS_OUT:

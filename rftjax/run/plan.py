@@ -18,7 +18,7 @@ from rftjax.devices import sharding
 from rftjax.devices.accelerators import Accelerator, accelerator
 from rftjax.errors import UserError
 from rftjax.learning import row_length
-from rftjax.models import cache_leaves
+from rftjax.models import cache_leaves, remat
 from rftjax.policy import Policy
 from rftjax.run import compiled, targets
 from rftjax.run.arithmetic import REACHED, Job, active_entries, entries
@@ -229,7 +229,8 @@ def _remedies(config: ConfigDict, model: Policy, chip: Accelerator, found: Plan)
     """Returns what single fields would save, the most first, and whether each is enough."""
     section = config.batch
     changes: list[tuple[str, Any]] = [
-        ("model.remat", True),
+        ("model.remat", remat.PRODUCTS),
+        ("model.remat", remat.LAYER),
         ("model.dtype", "bfloat16"),
         ("lora.rank", 16),
         ("sampler.slots", max(config.sampler.slots // 2, 1)),

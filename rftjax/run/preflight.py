@@ -13,6 +13,7 @@ from rftjax import sandbox
 from rftjax.environments.calls import tool_calls
 from rftjax.errors import UserError
 from rftjax.learning.credit import has_variance, set_advantages
+from rftjax.models import remat
 from rftjax.monitor import reasons, rollout_files, transcripts
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.monitor.step_metrics import rollout_metrics
@@ -116,7 +117,8 @@ def _say_parts(parts: Parts, report: Report) -> None:
         report.say("sandbox", f"{sandbox.support()[0]}; docs/sandbox.md says what holds")
     how = "batch.pack_tokens" if parts.config.batch.pack_tokens else "chosen"
     found = chosen_rows(parts)
-    again = ", activations computed again" if found.remat else ""
+    again = {remat.PRODUCTS: ", what lies between products", remat.LAYER: ", each layer"}
+    again = f"{again[found.remat]} computed again" if found.remat else ""
     report.say("rows", f"of {found.tokens} packed tokens in an update ({how}){again}")
     each = " a device" if jax.device_count() > 1 else ""
     for name, size in memory.estimate(parts).items():

@@ -100,7 +100,7 @@ def chosen_rows(parts: Parts) -> row_length.Rows:
         row_length.Group(prompt, own, config.batch.group_size),
         -(-config.batch.prompts // shared_out),
         memory=activation_bytes(config) / config.batch.pack_rows,
-        remat=config.model.remat,
+        least=config.model.remat,
     )
 
 

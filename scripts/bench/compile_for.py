@@ -22,6 +22,7 @@ import jax
 
 from rftjax import config as configs
 from rftjax.devices.accelerators import ACCELERATORS
+from rftjax.models.remat import REMATS
 from rftjax.run import compiled, plan, targets
 from rftjax.run.build import complete_config
 
@@ -91,7 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a conversation")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: all parameters are trained")
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", default="", choices=REMATS)
     parser.add_argument("--text", default="", help="file for the compiled program's text")
     return parser.parse_args()
 

@@ -26,6 +26,7 @@ from rftjax import types
 from rftjax.learning.batching import make_batch, most_scored
 from rftjax.learning.row_length import Group, row_tokens
 from rftjax.models.decoder import Config
+from rftjax.models.remat import REMATS
 from rftjax.types import Batch, Trajectory
 
 NEW, PROMPTS = (64, 256, 1024), (64, 512, 2048)
@@ -160,7 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--update_only", action="store_true", help="random tokens, no sampling")
     parser.add_argument("--steps", type=int, default=2, help="the first, which compiles, included")
     parser.add_argument("--pack_tokens", type=int, default=0, help="0: as a job chooses")
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", default="", choices=REMATS)
     parser.add_argument("--peak_size", type=int, default=2048, help="of the product that measures")
     flags = parser.parse_args()
     flags.points = flags.points.split(",")

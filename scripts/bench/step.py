@@ -24,6 +24,7 @@ from rftjax.learning import optim, update
 from rftjax.learning.batching import make_batch, most_scored
 from rftjax.learning.row_length import Group, row_tokens
 from rftjax.models.config import Config
+from rftjax.models.remat import REMATS
 from rftjax.sampler.engine import Engine
 from rftjax.types import Params, TrainState, Trajectory
 
@@ -114,7 +115,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="the first, which compiles, included")
     parser.add_argument("--pack_tokens", type=int, default=0, help="0: as a job chooses")
     parser.add_argument("--pack_rows", type=int, default=1)
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", default="", choices=REMATS)
     parser.add_argument("--profile", default="", help="folder for a trace of the last step")
     return parser.parse_args()
 

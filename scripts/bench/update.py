@@ -21,6 +21,7 @@ import workload
 
 from rftjax.learning.batching import make_batch, most_scored
 from rftjax.models.config import Config
+from rftjax.models.remat import REMATS
 from rftjax.types import Batch, TrainState
 
 
@@ -105,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="the first, which compiles, included")
     parser.add_argument("--pack_tokens", type=int, default=0, help="0: as a job chooses")
     parser.add_argument("--pack_rows", type=int, default=1)
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--remat", default="", choices=REMATS)
     parser.add_argument("--peak", type=float, default=0.0, help="operations a second; 0: measured")
     parser.add_argument(
         "--peak_size", type=int, default=2048, help="of the product that measures it"

@@ -1,0 +1,66 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rftjax.config.fields import base_config, expand_home
+from rftjax.config.stored import from_json, to_json
+from rftjax.models import decoder
+from rftjax.models.decoder import Config, Rope
+from rftjax.models.remat import ALL, LAYER, PRODUCTS
+
+CONFIG = Config(
+    family="qwen2", vocab=64, width=32, layers=2, heads=4, kv_heads=2, channels=8, ffn=64,
+    max_positions=4096, norm_eps=1e-6, rope=Rope(), tied=True,
+)  # fmt: skip
+T = 150  # two tiles
+
+
+@functools.cache
+def params():
+    return decoder.init(CONFIG, jax.random.key(0))
+
+
+def total(params, attention: str, remat: str, scanned: bool):
+    config = dataclasses.replace(CONFIG, attention=attention)
+    row_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    arrays = row_1T % 64, row_1T, jnp.ones_like(row_1T), jnp.minimum(row_1T // 40, 1)
+    tree = params if scanned else decoder.unroll(config, params)
+    x = decoder.hidden(config, tree, *arrays, remat=remat)
+    return jnp.sum(x * jnp.sin(jnp.arange(x.size).reshape(x.shape)))
+
+
+@pytest.mark.parametrize(("remat", "scanned"), [(PRODUCTS, True), (LAYER, False)])
+def test_what_is_computed_again_does_not_change_the_gradient(remat, scanned):
+    def gradient(remat: str):
+        form = functools.partial(total, attention="blocked", remat=remat, scanned=scanned)
+        return jax.jit(jax.grad(form))(params())
+
+    same = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-5)
+    jax.tree.map(same, gradient(remat), gradient(ALL))
+
+
+@pytest.mark.parametrize("attention", ["tiled", "blocked"])
+def test_no_product_and_no_attention_is_computed_again_where_products_stay(attention):
+    def counted(remat: str) -> tuple[int, int]:
+        form = functools.partial(total, attention=attention, remat=remat, scanned=True)
+        text = str(jax.make_jaxpr(jax.grad(form))(params()))
+        return text.count("dot_general["), text.count("exp ")
+
+    products, exponentials = counted(ALL)
+    assert counted(PRODUCTS)[0] == products
+    again = counted(LAYER)
+    assert again[0] > products + 7 and again[1] > exponentials
+
+
+def test_recomputation_was_true_or_false_in_runs_and_flags_of_before():
+    config = base_config()
+    for old, now in (("True", LAYER), ("false", ALL), (PRODUCTS, PRODUCTS)):
+        config.model.remat = old
+        assert expand_home(config).model.remat == now
+    for old, now in ((True, LAYER), (False, ALL)):
+        text = to_json(config).replace('"remat": "products"', f'"remat": {str(old).lower()}')
+        assert text != to_json(config) and from_json(text).model.remat == now
