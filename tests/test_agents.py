@@ -5,12 +5,14 @@ import json
 import re
 import threading
 import urllib.request
+from pathlib import Path
 
 import jax
 import numpy as np
 import openai
 import pytest
 import served
+from snippets import blocks
 
 from rftjax import config as configs
 from rftjax import modes
@@ -21,6 +23,7 @@ from rftjax.serving.agent_rollout import AgentRollout
 from rftjax.serving.agents import LocalAgents, RemoteAgents
 from rftjax.types import SamplingParams, Task
 
+PAGE = Path(__file__).parents[1] / "docs" / "agents.md"
 PARAMS = SamplingParams(max_new_tokens=10, max_turns=6, temperature=1.8)
 AGENT = """
 import asyncio, os, time
@@ -336,6 +339,24 @@ def test_an_agent_trains_a_model(tiny_dir, agent_file, tmp_path):
     assert any(line.get("eval/reward", -1) >= 0 for line in lines)
     kept = (workdir / "rollouts" / "step_000002.jsonl").read_text().splitlines()
     assert len(kept) == 8 and len(json.loads(kept[0])["sequences"]) == 1
+
+
+def test_the_pages_agent_of_a_framework_calls_tools_in_one_sequence_a_run(led, tmp_path):
+    pytest.importorskip("agents", reason="the extra `frameworks` is not installed")
+    (source,) = [one for one in blocks(PAGE, "python") if "import Agent" in one]
+    # The model of the tests knows one call by heart.
+    known = source.replace("look_up(name: str)", "look(at: str)").replace("look_up", "look")
+    (tmp_path / "of_page.py").write_text(known)
+    framework = LocalAgents(f"{tmp_path}/of_page.py:run", workers=1, timeout_s=120.0, env=())
+    try:
+        found = led(framework)(draws("", "", "", ""), 6, PARAMS)
+    finally:
+        framework.close()
+    assert [one.error for one in found if one.finish_reason == "error"] == []
+    called = [one for one in found if any(m["role"] == "tool" for m in one.messages)]
+    assert called and all(len(one.sequences) == 1 for one in found)
+    for one in called:
+        assert one.turns > 1 and "clerk, Kyiv" in [m["content"] for m in one.messages]
 
 
 @pytest.mark.parametrize("turns, told", [(1, True), (2, False)])

@@ -440,6 +440,7 @@ def test_a_multi_grader_computes_its_output_and_records_each_grade():
         ({"operation": "contains"}, "operation 'contains'; it must be one of eq"),
         ({"input": 3}, "needs the field 'input'"),
         ({"type": "text_similarity", "evaluation_metric": "cosine"}, "must be one of fuzzy_match"),
+        ({"type": "text_similarity", "evaluation_metric": "meteor"}, "'meteor': .* or a function"),
         ({"type": "python", "source": "x = 1"}, "must define grade"),
         (
             {"type": "multi", "graders": {"a": CHECK}, "calculate_output": "a + b"},

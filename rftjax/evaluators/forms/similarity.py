@@ -31,8 +31,9 @@ def metric(name: str) -> Callable[[str, str], float]:
     } | {f"rouge_{order}": functools.partial(rouge, order=order) for order in range(1, 6)}
     if name not in known:
         raise UserError(
-            f"evaluator: evaluation_metric={name!r}: must be one of {', '.join(known)} (cosine and meteor need models "
-            "and word lists of their own)"
+            f"evaluator: evaluation_metric={name!r}: must be one of {', '.join(known)}; cosine and meteor, which need a"
+            " model of embeddings and word lists, come near to rouge_l, a score_model, or a function of your own that"
+            " calls a library for them (evaluator='reward.py:evaluate')"
         )
     return known[name]
 
