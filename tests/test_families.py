@@ -104,6 +104,27 @@ def test_an_export_has_the_names_and_values_of_the_checkpoint(
     }
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_an_export_in_shards_of_bfloat16_is_read_and_written_again_byte_by_byte(
+    models: dict[str, Policy], name: str, tmp_path: Path
+):
+    model, written = models[name], []
+    params, fields = model.params, model.fields
+    for turn in ("one", "two"):
+        out = hf.save(
+            tmp_path / turn, model.config, params, fields, dtype="bfloat16", max_shard_bytes=2e4
+        )
+        written.append({path.name: path.read_bytes() for path in out.glob("model*")})
+        _, params, fields = hf.load(out)
+    assert written[0] == written[1]
+    index = json.loads(written[0]["model.safetensors.index.json"])["weight_map"]
+    assert {*index.values()} == {name for name in written[0] if name.endswith("safetensors")}
+    assert len(written[0]) > 3
+    rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16").astype("float32"), model.params)
+    for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(rounded), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_layers_one_by_one_and_in_a_scan_have_one_gradient(models: dict[str, Policy], name: str):
     config, params = models[name].config, models[name].params

@@ -150,16 +150,26 @@ def as_converted(folder: Path, name: str, fields: dict[str, Any]) -> Path:
     source = seeded.checkpoint(folder / "source", name, **fields)
     fields = json.loads((source / "config.json").read_text())
     kind = fields["model_type"]
-    arch = kind.removesuffix("_text")
+    arch = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(kind, kind)
     out = writer.GGUFWriter(folder / "m.gguf", arch)
     ropes = fields["rope_parameters"]
     fields["rope_theta"] = ropes.get("full_attention", ropes)["rope_theta"]
-    for key, field in (gguf.FIELDS | (gguf.GEMMA_FIELDS if arch == "gemma3" else {})).items():
+    own_fields = {"gemma3": gguf.GEMMA_FIELDS, "qwen3moe": gguf.MOE_FIELDS}.get(arch, {})
+    for key, field in (gguf.FIELDS | own_fields).items():
         add = out.add_float32 if isinstance(fields.get(field), float) else out.add_uint32
         add(f"{arch}.{key}", fields[field]) if field in fields else None
     heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-    for hf_name, tensor in hf.read_safetensors(source / "model.safetensors").items():
+    stored = hf.read_safetensors(source / "model.safetensors")
+    for name in [name for name in stored if ".experts.0." in name]:
+        of_all = [
+            name.replace(".experts.0.", f".experts.{at}.") for at in range(fields["num_experts"])
+        ]
+        stacked = np.stack([stored.pop(one) for one in of_all])
+        layer, part = name.split(".")[2], name.split(".")[-2].removesuffix("_proj")
+        out.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", stacked)
+    for hf_name, tensor in stored.items():
         part = hf_name.split(".")[-2]
+        hf_name = hf_name.replace(".mlp.gate.", ".ffn_gate_inp.")
         if arch == "smollm3" and part in heads:
             tensor = interleave(tensor, fields[heads[part]])
         if arch == "gemma3" and part.endswith("norm"):
@@ -176,6 +186,13 @@ LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 UNSAID: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_act": "silu", "use_sliding_window": False, "rope_parameters": PLAIN},
     "olmo2": {"hidden_act": "silu", "rope_parameters": PLAIN},
+    "qwen3_moe": {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0, 2, 3],
+        "rope_parameters": PLAIN,
+    },
     "smollm3": {"no_rope_layers": [1, 1, 1, 0], "sliding_window": None, "rope_parameters": PLAIN},
     "gemma3": {
         "hidden_activation": "gelu_pytorch_tanh",

@@ -34,6 +34,11 @@ GEMMA_FIELDS = {
     "attention.sliding_window": "sliding_window",
     "final_logit_softcapping": "final_logit_softcapping",
 }
+MOE_FIELDS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 # Keys that are read separately, or do not affect what the model computes.
 OTHERS = {
     "attention.value_length",
@@ -52,6 +57,7 @@ ARCHITECTURES = {
     "olmo2": "olmo2",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
     "smollm3": "smollm3",
 }
 INTERLEAVED = ("llama", "smollm3")  # whose rotary channels lie in pairs
@@ -94,7 +100,10 @@ OWN_TENSORS = {
         "post_attention_layernorm": "post_attention_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },
+    "qwen3_moe": {"mlp.gate": "ffn_gate_inp"},
 }
+# All experts of a layer in one tensor.
+EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +235,7 @@ def hf_fields(file: File) -> dict[str, Any]:
             f" rftjax reads {', '.join(ARCHITECTURES)} from GGUF"
         )
     own = {key.removeprefix(f"{arch}."): key for key in file.keys if key.startswith(f"{arch}.")}
-    known = FIELDS | (GEMMA_FIELDS if arch == "gemma3" else {})
+    known = FIELDS | {"gemma3": GEMMA_FIELDS, "qwen3moe": MOE_FIELDS}.get(arch, {})
     unknown = sorted(set(own) - set(known) - OTHERS)
     if unknown:
         raise UserError(f"model.path={file.path}: {arch} metadata {unknown} is not implemented")
@@ -274,6 +283,12 @@ def _own_fields(arch: str, file: File, fields: dict[str, Any]) -> dict[str, Any]
         found["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if arch in INTERLEAVED:
         found["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
+    if arch == "qwen3moe":
+        routers = [f"blk.{at}.ffn_gate_inp.weight" for at in range(fields["num_hidden_layers"])]
+        found["mlp_only_layers"] = [
+            at for at, name in enumerate(routers) if name not in file.tensors
+        ]
+        found["norm_topk_prob"] = True  # as llama.cpp computes it
     if arch == "gemma3":
         width = fields["hidden_size"] // fields["num_attention_heads"]
         large = fields["num_hidden_layers"] == GEMMA_27B
@@ -349,9 +364,27 @@ def tensors(file: File, fields: dict[str, Any]) -> dict[str, Callable[[], np.nda
             reader = functools.partial(_centred, reader)
         if fields["model_type"] in INTERLEAVED and stem in heads:
             reader = functools.partial(_unpermuted, reader, heads[stem])
+        if stem in EXPERTS and fields.get("num_experts"):
+            for at in range(fields["num_experts"]):
+                name = f"{layer}mlp.experts.{at}.{EXPERTS[stem]}.{kind}"
+                found[name] = functools.partial(_expert, reader, at)
+            continue
         # Unknown tensors keep their GGUF name, with which the loader then refuses them.
         found[f"{layer}{theirs[stem]}.{kind}" if stem in theirs else name] = reader
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def _experts(reader: Callable[[], np.ndarray]) -> np.ndarray:
+    return reader()
+
+
+def _expert(reader: Callable[[], np.ndarray], at: int) -> np.ndarray:
+    # Experts are read one behind the other: all of a tensor are dequantised at once.
+    experts = _experts(reader)
+    if at == experts.shape[0] - 1:
+        _experts.cache_clear()
+    return experts[at]
 
 
 def _centred(reader: Callable[[], np.ndarray]) -> np.ndarray:
