@@ -25,7 +25,7 @@ def job(family: str, path: str, arg: str) -> ConfigDict:
     config.tasks.train = config.tasks.heldout = f"{HERE}/facts.py:rows"
     config.tasks.heldout_split = "heldout"
     config.model.path = path
-    config.model.dtype, config.model.remat = "bfloat16", True
+    config.model.dtype, config.model.remat = "bfloat16", "layer"
     config.batch.prompts, config.batch.group_size = 32, 8
     config.batch.pack_tokens = 2048
     config.sampler.slots, config.sampler.max_new_tokens = 128, 1024
