@@ -1,10 +1,11 @@
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from rftjax.devices.compilation import Compilations, Program, compiling
+from rftjax.devices.compilation import BEHIND, Compilations, Program, compiling
 
 
 @pytest.fixture
@@ -31,6 +32,31 @@ def test_programs_compiled_ahead_are_there_when_they_are_called(compilations):
     assert float(programs[0].run().sum()) == 15.0 and float(programs[1].run()) == 18.25
     # The sum here at most, where no test before it has made it, and neither of them.
     assert compilations.take()["compile/programs"] <= 1
+
+
+def test_what_is_compiled_beside_the_steps_is_there_later_and_counted_nowhere(compilations):
+    one, two, behind = jax.jit(lambda x_B: x_B * 0.375 - 2.5), jax.jit(lambda x_B: x_B @ 3), []
+
+    reached = threading.Event()
+    last = types.SimpleNamespace(lower=reached.set)
+
+    def note(event, _, **facts):
+        if event.endswith("backend_compile_duration"):
+            behind.append(threading.current_thread().name.startswith(BEHIND))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        x_B = jnp.ones(7)
+        compilations.take()
+        behind.clear()
+        # An error in one keeps nobody from the others.
+        compilations.behind([Program(two, (x_B,)), Program(one, (x_B,)), Program(last, ())])
+        assert reached.wait(60)
+        assert behind == [True] and compilations.take()["compile/programs"] == 0
+        one(x_B)
+        assert behind == [True] and compilations.take()["compile/programs"] == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def test_an_error_in_one_program_is_not_lost():

@@ -355,6 +355,36 @@ def engine_on(mesh, params, config=CONFIG, **settings):
     return engine
 
 
+def test_the_calls_of_a_longer_cache_are_compiled_before_it_is_needed(weights):
+    engine, asked, late = new_engine(weights, max_length=400), [], []
+
+    def compile_now(programs):
+        asked.append(device.cache_length(engine._pool.cache))
+        for program in programs:
+            program.lower().compile()
+
+    def note(event, _, **facts):
+        if event.endswith("backend_compile_duration"):
+            longer = asked and device.cache_length(engine._pool.cache) > asked[0]
+            late.extend([facts.get("fun_name", "")] if longer else [])
+
+    engine.compile_behind = compile_now
+    engine.open((0, 0), [3, 4, 5], 100, noise_key(0, 0, 0))
+    finish(engine)
+    assert not asked  # no turn needs a longer one
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        engine.open((1, 0), list(range(2, 40)) * 3, 200, noise_key(0, 1, 0))
+        engine.open((2, 0), [6, 4, 5], 300, noise_key(0, 2, 0))
+        turns = finish(engine)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert asked and len(turns[2, 0].tokens) == 300
+    assert asked == [256] and device.cache_length(engine._pool.cache) == 384
+    names = ("decode", "grow", "prefill", "copy_rows")
+    assert not [name for name in late if any(one in name for one in names)]
+
+
 @pytest.mark.parametrize("shape", MESHES)
 def test_devices_share_out_the_rows_and_each_call_compiles_once(params, weights, shape):
     prompts = random_prompts(12)

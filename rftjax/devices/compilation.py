@@ -14,6 +14,7 @@ import jax
 COMPILED = "/jax/core/compile/backend_compile_duration"  # or taken from the cache on disk
 CACHED = "/jax/compilation_cache/cache_hits"
 MOST = 16  # programs that are compiled at the same time
+BEHIND = "compiling-behind"  # the name of the thread that compiles beside the steps
 
 
 class Program(NamedTuple):
@@ -59,22 +60,30 @@ def compiling(programs: Iterable[Program]) -> Iterator[None]:
 
 
 class Compilations:
-    """Counts what JAX compiles in this process until `close`, also in the calls of others."""
+    """Counts what JAX compiles in this process until `close`, by others too; compiles what is needed later."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._behind = concurrent.futures.ThreadPoolExecutor(1, BEHIND)
         self._programs, self._cached, self._seconds = 0, 0, 0.0
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
         jax.monitoring.register_event_listener(self._found)
 
     def close(self) -> None:
-        """Stops counting."""
+        """Stops counting, and compiling once the program under way is done."""
+        self._behind.shutdown(cancel_futures=True)
         jax.monitoring.unregister_event_duration_listener(self._compiled)
         jax.monitoring.unregister_event_listener(self._found)
+
+    def behind(self, programs: Iterable[Program]) -> None:
+        """Compiles the programs one by one in a thread, while steps go on; an error comes up where one is called."""
+        for program in programs:
+            self._behind.submit(lambda program=program: program.lower().compile())
 
     def take(self) -> dict[str, float]:
         """Returns metrics of what was compiled since the last call: programs, those found on disk, and seconds.
 
+        What is compiled behind the steps is not counted, as nothing waits for it.
         Programs that were compiled at the same time count with the seconds of each.
         """
         with self._lock:
@@ -84,12 +93,12 @@ class Compilations:
         return dict(zip(names, map(float, found), strict=True))
 
     def _compiled(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED:
+        if event == COMPILED and not threading.current_thread().name.startswith(BEHIND):
             with self._lock:
                 self._programs += 1
                 self._seconds += duration_secs
 
     def _found(self, event: str, **_: str | int) -> None:
-        if event == CACHED:
+        if event == CACHED and not threading.current_thread().name.startswith(BEHIND):
             with self._lock:
                 self._cached += 1

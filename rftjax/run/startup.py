@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Iterator
 
+import jax
+
 from rftjax.devices import processes
 from rftjax.devices.compilation import Program, compiling
 from rftjax.learning.learner import Learner
@@ -23,6 +25,7 @@ def compile_ahead(
 ) -> Iterator[None]:
     """Compiles what the next step calls while the caller reads weights; says how many programs and how long.
 
+    From then on the calls of a longer cache are compiled beside the steps, before one needs them.
     Does nothing where no step is `needed`.
     """
     if not needed:
@@ -34,6 +37,8 @@ def compile_ahead(
         compiling(_programs(parts, learner, stream)),
     ):
         yield
+    if jax.process_count() == 1:  # processes would not compile at the same moments
+        parts.rollout.engine.compile_behind = parts.compilations.behind
     found = parts.compilations.take()
     recorder.say(
         f"compiled {found['compile/programs']:.0f} programs in {time.monotonic() - began_s:.1f} s,"

@@ -14,7 +14,6 @@ the free slots. Without a bridge the host reads first and the device waits.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,18 +27,21 @@ from rftjax.errors import NotFinite, UserError
 from rftjax.models.config import Config
 from rftjax.models.distribution import RowSettings
 from rftjax.sampler import device
+from rftjax.sampler.conversation import (
+    Conversation,
+    FindStop,
+    Flight,
+    Key,
+    NoiseKey,
+    SampledTurn,
+)
 from rftjax.sampler.counters import Counters
-from rftjax.sampler.pool import GRANULE, Piece, Pool, Prompt, Saved
+from rftjax.sampler.pool import GRANULE, Piece, Pool
 from rftjax.types import Params, SamplingParams
 
 STOPS = 16  # room for stop ids; constant, so that their number is not a shape
 SEQUENCE_BITS = 16  # of a noise key's third part: the sample; what is above numbers the sequence
-Key = tuple[int, int]  # of a conversation: draw and sample
-NoiseKey = tuple[int, int, int]  # stream, draw, sample
 DEFAULT_PARAMS = SamplingParams()
-# Of a turn's tokens, and how many of them were looked at before: how many there are up to the end of the first stop
-# string, 0 where there is none.
-FindStop = Callable[[list[int], int], int]
 
 
 def noise_key(stream: int, draw: int, sample: int, *, sequence: int = 0) -> NoiseKey:
@@ -48,56 +50,6 @@ def noise_key(stream: int, draw: int, sample: int, *, sequence: int = 0) -> Nois
     `sequence` numbers the token sequences of a trajectory that starts over: each one draws noise of its own.
     """
     return stream, draw, sample + (sequence << SEQUENCE_BITS)
-
-
-@dataclasses.dataclass
-class SampledTurn:
-    """One finished turn: token ids (what stopped it included), log-probabilities, and whether a stop token or a stop
-    string ended it; `stop_token` is the id that did, -1 for a stop string or a cut turn."""
-
-    key: Key
-    tokens: list[int]
-    logprobs: list[float]
-    stopped: bool
-    stop_token: int = -1
-
-
-@dataclasses.dataclass(eq=False)
-class _Conversation:
-    key: Key
-    noise: NoiseKey
-    params: SamplingParams
-    tokens: list[int]
-    prompt: list[int]
-    group: Prompt
-    cached: int = 0  # tokens whose keys and values lie in the cache
-    budget: int = 0  # tokens that this turn may still sample; 0 while the environment thinks
-    slot: int = -1
-    parked: int = -1
-    saved: Saved | None = None  # its row, in the host's memory
-    given: bool = False  # the device has this turn's row and goes on with it by itself
-    turn: int = 0
-    turn_tokens: list[int] = dataclasses.field(default_factory=list)
-    turn_logprobs: list[float] = dataclasses.field(default_factory=list)
-    find_stop: FindStop | None = None
-    rank: int = 0
-
-    @property
-    def order(self) -> tuple[int, int, tuple[int, int, int]]:
-        """Sorts the queue by rank, then those that may run longest first, then in the order of their noise keys."""
-        return self.rank, -self.budget, self.noise
-
-
-@dataclasses.dataclass
-class _Flight:
-    """A dispatch that the device works on: the conversations it runs with their slots and turns, and its results."""
-
-    running: list[tuple[_Conversation, int, int]]
-    most: int  # steps
-    enough: int
-    tokens_BT: jax.Array
-    logprobs_BT: jax.Array
-    steps: jax.Array
 
 
 class Engine:
@@ -140,6 +92,8 @@ class Engine:
         stops_E = np.asarray([*stops, *[-2] * (STOPS - len(stops))], np.int32)
         self._stops_E, self._seed = sharding.replicate(mesh, (stops_E, np.uint32(seed)))
         self._params: Params = None
+        self.compile_behind: Callable[[list[Program]], None] | None = None
+        self._lengths: set[int] = set()  # of the cache, whose next one is compiled or on its way
         self._parked = parked
         self._pool = Pool(
             config,
@@ -149,17 +103,17 @@ class Engine:
             chunk=prefill_chunk,
             mesh=mesh,
         )
-        self._open: dict[Key, _Conversation] = {}
-        self._queue: list[_Conversation] = []  # sorted by `order`
-        self._last: _Conversation | None = None  # opened last
+        self._open: dict[Key, Conversation] = {}
+        self._queue: list[Conversation] = []  # sorted by `order`
+        self._last: Conversation | None = None  # opened last
         self._reset()
 
     def _reset(self) -> None:
         self._free = list(range(self.slots))
         self._free_parked = list(range(self._parked))
-        self._in_slots: dict[int, _Conversation] = {}
+        self._in_slots: dict[int, Conversation] = {}
         self._pool.clear()
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._rows: device.Rows | None = None
         # Slots whose turn ended on the host while the device goes on with it.
         self._abandoned: set[int] = set()
@@ -188,6 +142,34 @@ class Engine:
             *self._pool.programs(params, cache),
         ]
 
+    def _look_ahead(
+        self, running: list[Conversation], compile_behind: Callable[[list[Program]], None]
+    ) -> None:
+        """Has the calls of the next cache length compiled while the present one is in use, where a turn may need it."""
+        cache = self._pool.cache
+        assert cache is not None
+        length = device.cache_length(cache)
+        longest = max(len(c.tokens) + c.budget for c in running)
+        if length in self._lengths or longest <= length:
+            return
+        self._lengths.add(length)
+        abstract, longer = map(self._pool.abstract_cache, (length, length + 1))
+        settings = {"length": device.cache_length(longer), "mesh": self.mesh}
+
+        def abstracted(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+            place = leaf.sharding if self.mesh else None
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        params = jax.tree.map(abstracted, self._params)
+        filtered = any(c.params.filtered for c in running)
+        compile_behind(
+            [
+                self._decode(params, longer, [], self.steps, 0, filtered),
+                Program(device.grow, (self.config, abstract), settings),
+                *self._pool.programs(params, longer),
+            ]
+        )
+
     def open(
         self,
         key: Key,
@@ -214,7 +196,7 @@ class Engine:
         else:
             self._check_ids(prompt)
             group = self._pool.prompt(prompt)
-        conversation = _Conversation(key, noise, params, list(prompt), prompt, group, budget=budget)
+        conversation = Conversation(key, noise, params, list(prompt), prompt, group, budget=budget)
         conversation.find_stop, conversation.rank = find_stop or self.find_stop, rank
         if turn is not None:
             conversation.turn_tokens, conversation.turn_logprobs = list(turn[0]), list(turn[1])
@@ -301,6 +283,8 @@ class Engine:
             self._flight = None  # its rows are idle
             return []
         self._pool.reserve(max(len(c.tokens) + min(c.budget, self._ahead) for c in running))
+        if self.compile_behind:
+            self._look_ahead(running, self.compile_behind)
         self._fill(running, copies)
         flight = self._flight or self._launch(running, min(most or self.steps, self.steps))
         left = [c for c in running if not self._surely_ends(c, flight)]
@@ -370,7 +354,7 @@ class Engine:
                 return True
         return False
 
-    def _fill(self, running: list[_Conversation], copies: dict[int, int]) -> None:
+    def _fill(self, running: list[Conversation], copies: dict[int, int]) -> None:
         """Prefills all tokens but the last of every running conversation, source rows of copies first."""
         while True:
             pieces: list[Piece] = []
@@ -387,11 +371,11 @@ class Engine:
             self.counters.copied_rows += len(ready)
             copies = {to: origin for to, origin in copies.items() if origin in copies}
 
-    def _surely_ends(self, c: _Conversation, flight: _Flight) -> bool:
+    def _surely_ends(self, c: Conversation, flight: Flight) -> bool:
         """Whether the flight samples all that the turn may have."""
         return c.given and flight.enough == 0 and c.budget <= flight.most
 
-    def _steps_behind(self, flight: _Flight) -> int:
+    def _steps_behind(self, flight: Flight) -> int:
         """How many steps the next dispatch takes if it is launched before the host has looked at this one."""
         if not self._queue:
             return self.steps
@@ -402,24 +386,28 @@ class Engine:
         """Room in a row beyond the tokens that the host knows: a dispatch in flight may have sampled `steps`."""
         return max(GRANULE, 2 * self.steps)
 
-    def _launch(self, running: list[_Conversation], most: int) -> _Flight:
+    def _launch(self, running: list[Conversation], most: int) -> Flight:
         """Starts one dispatch of at most so many steps."""
         # With others waiting, a dispatch ends once an eighth of its rows is idle.
         enough = len(running) * 7 // 8 if self._queue else 0
         filtered = any(c.params.filtered for c in running)
-        call = self._decode(self._params, self._pool.cache, running, most, enough, filtered)
+        abandoned, self._abandoned = list(self._abandoned), set()
+        call = self._decode(
+            self._params, self._pool.cache, running, most, enough, filtered, abandoned
+        )
         with jax.transfer_guard(sharding.GUARD):
             self._pool.cache, self._rows, *sampled = call.run()
-        return _Flight([(c, c.slot, c.turn) for c in running], most, enough, *sampled)
+        return Flight([(c, c.slot, c.turn) for c in running], most, enough, *sampled)
 
     def _decode(
         self,
         params: Params,
         cache: Any,
-        running: list[_Conversation],
+        running: list[Conversation],
         most: int,
         enough: int,
         filtered: bool,
+        abandoned: Sequence[int] = (),
     ) -> Program:
         """Returns a dispatch; the host gives it the rows that are new or abandoned, the device has the others."""
         B = self.slots
@@ -428,8 +416,7 @@ class Engine:
         noise_B3 = np.zeros((B, 3), np.int32)
         temperature_B, top_p_B = np.ones(B, np.float32), np.ones(B, np.float32)
         top_k_B = np.zeros(B, np.int32)
-        budget_B[list(self._abandoned)] = 0
-        self._abandoned = set()
+        budget_B[list(abandoned)] = 0
         for c in running:
             if not c.given:
                 c.given = True
@@ -453,7 +440,7 @@ class Engine:
         settings = {"steps": self.steps, "filtered": filtered, "limit": self.limit}
         return Program(device.decode, arguments, settings | {"mesh": self.mesh})
 
-    def _land(self, flight: _Flight) -> list[SampledTurn]:
+    def _land(self, flight: Flight) -> list[SampledTurn]:
         """Waits for a dispatch and takes its tokens; returns the turns that it ended."""
         with jax.transfer_guard(sharding.GUARD):
             results = jax.device_get((flight.tokens_BT, flight.logprobs_BT, flight.steps))
@@ -471,7 +458,7 @@ class Engine:
         return [turn for turn in turns if turn]
 
     def _take(
-        self, c: _Conversation, tokens: list[int], logprobs: list[float]
+        self, c: Conversation, tokens: list[int], logprobs: list[float]
     ) -> SampledTurn | None:
         """Appends a row's new tokens to its conversation; returns the turn where it ended."""
         before = len(c.turn_tokens)
