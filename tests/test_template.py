@@ -120,3 +120,94 @@ def test_an_answer_in_channels_goes_on_with_one_end_of_turn():
     )
     with pytest.raises(chat.ChatTemplateError, match="channels belong"):
         chat.continuation(made(HARMONY), turns, [test_chat.AGAIN], last_token=stop)
+
+
+# The forms of published templates: text, end of a turn, and how it changes the past ("" for not at all).
+FAMILIES = {
+    "llama3": (
+        "<|begin|>{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n\n"
+        "{{ m['content'] | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}",
+        "<|eot|>",
+        "",
+    ),
+    "mistral": (
+        "<|begin|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]{% else %}"
+        " {{ m['content'] }}</s>{% endif %}{% endfor %}",
+        "</s>",
+        "",
+    ),
+    "gemma3": (
+        "<|begin|>{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<|head|>{{ 'model' if m['role'] == 'assistant' else"
+        " m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|head|>model\n{% endif %}",
+        "<end_of_turn>",
+        "",
+    ),
+    "olmo2": (
+        "<|begin|>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% if m['role'] == 'assistant' %}"
+        "<|endoftext|>{% endif %}{% if not loop.last %}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}\n<|assistant|>\n{% endif %}",
+        "<|endoftext|>",
+        "",
+    ),
+    "kimi_k2": (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['role'] }}<|middle|>{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>assistant<|middle|>{% endif %}",
+        "<|im_end|>",
+        "",
+    ),
+    "deepseek_r1": (
+        "<|begin|>{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}{% else %}<|assistant|>"
+        "{{ m['content'].split('</think>')[-1] }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",
+        "</s>",
+        "rewrites",
+    ),
+    "qwen3": (QWEN, "<|im_end|>", "rewrites the assistant's turn"),
+    "gpt_oss": (HARMONY, "<|endoftext|>", "rewrites the assistant's turn"),
+}
+TOKENS = (
+    *(
+        "<|begin|>",
+        "<|head|>",
+        "<|/head|>",
+        "<|eot|>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "<end_of_turn>",
+    ),
+    *("<|user|>", "<|assistant|>", "<|middle|>"),
+)
+
+
+@pytest.mark.parametrize("history", ["template", "kept"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_ends_its_turns_and_goes_on_or_says_how_it_changes_the_past(
+    name: str, history: str
+):
+    text, end, reason = FAMILIES[name]
+    words = made(text, history=history)
+    words.add_special_tokens({"additional_special_tokens": list(TOKENS)})
+    stop = words.convert_tokens_to_ids(end)
+    assert tokenizer.end_of_turn(words) == stop
+    if history == "template" and reason:
+        assert reason in chat.instability(words)
+        return
+    assert chat.instability(words) == ""
+    messages = [test_chat.USER]
+    before = template.text(words, messages, True, None)
+    ids = chat.encode(words, before)
+    for answer in ("ab", "a b", "<think>\nb</think>\n\na"):
+        sampled = [*chat.encode(words, answer), stop]
+        messages += [{"role": "assistant", "content": answer}]
+        more, before = chat.follow(words, before, messages, [test_chat.AGAIN], last_token=stop)
+        messages += [test_chat.AGAIN]
+        ids += [*sampled, *more]
+    shown = chat.show(words, ids)
+    assert all(f"{answer}{end}" in shown for answer in ("ab", "a b")) and end * 2 not in shown
+    if not reason:  # white space around an answer is the model's own
+        whole = template.text(words, messages, True, None)
+        assert shown.split() == whole.replace("[/INST] ", "[/INST]").split()
