@@ -342,7 +342,7 @@ class Engine:
         for conversation in self._in_slots.values():
             if conversation.budget == 0:
                 if self._free_parked:
-                    conversation.parked = self._free_parked.pop()
+                    conversation.parked = self._free_parked.pop(0)
                     self._pool.park(conversation.parked, conversation.slot)
                     self.counters.copied_rows += 1
                 else:

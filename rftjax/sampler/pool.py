@@ -64,6 +64,9 @@ class Pool:
         self._groups: dict[bytes, int] = {}  # a row that holds the whole prompt
         self._starting: dict[bytes, set[int]] = {}  # the rows that begin with these chunks
         self._holds: list[Prompt | None] = [None] * self.slots
+        # Copies that wait for `settle`: of parked rows from decoding ones, then of decoding rows from parked ones.
+        self._parking: dict[int, int] = {}
+        self._unparking: dict[int, int] = {}
 
     def prompt(self, tokens: Sequence[int]) -> Prompt:
         """Returns the digests of a prompt, by which rows that begin alike are found."""
@@ -102,26 +105,41 @@ class Pool:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` positions in every decoding row; the length only grows until `clear`."""
+        self.settle()
         self.cache = self._sized(self.cache, self.slots, cache_length(tokens))
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies decoding rows, pairs of (to, from)."""
+        self.settle()
         assert self.cache is not None
         self.cache = self._move(self.cache, None, pairs)
 
     def park(self, row: int, slot: int) -> None:
-        """Copies a decoding row to a parked one."""
-        assert self.cache is not None
-        self._store = self._sized(self._store, self.parked, device.cache_length(self.cache))
-        self._store = self._move(self._store, self.cache, [(row, slot)])
+        """Notes that a parked row becomes a copy of a decoding one by the next `settle`."""
+        if row in self._parking or row in self._unparking.values() or slot in self._unparking:
+            self.settle()
+        self._parking[row] = slot
 
     def unpark(self, slot: int, row: int) -> None:
-        """Copies a parked row to a decoding one."""
-        assert self.cache is not None
-        self.cache = self._move(self.cache, self._store, [(slot, row)])
+        """Notes that a decoding row becomes a copy of a parked one by the next `settle`."""
+        if slot in self._unparking or row in self._parking:
+            self.settle()
+        self._unparking[slot] = row
+
+    def settle(self) -> None:
+        """Makes the copies that were noted, many in a call; what reads or fills decoding rows does so first."""
+        if self._parking:
+            assert self.cache is not None
+            self._store = self._sized(self._store, self.parked, device.cache_length(self.cache))
+            self._store = self._move(self._store, self.cache, list(self._parking.items()))
+        if self._unparking:
+            assert self.cache is not None
+            self.cache = self._move(self.cache, self._store, list(self._unparking.items()))
+        self._parking, self._unparking = {}, {}
 
     def evict(self, slot: int) -> Saved:
         """Returns a decoding row as a copy in the host's memory, bit for bit what it holds."""
+        self.settle()
         assert self.cache is not None
         # A mesh needs at least one row a device; only the first holds data.
         length = device.cache_length(self.cache)
@@ -131,6 +149,7 @@ class Pool:
 
     def restore(self, slot: int, saved: Saved) -> None:
         """Puts what `evict` returned into a decoding row."""
+        self.settle()
         assert self.cache is not None
 
         def place(row: np.ndarray, like: jax.Array) -> jax.Array:
@@ -143,6 +162,7 @@ class Pool:
 
     def fill(self, params: Params, pieces: list[Piece]) -> None:
         """Prefills new tokens into their rows; the chunks of a row do not depend on the others in the call."""
+        self.settle()
         share = self.slots // self.shards
         B = self.shards * self.rows
         # A shard's pieces with how many of their tokens are in, the next one to compute last.
