@@ -95,13 +95,16 @@ def test_prompts_are_given_to_the_library_as_the_plain_form_has_them(window, mon
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
-@pytest.mark.parametrize(("heads", "C"), [(14, 64), (12, 128)])
-def test_decoding_on_an_nvidia_gpu_is_one_kernel(heads, C):
+@pytest.mark.parametrize(
+    ("heads", "C", "sunk"), [(14, 64, False), (12, 128, False), (16, 64, True)]
+)
+def test_decoding_on_an_nvidia_gpu_is_one_kernel(heads, C, sunk):
     device = AbstractDevice("NVIDIA H100", None, "gpu")
     mesh = AbstractMesh((1,), ("one",), abstract_device=device)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(1, heads, C, "bfloat16")]
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(lambda *given: cached.attend("cudnn", *given, FULL)).trace(*shapes)
+        run = jax.jit(lambda sinks, *given: cached.attend("cudnn", *given, FULL, sinks))
+        traced = run.trace(jax.ShapeDtypeStruct((heads,), "float32") if sunk else None, *shapes)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton") == 1 and "stablehlo.dot_general" not in text
 
