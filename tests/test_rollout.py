@@ -12,7 +12,7 @@ from rftjax.models.decoder import Config, Rope
 from rftjax.rollout import Rollout
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine
-from rftjax.text import chat
+from rftjax.text import chat, template
 from rftjax.text import tokenizer as tokenizers_of_models
 from rftjax.types import SamplingParams, Task
 
@@ -379,6 +379,19 @@ def test_a_template_that_rewrites_history_gives_a_sequence_a_turn(rollout, tmp_p
             )
             assert sequence.tokens == forgetful.encode(text, add_special_tokens=False) + turn.tokens
             assert sequence.sampled == [False] * (len(sequence.tokens) - count) + [True] * count
+
+
+def test_a_history_that_is_kept_gives_one_sequence_of_what_was_sampled(rollout, tmp_path):
+    text = FORGETFUL.replace("%}c{%", "%}{{ m.content | replace('b', '') }}{%")
+    forgetful = ambiguous_tokenizer(tmp_path / "forgetful", text)
+    run = rollout(CHATTY, tokenizer=template.settle(forgetful, history="kept"))
+    trajectories = run(tasks(3), 3, PARAMS)
+    assert max(t.turns for t in trajectories) > 1
+    for trajectory in trajectories:
+        (sequence,) = trajectory.sequences
+        sampled = [id for turn in run.engine.turns_of(trajectory) for id in turn.tokens]
+        kept = zip(sequence.tokens, sequence.sampled, strict=True)
+        assert [token for token, own in kept if own] == sampled
 
 
 def test_plain_prompts_go_on_as_plain_text(rollout, tokenizer):
