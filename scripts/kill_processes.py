@@ -65,15 +65,25 @@ def finish(started: list[subprocess.Popen], limit_s: float) -> list[int | None]:
     return codes
 
 
+def said(workdir: Path) -> int:
+    """Returns how many bytes the processes have printed."""
+    found = (Path(f"{workdir}.{process}.txt") for process in range(2))
+    return sum(path.stat().st_size for path in found if path.exists())
+
+
 def kill_until_done(
     arguments: list[str], workdir: Path, kills: int, chance: random.Random, longest_s: float
 ) -> list[str]:
     """Runs two processes and kills one again and again; returns what went wrong."""
     faults = []
     for number in range(kills):
+        before = said(workdir)
         started = start(arguments, workdir, 2)
         after_s = chance.uniform(0, longest_s)
         victim = chance.randrange(2)
+        # They say something once they have met: before, each waits for the others as long as `processes.START_S`.
+        while said(workdir) == before and all(one.poll() is None for one in started):
+            time.sleep(0.05)
         until = time.monotonic() + after_s
         while time.monotonic() < until and all(one.poll() is None for one in started):
             time.sleep(0.05)

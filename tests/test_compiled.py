@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
+from meshes import mesh_of
 
 from rftjax import config as configs
-from rftjax.devices import sharding
 from rftjax.devices.accelerators import ACCELERATORS
 from rftjax.errors import UserError
 from rftjax.run import compiled, plan, targets
@@ -88,7 +85,7 @@ def config(tiny_dir):
 
 @pytest.fixture
 def mesh():
-    return Mesh(np.asarray(jax.devices()).reshape(4, 1, 2), sharding.AXES)
+    return mesh_of(4, 1, 2)
 
 
 def test_an_update_compiles_for_a_mesh_without_weights(config, mesh):

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from meshes import mesh_of
 
 import rftjax
 from rftjax import config as configs
 from rftjax import grpo
-from rftjax.devices import sharding
 from rftjax.learning import batching, credit, learner, optim, update
 from rftjax.scoring import Scorer
 from rftjax.types import Score, Sequence, Task, TrainState, Trajectory
@@ -123,7 +122,7 @@ def test_sampled_turns_without_an_advantage_are_a_fault():
 
 
 def test_an_update_weighs_each_turn_by_its_own_advantage(tiny_dir):
-    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    mesh = mesh_of()
     model = rftjax.load(str(tiny_dir), mesh=mesh)
     preset = grpo.preset_fields("grpo", {"scale": "none"})
     optimizer = optim.make_optimizer(lr=1e-2, steps=10, schedule="constant")

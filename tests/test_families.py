@@ -14,6 +14,7 @@ import optax
 import pytest
 import seeded
 import snippets
+from meshes import mesh_of
 
 from rftjax import grpo, policy
 from rftjax.devices import sharding
@@ -278,11 +279,6 @@ def test_the_logits_on_a_mesh_are_those_of_one_device(models: dict[str, Policy],
     np.testing.assert_allclose(shared.logits(tokens), model.logits(tokens), atol=3e-5)
 
 
-def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
-    return jax.sharding.Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
-
-
 def two_steps(model: Policy, mesh: jax.sharding.Mesh) -> tuple[list[list[int]], Any, list[float]]:
     """Samples two groups, and updates on them twice; returns the tokens, the new weights and the losses."""
     config = model.config
@@ -306,6 +302,30 @@ def two_steps(model: Policy, mesh: jax.sharding.Mesh) -> tuple[list[list[int]], 
         state, metrics = apply(state, sharding.put_batch(mesh, batch))
         losses.append(float(metrics["loss"]))
     return [one.sequences[0].tokens for one in sampled], jax.device_get(state.trainable), losses
+
+
+EXPERTS_DIVIDED = [
+    {"expert": 2},
+    {"expert": 4},
+    {"expert": 8},
+    {"data": 2, "expert": 2, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "tensor": 2},
+    {"fsdp": 2, "expert": 4},
+]
+
+
+@pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)
+@pytest.mark.parametrize("name", ["smollm3", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_two_steps_with_divided_experts_are_those_of_one_device(
+    models: dict[str, Policy], name: str
+):
+    alone = two_steps(models[name], mesh_of())
+    for sizes in EXPERTS_DIVIDED:
+        shared = two_steps(models[name], mesh_of(**sizes))
+        assert alone[0] == shared[0], sizes
+        np.testing.assert_allclose(alone[2], shared[2], atol=1e-5, err_msg=str(sizes))
+        for one, two in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(shared[1]), strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-5, err_msg=str(sizes))
 
 
 @pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from meshes import mesh_of
 
 import rftjax
 from rftjax import config as configs
@@ -118,7 +118,7 @@ def test_two_draws_of_one_task_are_two_groups():
 # ---- One learner without sampling
 
 LOGICAL = FAMILIES["qwen2"].LOGICAL_AXES
-MESH = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+MESH = mesh_of()
 SHAPE = {"rows": 8, "max_length": 16, "pack_tokens": 128}
 
 

@@ -118,7 +118,10 @@ def test_weights_that_are_divided_cross_the_links(config):
 
 def test_the_fewest_devices_that_hold_the_job_are_found(config):
     lines = plan.report(config, "v5e", 0, 0.0)
-    assert "mesh        data=1, fsdp=1, tensor=1: 1 v5e (the fewest that hold it)" in lines[1]
+    assert (
+        "mesh        data=1, fsdp=1, expert=1, tensor=1: 1 v5e (the fewest that hold it)"
+        in lines[1]
+    )
     config.rollout.max_length, config.sampler.slots = 4096, 512
     lines = plan.report(config, "v5e", 0, 2.0)
     count = int(lines[1].partition(": ")[2].split()[0])

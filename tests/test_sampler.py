@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 
 from rftjax import policy
 from rftjax.devices import sharding
@@ -339,11 +340,6 @@ def test_a_row_comes_back_from_the_hosts_memory_as_it_was(params, shape, dtype):
 
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (2, 2, 2), (1, 2, 4)]
-
-
-def mesh_of(data, fsdp, tensor):
-    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
-    return jax.sharding.Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
 
 
 def engine_on(mesh, params, config=CONFIG, **settings):

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
+from meshes import mesh_of
 
 import rftjax
 from rftjax.devices import sharding
@@ -13,14 +14,19 @@ from rftjax.models.decoder import Config, Rope
 LOGICAL = FAMILIES["qwen2"].LOGICAL_AXES
 
 
-def mesh_of(data, fsdp, tensor):
-    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
-    return Mesh(devices.reshape(data, fsdp, tensor), sharding.AXES)
-
-
 def test_one_axis_takes_the_devices_that_the_others_leave():
-    assert dict(sharding.make_mesh(tensor=2).shape) == {"data": 4, "fsdp": 1, "tensor": 2}
-    assert dict(sharding.make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(sharding.make_mesh(tensor=2).shape) == {
+        "data": 4,
+        "fsdp": 1,
+        "expert": 1,
+        "tensor": 2,
+    }
+    assert dict(sharding.make_mesh(data=2, fsdp=-1).shape) == {
+        "data": 2,
+        "fsdp": 4,
+        "expert": 1,
+        "tensor": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -141,5 +147,5 @@ def test_packed_rows_are_divided_and_the_loss_arrays_are_not():
     mesh = mesh_of(2, 2, 2)
     batch = make_batch([], rows=4, max_length=8, pack_rows=sharding.row_multiple(mesh))
     placed = sharding.put_batch(mesh, batch)
-    assert {leaf.sharding.spec for leaf in placed.pack} == {PartitionSpec(None, ("data", "fsdp"))}
+    assert {leaf.sharding.spec for leaf in placed.pack} == {PartitionSpec(None, sharding.ROWS)}
     assert placed.sampled_BT.sharding.is_fully_replicated

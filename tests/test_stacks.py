@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 
 from rftjax import models
 from rftjax.devices import sharding
@@ -155,7 +156,7 @@ def with_latent(monkeypatch):
 
 
 def test_rows_of_any_leaves_are_placed_copied_and_grown(with_latent):
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
+    mesh = mesh_of(2, 2, 2)
     cache = device.new_cache(with_latent, 8, 4, mesh)
     keys_and_values = {"keys": (8, 2, 4, 4), "values": (8, 2, 4, 4)}
     assert jax.tree.map(jnp.shape, cache[0]) == keys_and_values | {"latent": (8, 4, 5)}

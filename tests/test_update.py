@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from jax.sharding import Mesh
+from meshes import mesh_of
 
 from rftjax import grpo, policy
 from rftjax.devices import sharding
@@ -99,7 +99,7 @@ def gradient(
     params, batch, *, loss=LOSS, mesh=None, config=CONFIG, unroll=False, settings=None, old=None
 ):
     """The gradient as an update with plain descent at a rate of 1 applies it, its metrics too."""
-    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    mesh = mesh or mesh_of()
     optimizer = optax.sgd(1.0)
     placed = sharding.shard_tree(mesh, LOGICAL, jax.tree.map(jnp.array, params))
     step = sharding.shard_tree(mesh, LOGICAL, jnp.zeros((), jnp.int32))
@@ -146,8 +146,7 @@ def test_the_number_of_micro_batches_does_not_change_the_gradient(params, uneven
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 4, 1), (2, 2, 2), (1, 1, 8)])
 def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, shape):
-    devices = np.asarray(jax.devices()[: int(np.prod(shape))])
-    mesh = Mesh(devices.reshape(shape), sharding.AXES)
+    mesh = mesh_of(*shape)
     # One row a device: the last of eight holds nothing but padding.
     batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
     found, _ = gradient(params, batch, mesh=mesh)
@@ -192,8 +191,7 @@ def test_weights_and_shares_of_rows_reach_the_loss(params):
 def test_the_form_of_attention_does_not_change_the_gradient(
     params, uneven, expected, form, shape, splash_on_cpu
 ):
-    devices = np.asarray(jax.devices()[: int(np.prod(shape))])
-    mesh = Mesh(devices.reshape(shape), sharding.AXES)
+    mesh = mesh_of(*shape)
     batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
     config = dataclasses.replace(CONFIG, attention=form)
     found, _ = gradient(params, batch, mesh=mesh, config=config, unroll=True)
@@ -201,7 +199,7 @@ def test_the_form_of_attention_does_not_change_the_gradient(
 
 
 def test_no_device_computes_the_rows_of_others_where_weights_lie_over_fsdp(params, uneven):
-    mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(1, 4, 1), sharding.AXES)
+    mesh = mesh_of(1, 4, 1)
     placed = sharding.shard_tree(mesh, LOGICAL, jax.tree.map(jnp.array, params))
     batch = sharding.put_batch(mesh, batch_of(uneven, pack_rows=4))
     optimizer = optax.sgd(1.0)
@@ -219,7 +217,7 @@ def test_no_device_computes_the_rows_of_others_where_weights_lie_over_fsdp(param
 
 
 def test_an_update_on_a_mesh_of_tpus_is_lowered_for_them(params, uneven):
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), sharding.AXES)
+    mesh = mesh_of(2, 2, 2)
     config = dataclasses.replace(CONFIG, attention="splash")
     placed = sharding.shard_tree(mesh, LOGICAL, jax.tree.map(jnp.array, params))
     batch = sharding.put_batch(mesh, batch_of(uneven, pack_rows=4))
@@ -421,7 +419,7 @@ def test_equal_rewards_change_nothing(params):
 def test_layers_one_by_one_and_a_head_of_its_own_change_no_gradient(tied, shape):
     config = dataclasses.replace(CONFIG, layers=2, windows=(24, 90), tied=tied)
     params = decoder.init(config, jax.random.key(1))
-    mesh = Mesh(np.asarray(jax.devices()[: int(np.prod(shape))]).reshape(shape), sharding.AXES)
+    mesh = mesh_of(*shape)
     batch = batch_of(trajectories(2, 4, 40, 90), share_prefix=True, pack_rows=4)
     scanned, _ = gradient(params, batch, config=config, mesh=mesh)
     unrolled, _ = gradient(params, batch, config=config, mesh=mesh, unroll=True)

@@ -227,7 +227,12 @@ def base_config() -> ConfigDict:
                 "targets": "all",  # or of query,key,value,output,gate,up,down
                 "path": "",  # adapters to start from: a PEFT directory or a run's workdir
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: the devices that the others leave
+            "mesh": {
+                "data": -1,
+                "fsdp": 1,
+                "expert": 1,
+                "tensor": 1,
+            },  # -1: the devices that the others leave
             "eval": {
                 "every": 10,  # steps, and at the start and the end; 0: never
                 "sets": (),  # further held-out sets, each "name=source" or "name=source#split"

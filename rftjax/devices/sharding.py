@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,9 @@ from rftjax.types import Batch, Params
 
 # For `jax.transfer_guard` around device work: an implicit transfer between host and devices would wait for them.
 GUARD = "disallow"
-AXES = ("data", "fsdp", "tensor")
-ROWS = (
-    "data",
-    "fsdp",
-)  # the axes that share out rows: of a micro-batch, and of the sampler's cache
+AXES = ("data", "fsdp", "expert", "tensor")
+# The axes that share out rows: of a micro-batch, and of the sampler's cache.
+ROWS = ("data", "fsdp", "expert")
 
 # What a family's file declares: the logical axes of each parameter, by the last two names of its path.
 LogicalAxes = Mapping[tuple[str, str], tuple[str, ...]]
@@ -37,18 +35,27 @@ RULES: Rules = {
     "width": "fsdp",
     "rank": "fsdp",
     "channels": None,
-    "experts": None,
+    "experts": "expert",
+    "routes": None,  # of a router, to experts that lie anywhere
     "gain": None,  # of a norm
 }
 # Decoding reads every weight in each of its steps: too often to gather them from other devices.
 DECODE_RULES: Rules = {**RULES, "width": None, "rank": None}
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Returns a mesh of all devices, those of a process side by side; one axis may be -1 and takes what the others
-    leave."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    count = jax.device_count()
+def make_mesh(
+    devices: Sequence[Any] = (),
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+) -> Mesh:
+    """Returns a mesh of the devices (none: all), those of a process side by side; one axis may be -1 and takes what the
+    others leave."""
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    found = sorted(devices or jax.devices(), key=lambda one: one.process_index)
+    count = len(found)
     rest = [name for name, size in sizes.items() if size == -1]
     wrong = [name for name, size in sizes.items() if size != -1 and size < 1]
     if wrong or len(rest) > 1:
@@ -61,20 +68,20 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         sizes[rest[0]] = count // known
     if int(np.prod(list(sizes.values()))) != count:
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}: their product must be the number of devices,"
-            f" {count}; set one axis to -1 to let it take the rest"
+            f"{', '.join(f'mesh.{name}={size}' for name, size in sizes.items())}: their product must be the number of"
+            f" devices, {count}; set one axis to -1 to let it take the rest"
         )
-    devices = sorted(jax.devices(), key=lambda one: one.process_index)
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+    return Mesh(np.asarray(found).reshape(tuple(sizes.values())), AXES)
 
 
 def decode_mesh(mesh: Mesh) -> Mesh:
-    """Returns the mesh on which the sampler's weights are made: the same devices, no group of `tensor` in two
-    processes."""
+    """Returns the mesh on which the sampler's weights are made: the same devices, no group of `tensor` or `expert` in
+    two processes."""
     if jax.process_count() == 1:
         return mesh
     tensor = math.gcd(mesh.shape["tensor"], jax.local_device_count())
-    return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES)
+    expert = math.gcd(mesh.shape["expert"], jax.local_device_count() // tensor)
+    return Mesh(mesh.devices.reshape(-1, 1, expert, tensor), AXES)
 
 
 def local_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -249,11 +256,17 @@ def put_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 def row_multiple(mesh: Mesh | None) -> int:
     """Returns the number of devices that rows are divided over (those of a micro-batch, and the sampler's)."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+    return math.prod(mesh.shape[axis] for axis in ROWS) if mesh is not None else 1
+
+
+def expert_shards(mesh: Mesh | None, experts: int) -> int:
+    """Returns how many devices so many experts are divided over."""
+    shards = mesh.shape["expert"] if mesh is not None else 1
+    return 1 if experts % shards else shards
 
 
 def decode_shardings(mesh: Mesh, logical: LogicalAxes, params: Params) -> Params:
-    """Returns where decoding has its weights: whole on every device but for the axis `tensor`."""
+    """Returns where decoding has its weights: whole on every device but for the axes `tensor` and `expert`."""
     return shardings(mesh, logical, params, DECODE_RULES)
 
 
@@ -270,7 +283,7 @@ def row_sharding(mesh: Mesh, *others: str | None) -> NamedSharding:
 
 
 def keep_rows(mesh: Mesh | None, array: jax.Array) -> jax.Array:
-    """Keeps a first axis of rows over data and fsdp inside a compiled function.
+    """Keeps a first axis of rows over the axes ROWS inside a compiled function.
 
     Without it the compiler may rather divide the products of weights that lie over fsdp, and has every device compute,
     and keep, all rows.
@@ -282,8 +295,8 @@ def keep_rows(mesh: Mesh | None, array: jax.Array) -> jax.Array:
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
-    """Returns where a leaf of the cache lies, which has a token's `shape` of these logical axes: rows over data and
-    fsdp, heads over tensor if it divides them.
+    """Returns where a leaf of the cache lies, which has a token's `shape` of these logical axes: rows over ROWS, heads
+    over tensor if it divides them.
 
     The positions lie before the last axis of the shape.
     """
@@ -303,19 +316,37 @@ def over_rows(
     """Returns the function as each device runs it on its own rows; the axis `tensor` stays the compiler's.
 
     `inputs` and `outputs` say of each argument and result whether its first axis is one of rows; the others are the
-    same everywhere.
+    same everywhere, but where a PartitionSpec says how they are divided (see `expert_specs`).
     """
     if row_multiple(mesh) == 1:
         return function
     specs = {True: PartitionSpec(ROWS), False: PartitionSpec()}
+
+    def spec(of: Any) -> PartitionSpec:
+        return of if isinstance(of, PartitionSpec) else specs[of]
+
+    def is_spec(of: Any) -> bool:
+        return isinstance(of, PartitionSpec)
+
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=jax.tree.map(specs.__getitem__, inputs),
-        out_specs=jax.tree.map(specs.__getitem__, outputs),
+        in_specs=jax.tree.map(spec, inputs, is_leaf=is_spec),
+        out_specs=jax.tree.map(spec, outputs, is_leaf=is_spec),
         axis_names=set(ROWS),
         check_vma=False,
     )
+
+
+def expert_specs(mesh: Mesh | None, tree: Params, names: Sequence[str], experts: int) -> Params:
+    """Returns how the leaves below `names`, with a first axis of experts, and all others are given to `over_rows`."""
+    divided = PartitionSpec("expert") if expert_shards(mesh, experts) > 1 else PartitionSpec()
+
+    def spec(path: tuple, _: Any) -> PartitionSpec:
+        own = any(getattr(key, "key", None) in names for key in path)
+        return divided if own else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def over_heads(

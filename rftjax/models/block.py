@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rftjax.models.attention import plain
 from rftjax.models.config import Config, Stack
@@ -17,17 +18,22 @@ from rftjax.models.rotary import Turn
 
 
 class Block(nn.Module):
-    """One layer of a stack; `cached`: over a cache, of whose leaves there are no keys where attention is latent."""
+    """One layer of a stack; `cached`: over a cache, of whose leaves there are no keys where attention is latent.
+
+    `mesh` and `shards` are those of `Experts`.
+    """
 
     config: Config
     stack: Stack
     cached: bool = False
+    mesh: Mesh | None = None
+    shards: int = 1
 
     def setup(self) -> None:
         c = self.config
         latent = c.latent.rank > 0
         self.attention = LatentAttention(c, self.cached) if latent else Attention(c)
-        self.mlp = Experts(c) if self.stack.sparse else Mlp(c)
+        self.mlp = Experts(c, self.mesh, self.shards) if self.stack.sparse else Mlp(c)
         if self.stack.sparse and c.routing.shared:
             self.shared = Mlp(c, c.routing.shared)
         if c.norms in ("before", "both"):

@@ -120,7 +120,7 @@ def walk(
     layout = Layout(groups_RX, segments_RX, positions_RX)
 
     def run(stack: Stack, x_RXD: jax.Array) -> tuple[jax.Array, Any]:
-        block: Any = Block(config, stack)
+        block: Any = Block(config, stack, mesh=mesh)
 
         def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             tree, window, turn = inputs

@@ -13,10 +13,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from rftjax.devices import sharding
+from rftjax.models import exchange
 from rftjax.models.config import Config, Routing
 from rftjax.models.layers import gated
 from rftjax.models.linear import transposed
+from rftjax.types import Params
 
 BLOCK = 128  # rows of a block at most
 LEAST = 8  # and at least
@@ -199,7 +203,7 @@ class Grouped(nn.Module):
 
     @nn.compact
     def __call__(self, x_JD: jax.Array, expert_J: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        shape = (self.config.routing.experts, x_JD.shape[1], self.features)
+        shape = (sizes_E.shape[0], x_JD.shape[1], self.features)
         init = nn.initializers.normal(self.config.init_std)
         y: Any = grouped(x_JD, self.param("kernel", init, shape, jnp.float32), sizes_E)
         if self.has_variable("lora", "a"):
@@ -235,9 +239,15 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """A gated feed-forward layer in which each token passes the experts that the router chooses."""
+    """A gated feed-forward layer in which each token passes the experts that the router chooses.
+
+    On a `mesh` each device routes its own tokens. Where experts are divided over `shards` devices, each of which runs
+    this with its own tokens, their rows go to the device of their expert and back.
+    """
 
     config: Config
+    mesh: Mesh | None = None
+    shards: int = 1
 
     def setup(self) -> None:
         c = self.config
@@ -247,6 +257,8 @@ class Experts(nn.Module):
         self.experts_down = Grouped(c.width, c)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if sharding.row_multiple(self.mesh) > 1:
+            return self._on_each_device(x)
         routing = self.config.routing
         x_TD = x.reshape(-1, x.shape[-1])
         chosen_TU, weights_TU, entropies_T = route(routing, *self.router(x_TD))
@@ -259,12 +271,48 @@ class Experts(nn.Module):
         ends = jnp.searchsorted(sorted_J, jnp.arange(routing.experts + 1))
         sizes_E = jnp.diff(ends).astype(jnp.int32)
         rows = spread(x_TD, order_J, place_J, routing.chosen)
-        each = sorted_J, sizes_E
-        inner = gated(self.config, self.experts_gate(rows, *each), self.experts_up(rows, *each))
-        y = unsorted(self.experts_down(inner, *each), order_J, place_J)
+        if self.shards == 1:
+            y = self._products(rows, sorted_J, sizes_E)
+        else:
+            y = self._elsewhere(rows, sizes_E, x_TD.shape[0])
+        y = unsorted(y, order_J, place_J)
         y_TUD = y.reshape(*chosen_TU.shape, -1)
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
         return mixed.astype(x.dtype).reshape(x.shape)
+
+    def _products(self, rows: jax.Array, expert_J: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        each = expert_J, sizes_E
+        inner = gated(self.config, self.experts_gate(rows, *each), self.experts_up(rows, *each))
+        return self.experts_down(inner, *each)
+
+    def _elsewhere(self, rows: jax.Array, sizes_E: jax.Array, tokens: int) -> jax.Array:
+        """Returns the products of rows sorted by expert, computed on the devices of the experts."""
+        here = sizes_E.shape[0] // self.shards
+        # No token chooses an expert twice.
+        room = self.shards * tokens * min(self.config.routing.chosen, here)
+        to, sizes = exchange.moves(sizes_E, self.shards)
+        order, place, expert = exchange.by_expert(sizes, room)
+        came = unsorted(exchange.move(rows, to, room), place, order)
+        y = self._products(came, expert, jnp.sum(sizes, axis=0))
+        return exchange.move(unsorted(y, order, place), to.back, rows.shape[0])
+
+    def _on_each_device(self, x: jax.Array) -> jax.Array:
+        """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
+        count = self.config.routing.experts
+        shards = sharding.expert_shards(self.mesh, count)
+        experts = Experts(self.config, shards=shards, parent=None)
+        tree = {name: self.variables[name] for name in ("params", "lora") if name in self.variables}
+
+        def run(tree: Params, x: jax.Array) -> tuple:
+            y, told = experts.apply(tree, x, mutable=[COLLECTION])
+            return y, told[COLLECTION]["chosen"][0], told[COLLECTION]["entropies"][0]
+
+        specs = sharding.expert_specs(self.mesh, tree, GATES, count)
+        each = sharding.over_rows(self.mesh, run, (specs, True), (True, True, True))
+        y, chosen, entropies = each(tree, x)
+        self.sow(COLLECTION, "chosen", chosen)
+        self.sow(COLLECTION, "entropies", entropies)
+        return y
 
 
 def balance(

@@ -34,9 +34,9 @@ DECODER_AXES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 EXPERT_AXES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("router", "weight"): ("width", "experts"),
-    ("router", "correction"): ("experts",),
-    ("router", "router_bias"): ("experts",),
+    ("router", "weight"): ("width", "routes"),
+    ("router", "correction"): ("routes",),
+    ("router", "router_bias"): ("routes",),
     ("experts_gate", "kernel"): ("experts", "width", "ffn"),
     ("experts_up", "kernel"): ("experts", "width", "ffn"),
     ("experts_down", "kernel"): ("experts", "ffn", "width"),

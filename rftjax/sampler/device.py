@@ -23,6 +23,7 @@ from rftjax.models.cached import over
 from rftjax.models.config import Config
 from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
+from rftjax.models.experts import GATES
 from rftjax.models.layers import Norm
 from rftjax.models.rotary import Turn, rotations
 from rftjax.types import Params
@@ -212,6 +213,7 @@ def _layers(
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     rows_B: jax.Array | None,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, Cache]:
     """Runs every layer on new tokens, written into the cache first; a position of S or more is not written.
 
@@ -232,7 +234,8 @@ def _layers(
 
     written: Cache = []
     for stack in config.stacks:
-        block: Any = Block(config, stack, cached=True)
+        shards = sharding.expert_shards(mesh, config.routing.experts) if stack.sparse else 1
+        block: Any = Block(config, stack, cached=True, shards=shards)
 
         @jax.jit  # traced once for all layers
         def layer(
@@ -251,6 +254,11 @@ def _layers(
             x_BTD, leaves = layer(tree, x_BTD, cache[index], window, turn)
             written.append(leaves)
     return x_BTD, written
+
+
+def _specs(config: Config, params: Params, mesh: Mesh | None) -> Any:
+    """Returns how the weights are given to `over_rows`: whole, but for experts that are divided."""
+    return sharding.expert_specs(mesh, params, GATES, config.routing.experts)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="cache")
@@ -274,9 +282,10 @@ def prefill(
         steps_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
         far = cache_length(cache)
         positions_BT = jnp.where(steps_BT < count_B[:, None], start_B[:, None] + steps_BT, far)
-        return _layers(config, params, cache, tokens_BT, positions_BT, rows_B)[1]
+        return _layers(config, params, cache, tokens_BT, positions_BT, rows_B, mesh)[1]
 
-    run = sharding.over_rows(mesh, run, (False, True, True, True, True, True), True)
+    specs = _specs(config, params, mesh)
+    run = sharding.over_rows(mesh, run, (specs, True, True, True, True, True), True)
     return _pin_cache(config, run(params, cache, rows_B, tokens_BT, start_B, count_B), mesh)
 
 
@@ -324,7 +333,7 @@ def decode(
     run = sharding.over_rows(
         mesh,
         run,
-        (False, True, True, True, False, False, False),
+        (_specs(config, params, mesh), True, True, True, False, False, False),
         (True, True, True, True, False),
     )
     cache, rows, tokens_BT, logprobs_BT, taken = run(
@@ -370,7 +379,9 @@ def _decode(
         cache, rows, tokens_BT, logprobs_BT, step, _ = carry
         active_B = rows.budget_B > 0
         positions_B1 = jnp.where(active_B, rows.position_B, far)[:, None]
-        x_B1D, cache = _layers(config, params, cache, rows.token_B[:, None], positions_B1, None)
+        x_B1D, cache = _layers(
+            config, params, cache, rows.token_B[:, None], positions_B1, None, mesh
+        )
         x_BD = final_norm.apply({"params": params["final_norm"]}, x_B1D[:, 0])
         uniform_B = uniforms(seed, rows.noise_B3, rows.position_B + 1)
         logits_BV = logits(config, params, x_BD)
