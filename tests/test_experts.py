@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
-from rftjax.models import experts
+from rftjax.models import experts, triton
 from rftjax.models.config import Config, Rope, Routing
 
 SIZES = {
@@ -64,21 +66,42 @@ def test_blocks_of_one_expert_and_the_ragged_products_of_accelerators_are_equal(
     np.testing.assert_allclose(blocks, experts._ragged_gradient(x, dy, sizes), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(
-    ("platform", "ragged", "loops"), [("tpu", 3, 0), ("cuda", 3, 0), ("cpu", 0, 1)]
-)
-def test_accelerators_are_given_ragged_products_and_cpus_loops_over_blocks(
-    platform: str, ragged: int, loops: int
+    ("platform", "ragged", "kernels", "loops"), [("tpu", 3, 0, 0), ("cuda", 0, 3, 0), ("cpu", 0, 0, 1)]
+)  # fmt: skip
+def test_tpus_are_given_ragged_products_gpus_kernels_and_cpus_loops_over_blocks(
+    platform: str, ragged: int, kernels: int, loops: int
 ):
     shapes = ((64, 6), jnp.bfloat16), ((4, 6, 5), jnp.float32), ((4,), jnp.int32)
 
     def loss(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
         return jnp.sum(experts.grouped(x, kernel, sizes).astype(jnp.float32) ** 2)
 
-    traced = jax.jit(jax.grad(loss, (0, 1))).trace(*(jax.ShapeDtypeStruct(*one) for one in shapes))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
+    described = device if platform == "cuda" else None
+    auto = (AxisType.Auto,)
+    mesh = AbstractMesh((1,), ("tensor",), axis_types=auto, abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        given = (jax.ShapeDtypeStruct(*one) for one in shapes)
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(*given)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count('"chlo.ragged_dot"') == ragged
-    assert (text.count("stablehlo.while") >= loops) and (loops or "while" not in text)
+    assert len(re.findall(r"stablehlo.custom_call @\S*triton", text)) == kernels
+    assert (text.count("stablehlo.while") >= loops) and (loops or kernels or "while" not in text)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "inputs", "outputs"),
+    [((5, 0, 130, 70, 0), 64, 96), ((3, 61, 0, 0, 64), 8, 33)],
+)
+def test_the_kernels_of_gpus_compute_what_blocks_of_one_expert_do(sizes, inputs, outputs):
+    sizes, rows = jnp.asarray(sizes, jnp.int32), sum(sizes)
+    x, kernel, dy = floats(rows, inputs), floats(5, inputs, outputs), floats(rows, outputs)
+    found = triton.product(x, kernel, sizes, interpret=True)
+    np.testing.assert_allclose(found, experts._product_by_blocks(x, kernel, sizes), atol=1e-4)
+    found = triton.gradient(x, dy, sizes, interpret=True)
+    np.testing.assert_allclose(found, experts._gradient_by_blocks(x, dy, sizes), atol=1e-4)
 
 
 def test_the_gradient_of_experts_in_bfloat16_is_float32():

@@ -1,13 +1,14 @@
 """Layers of experts: routing, products grouped by expert without a dropped token, and how evenly tokens are shared.
 
-Pairs of a token and one of its experts are sorted by expert, so that each expert's rows lie together. On accelerators
-their product is JAX's ragged one; on CPU, where XLA would compute it as a dense product over all experts, it is a loop
-over blocks of rows of one expert. Every shape is static.
+Pairs of a token and one of its experts are sorted by expert, so that each expert's rows lie together. On TPUs their
+product is JAX's ragged one, on NVIDIA GPUs that of `triton`; on CPU, where XLA would compute it as a dense product over
+all experts, it is a loop over blocks of rows of one expert. Every shape is static.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
-from rftjax.models import exchange
+from rftjax.models import exchange, triton
 from rftjax.models.config import Config, Routing
 from rftjax.models.layers import gated
 from rftjax.models.linear import transposed
@@ -84,7 +85,12 @@ def _grouped_backward(saved: tuple, dy_JF: jax.Array) -> tuple:
     dy_JF = dy_JF.astype(x_JD.dtype)
     dx_JD = _product(dy_JF, kernel_EDF.astype(x_JD.dtype).swapaxes(1, 2), sizes_E)
     dkernel_EDF = jax.lax.platform_dependent(
-        x_JD, dy_JF, sizes_E, cpu=_gradient_by_blocks, default=_ragged_gradient
+        x_JD,
+        dy_JF,
+        sizes_E,
+        cpu=_gradient_by_blocks,
+        default=_ragged_gradient,
+        **_on_gpus(triton.gradient),
     )
     return dx_JD, dkernel_EDF.astype(kernel_EDF.dtype), None
 
@@ -94,8 +100,20 @@ grouped.defvjp(_grouped_forward, _grouped_backward)
 
 def _product(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
-        x_JD, kernel_EDF, sizes_E, cpu=_product_by_blocks, default=jax.lax.ragged_dot
+        x_JD,
+        kernel_EDF,
+        sizes_E,
+        cpu=_product_by_blocks,
+        default=jax.lax.ragged_dot,
+        **_on_gpus(triton.product),
     )
+
+
+def _on_gpus(kernel: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]]:
+    """Returns the kernel under its platform where a device runs on its own rows and whole matrices: the compiler, which
+    shares out the axis `tensor`, cannot share out a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {"cuda": kernel} if dict(mesh.shape).get("tensor") == 1 else {}
 
 
 def _ragged_gradient(x_JD: jax.Array, dy_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
