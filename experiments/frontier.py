@@ -11,8 +11,11 @@ from rftjax.config import base_config
 HERE = Path(__file__).absolute().parent
 
 
-def spec(family: str, arg: str) -> ConfigDict:
-    """Returns the spec of a folder of shapes/; `arg` is empty (LoRA), "full", "debug" or "full,debug"."""
+def spec(family: str, arg: str, tensor: int) -> ConfigDict:
+    """Returns the spec of a folder of shapes/; `arg` is empty (LoRA), "full", "debug" or "full,debug".
+
+    `tensor` devices share the sampler's weights.
+    """
     chosen = set(arg.split(",")) - {""}
     if chosen - {"full", "debug"}:
         raise ValueError(f"argument {arg!r}: must be empty or debug, full, or full,debug")
@@ -26,7 +29,7 @@ def spec(family: str, arg: str) -> ConfigDict:
     config.batch.prompts, config.batch.group_size = 64, 8
     config.sampler.slots, config.sampler.max_new_tokens = 256, 1024
     config.rollout.max_length, config.batch.pack_tokens = 2048, 2048
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, 32
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, tensor
     if "full" in chosen:
         config.optim.lr = 1e-6
     else:

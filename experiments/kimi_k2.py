@@ -1,6 +1,6 @@
 """Kimi K2 (1 trillion parameters): LoRA, or `:full` for all parameters; `:debug` runs here from random weights.
 
-    rftjax --config=kimi_k2 --mode=plan --device=v5p [--compile] [--config.mesh.tensor=64]
+    rftjax --config=kimi_k2 --mode=plan --device=H200 [--compile]
 
 needs no weights: shapes/kimi_k2 holds the published config.json. A run takes
 `--config.model.path=moonshotai/Kimi-K2-Instruct`; docs/planning.md says what it needs.
@@ -12,4 +12,4 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the spec; `arg` is empty, "full", "debug" or "full,debug"."""
-    return spec("kimi_k2", arg)
+    return spec("kimi_k2", arg, tensor=32)

@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,30 @@ def test_a_plan_that_cannot_be_is_refused(config, change, message):
         plan.report(config, name, devices, change.get("price", 0.0))
 
 
+def test_the_arithmetic_is_within_a_tenth_of_what_xla_counts(tmp_path):
+    """Dense, MoE and latent models, update and decode, TPU and GPU: compiled by scripts/bench/compile_for.py."""
+    made = json.loads((ROOT / "tests" / "data" / "compiled.json").read_text())
+    for name, fields in made["models"].items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(fields))
+    far = []
+    for case in made["cases"]:
+        config = configs.base_config()
+        config.model.path, config.model.dtype = str(tmp_path / case["model"]), "bfloat16"
+        config.model.remat, config.lora.rank = case["remat"], case["lora"]
+        config.rollout.max_length = config.batch.pack_tokens = case["length"]
+        config.sampler.max_new_tokens = case["length"] // 2
+        config.sampler.slots = case["slots"]
+        for axis, size in case["mesh"].items():
+            config.mesh[axis] = size
+        found = planned(config, math.prod(case["mesh"].values()), case["device"])
+        ratio = found.programs[case["program"]] / case["bytes"]
+        far += (
+            [] if 0.9 < ratio < 1.1 else [(case["model"], case["device"], case["program"], ratio)]
+        )
+    assert not far and len(made["cases"]) >= 16
+
+
 def test_the_mode_needs_no_workdir_no_rows_and_no_weights(config, capsys):
     modes.run("plan", config, {}, None, device="H100", devices=2, price=1.5)
     out = capsys.readouterr().out
@@ -178,7 +203,7 @@ def test_the_mode_needs_no_workdir_no_rows_and_no_weights(config, capsys):
 )
 def test_frontier_models_are_planned_from_their_published_configs(name, billions, used):
     config = load_spec(f"{ROOT}/experiments/{name}.py")
-    lines = plan.report(config, "v5p", 0, 0.0)
+    lines = plan.report(config, "H200", 0, 0.0)
     assert f"{billions} billion parameters, {used} billion used by a token" in lines[0]
     assert any(line.startswith("peak") and line.endswith("fits") for line in lines)
     debug = load_spec(f"{ROOT}/experiments/{name}.py:full,debug")

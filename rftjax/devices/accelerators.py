@@ -20,6 +20,11 @@ class Accelerator(NamedTuple):
     link: float
     source: str
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether XLA's compiler for GPUs writes its programs, which keeps other arrays than that for TPUs."""
+        return self.source.startswith(_NVIDIA)
+
 
 _NVIDIA = "NVIDIA's data sheet of"
 _GOOGLE = "Google Cloud's page of"

@@ -21,6 +21,12 @@ REACHED = {
     "reading": 0.6,
     "links": 0.7,
 }  # shares of the table's numbers, as large jobs report them
+GRADIENT = "gradient, and that of a micro-batch"
+# Counted in XLA's programs, `scripts/bench/README.md`: forms of the logits that exist at once, and the share of the
+# activations that TPUs keep which GPUs keep too.
+TPU_LOGITS, GPU_LOGITS = 5.0, 2.33
+GPU_KEPT = 0.75
+TPU_LANES = 128
 
 
 class Job:
@@ -48,17 +54,61 @@ class Job:
         """Multiplications of one token in all layers, of its own experts alone."""
         return active_entries(self.model) - self.model.vocab * self.model.width
 
-    def activations(self) -> float:
-        """Bytes that the backward pass needs of one micro-batch's rows on a device: kept layers, and those at work."""
-        c = self.model
-        layers = [self._layer(stack) for stack in c.stacks for _ in range(stack.count)]
-        again = self.config.model.remat
-        if again == remat.PRODUCTS:
-            kept = row_length.token_bytes(c, again) / row_length.token_bytes(c, remat.ALL)
-            return sum(layers) * kept + 2 * max(layers)
+    def updating(self, trained: float, *, gpu: bool) -> dict[str, float]:
+        """Bytes of an update by purpose beside the state, of which `trained` are those of the trained parameters."""
+        if not gpu:
+            at_work = max(map(self._layer, self.model.stacks))
+            layers = at_work * (1 if self.config.model.remat == remat.LAYER else 2)
+            return {
+                GRADIENT: 2 * trained,
+                f"activations of {self.row_tokens} tokens": self.kept() + layers,
+                "logits of the update": self.head_bytes(TPU_LOGITS),
+            }
+        # XLA for GPUs lets the arrays of the head go before the backward pass makes those of layers.
+        kept = self.kept() * (1.0 if self.config.model.remat == remat.LAYER else GPU_KEPT)
+        work = max(self._layer(stack) + self._gathered(stack) for stack in self.model.stacks)
+        return {
+            GRADIENT: 2 * trained,
+            f"activations of {self.row_tokens} tokens": kept,
+            "logits, or a layer and its gathered weights": max(
+                self.head_bytes(GPU_LOGITS) - trained, work
+            ),
+            "experts, as they are gathered": self._experts_again(),
+        }
+
+    def filled_experts(self) -> float:
+        """Bytes of the copies that XLA for TPUs makes of gates and ups whose part of the inner width is no multiple of
+        its tile's."""
+        c, tensor = self.model, self.mesh.shape["tensor"]
+        own = c.routing.ffn / tensor if c.routing.ffn % tensor == 0 else c.routing.ffn
+        if not c.routing.experts or own % TPU_LANES == 0:
+            return 0.0
+        sparse = sum(stack.count for stack in c.stacks if stack.sparse)
+        filled = -(-own // TPU_LANES) * TPU_LANES
+        return 2.0 * sparse * c.routing.experts * c.width * filled * self.item
+
+    def kept(self) -> float:
+        """Bytes that one micro-batch's rows keep for the backward pass on a device."""
+        c, again = self.model, self.config.model.remat
         if again == remat.LAYER:
-            return float(self.row_tokens * self.item * c.width * c.layers) + max(layers)
-        return sum(layers) + 2 * max(layers)
+            return float(self.row_tokens * self.item * c.width * c.layers)
+        layers = sum(self._layer(stack) * stack.count for stack in c.stacks)
+        if again == remat.PRODUCTS:
+            return layers * row_length.token_bytes(c, again) / row_length.token_bytes(c, remat.ALL)
+        return layers
+
+    def _gathered(self, stack: Stack) -> float:
+        """Bytes of one layer's weights, of which those of the next layer are gathered too, and of their gradient."""
+        if self.mesh.shape["fsdp"] == 1:
+            return 0.0
+        leaves = jax.tree.leaves(hf.abstract_params(self.model)[stack.name])
+        one = sum(math.prod(leaf.shape[1:]) for leaf in leaves) / self.mesh.shape["tensor"]
+        return one * (2 * self.item + (0 if self.config.lora.rank else 4))
+
+    def _experts_again(self) -> float:
+        """Bytes of a device's part of the experts, which XLA for GPUs turns over before it gathers from it."""
+        fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
+        return _matrices(self.model)[1] * self.item / fsdp / tensor if fsdp > 1 else 0.0
 
     def _layer(self, stack: Stack) -> float:
         """Bytes of one layer's activations: what XLA keeps of attention, norms (in float32) and the feed-forward part,
@@ -68,15 +118,15 @@ class Job:
         shared = 2 * (2 * c.heads + 2 * c.kv_heads) * c.channels + 8 * ffn
         return self.row_tokens * self.item * (16 * c.width + shared / tensor)
 
-    def head_bytes(self) -> float:
-        """Bytes of the float32 logits that exist at once in five forms, and of the head, gathered, and its gradient."""
+    def head_bytes(self, logits: float) -> float:
+        """Bytes of the float32 logits that exist at once in so many forms, the head, gathered, and its gradient."""
         scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
         chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
         one = 4.0 * (scored if chunked else self.row_tokens) * self.model.vocab
         forms = self.item if self.config.lora.rank else 2 * self.item + 4
         head = self.model.vocab * self.model.width * forms
-        return (5 * one + head) / self.mesh.shape["tensor"]
+        return (logits * one + head) / self.mesh.shape["tensor"]
 
     def seconds(
         self, chip: Accelerator, weights: float, cache: float, *, full: bool

@@ -188,14 +188,12 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
         f"cache of {job.rows // job.shards} rows of {job.length} tokens": cache,
         "logits of a decode step": 2.0 * 4 * job.slots / job.shards * model.config.vocab,
     }
-    if model.config.tied:
+    if model.config.tied and not chip.is_gpu:
         table = job.item * model.config.vocab * model.config.width / mesh.shape["tensor"]
         sampling["embedding in the head's layout"] = table
-    updating = {
-        "gradient, and that of a micro-batch": 2 * _bytes(state.trainable),
-        f"activations of {job.row_tokens} tokens": job.activations(),
-        "logits of the update": job.head_bytes(),
-    }
+    if filled := 0.0 if chip.is_gpu else job.filled_experts():
+        sampling["experts, filled up to whole tiles"] = filled
+    updating = job.updating(_bytes(state.trainable), gpu=chip.is_gpu)
     seconds = job.seconds(chip, sampler, cache, full=not config.lora.rank)
     return Plan(dict(mesh.shape), held, sampling, updating, seconds, job.sampled)
 
