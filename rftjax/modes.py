@@ -47,8 +47,7 @@ def run(
 ) -> None:
     """Runs a mode; raises what `train.train` raises and ValueError for bad input. `step` is what eval evaluates,
     serve serves and chat talks to; `device`, `devices` and `price` are what plan plans for, `compiles` has it ask the
-    compiler; `rollouts` is what score
-    scores, by default the workdir's own.
+    compiler; `rollouts` is what score scores, by default the workdir's own.
 
     Only a run writes a config and takes a lock: the others may run beside it. Plan, serve and chat need no workdir.
     """

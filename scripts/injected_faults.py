@@ -1,6 +1,6 @@
 """User code with faults: each function fails in its own way in one call of twenty, and is right in the others.
 
-`evaluator_faults` chooses by draw and sample, `environment_faults` by what the model said, so that
+Evaluators choose the call by draw and sample, environments by what the model said, so that
 `scripts/fault_table.py` knows from the recorded rollouts which calls were struck.
 """
 

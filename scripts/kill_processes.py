@@ -134,7 +134,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--config", default="experiments/rft.py")
+    parser.add_argument("--config", default="experiments/quickstart.py:debug")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--longest_s", type=float, default=60.0, help="latest moment of a kill")
     parser.add_argument("--seed", type=int, default=0)

@@ -346,6 +346,11 @@ def test_a_plain_prompt_goes_on_with_what_the_environment_opens_with():
 def test_a_template_that_drops_tools_is_told_from_one_that_shows_them():
     assert chat.drops_tools(make(), [USER], [schema("add")])
     assert not chat.drops_tools(make(LISTS_TOOLS + CHATML), [USER], [schema("add")])
+    taught = {"role": "system", "content": "Call `add`(a, b) to add."}
+    assert not chat.drops_tools(make(), [taught, USER], [schema("add")])
+    # A longer word is not the tool's name.
+    other = {"role": "system", "content": "Answer with an address."}
+    assert chat.drops_tools(make(), [other, USER], [schema("add")])
 
 
 def test_a_call_is_rendered_as_the_model_would_write_it():

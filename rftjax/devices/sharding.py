@@ -246,7 +246,7 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Returns the batch on the mesh: packed rows over data and fsdp, the small arrays of the loss everywhere."""
+    """Returns the batch on the mesh: packed rows over data, fsdp and expert, what the loss needs everywhere."""
     rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
     everywhere = NamedSharding(mesh, PartitionSpec())
     pack = jax.tree.map(lambda leaf: put(leaf, rows), batch.pack)

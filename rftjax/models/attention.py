@@ -36,7 +36,7 @@ def attend(
     """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `splash` on TPUs only.
 
     `blocked` is `tiled` for long rows on one CPU device. `window` limits how many positions back a token sees, itself
-    included. On a mesh, B lies over data and fsdp and is a multiple of their devices.
+    included. On a mesh, B lies over data, fsdp and expert and is a multiple of their devices.
     """
     form = "tiled" if form == "blocked" and _suits_tiles(q_BTHC.shape[1], mesh) else form
     if form in ("tiled", "splash"):
