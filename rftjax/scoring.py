@@ -154,6 +154,11 @@ class Scorer:
                 self._details.setdefault(str(error), error.details)
         return [trajectory.score for trajectory in trajectories if trajectory.score is not None]
 
+    def forget(self, trajectories: list[Trajectory]) -> None:
+        """Drops what was submitted of trajectories that are scored as copies, or in another process."""
+        for trajectory in trajectories:
+            self._pending.pop(id(trajectory), None)
+
     def _result(self, call: _Call, trajectory: Trajectory) -> Score:
         """Waits for a sample's score; of a separable group whose call failed, each sample is tried alone."""
         assert call.future is not None

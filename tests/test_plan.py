@@ -146,10 +146,38 @@ def test_what_does_not_fit_is_told_with_fields_that_help_when_followed(config, s
         part, name = field.split(".")
         kind = type(config[part][name])
         config[part][name] = value == "True" if kind is bool else kind(value)
-    config.mesh.data, config.mesh.fsdp = -1, max(config.mesh.fsdp, 1)
     found = planned(config, int(devices.split()[0]) if devices else 1, "v5e")
     assert f"{found.peak / 2**30:.2f} GiB, enough" == peak
     assert found.peak <= 16 * 2**30 * plan.USABLE
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"data": -1, "expert": 4}, {"data": 1, "expert": -1}, {"data": 2, "expert": 2}]
+)
+def test_what_helps_keeps_the_experts_of_the_mesh(config, tmp_path, mesh):
+    moe = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 64,
+        "num_experts": 32,
+    }
+    moe |= {"num_experts_per_tok": 4, "moe_intermediate_size": 1024, "norm_topk_prob": True}
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | moe))
+    config.mesh.fsdp, config.rollout.max_length, config.sampler.slots = 1, 4096, 4096
+    config.mesh.update(mesh)
+    lines = plan.report(config, "v5e", 4, 0.0)
+    assert any(line.endswith("DOES NOT FIT") for line in lines)
+    helps = [line.removeprefix("helps       ") for line in lines if line.startswith("helps")]
+    assert any(line.startswith("mesh.tensor=8 on ") for line in helps)
+    found = {line.partition("=")[0] for line in helps}
+    assert ("mesh.fsdp" in found) == (mesh["data"] == 2)
+
+
+def test_devices_without_an_arrangement_cost_only_the_compiler_s_lines(config, monkeypatch):
+    monkeypatch.setattr(plan.targets, "missing", lambda kind: "")
+    lines = plan.report(config, "v5e", 24, 0.0, compiles=True)
+    assert any(line.startswith("peak") for line in lines)
+    assert lines[-1].startswith("compiler    not asked: --devices=24: TPUs of kind v5e stand in")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -34,19 +35,46 @@ from pathlib import Path
 import jax
 from rftjax import config as configs, modes
 from rftjax.devices import processes
+from rftjax.errors import NotFinite
 from rftjax.run.interruption import Interrupted
+from rftjax.run.shares import scored_by_all
+from rftjax.run.training import device_bytes
+from rftjax.scoring import Scorer
+from rftjax.types import Task, Trajectory
+
+def fail_in_one():
+    faults = [(None, ValueError("no more room")), (OSError("no file"), NotFinite("logits"))]
+    for fault in (pair[processes.index()] for pair in faults):
+        try:
+            with processes.together():
+                if fault:
+                    raise fault
+        except (ValueError, OSError) as error:
+            print(type(error).__name__, isinstance(error, NotFinite), error)
+
+def measure_memory():
+    whole, pages = os.sysconf, 2**20 * (3 - processes.index())
+    os.sysconf = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": pages}.__getitem__
+    print("memory", device_bytes() / 2**30)
+    os.sysconf = whole
+
+def score_all_at_once():
+    with Scorer("") as scorer:
+        scorer.scope = "all"
+        own = [Trajectory(Task("row", []), processes.index() + 2 * at, 0, turn_rewards=[float(at)]) for at in range(2)]
+        for one in own:
+            scorer.submit(one)
+        found = scored_by_all(scorer, own)
+        print("scored", [(one.draw, one.score.reward) for one in found], len(scorer._pending))
 
 if __name__ == "__main__":
     address, workdir = sys.argv[1:]
     processes.HEARTBEAT_S = 240  # on a busy machine; a death shows in the connection before
     processes.start(address, 2, int(os.environ["PROCESS"]))
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    try:
-        with processes.together():
-            if processes.index() == 1:
-                raise ValueError("no more room")
-    except ValueError as error:
-        print(type(error).__name__, error)
+    fail_in_one()
+    measure_memory()
+    score_all_at_once()
     config = configs.from_json((Path(workdir) / "given.json").read_text())
     for _ in range(2):
         try:
@@ -163,10 +191,36 @@ def test_two_processes_train_save_resume_and_export_as_one_does(one, two):
 def test_a_signal_to_one_process_and_a_fault_in_one_end_all(two):
     for process, (said, errors, _) in enumerate(two[1]):
         lines = said.splitlines()
-        own = "ValueError no more room"
-        other = "OtherProcess process 1 of 2 failed: ValueError: no more room"
+        own = "ValueError False no more room"
+        other = "OtherProcess False process 1 of 2 failed: ValueError: no more room"
         assert (own if process else other) in lines, errors
         assert "interrupted at 1/2" in lines, errors
+
+
+def test_a_number_that_is_not_finite_in_one_process_is_that_in_all(two):
+    """Also where another process has a fault of its own: all or none of them save."""
+    for process, (said, errors, _) in enumerate(two[1]):
+        own = "NotFinite True logits"
+        other = "OtherNotFinite True process 1 of 2 failed: NotFinite: logits"
+        assert (own if process else other) in said.splitlines(), errors
+
+
+def test_processes_agree_on_the_least_memory_of_their_devices(two):
+    for said, errors, _ in two[1]:
+        assert "memory 8.0" in said.splitlines(), errors
+
+
+def test_an_evaluator_of_all_keeps_no_conversation_of_its_own_process(two):
+    for said, errors, _ in two[1]:
+        scored = "scored [(0, 0.0), (1, 0.0), (2, 1.0), (3, 1.0)] 0"
+        assert scored in said.splitlines(), errors
+
+
+@pytest.mark.parametrize("size", [0, 7, 2**31, 5 << 40])
+def test_sizes_beyond_what_int32_holds_pass_through_jax(size):
+    words = np.asarray(jnp.stack([processes.as_words(size)] * 2))
+    assert words.dtype == np.int32
+    assert processes.from_words(words).tolist() == [size] * 2
 
 
 def test_a_process_that_dies_ends_the_other_with_a_message(two):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import optax
@@ -41,6 +43,14 @@ def test_one_axis_takes_the_devices_that_the_others_leave():
 def test_a_mesh_that_the_devices_do_not_make_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(**sizes)
+
+
+def test_processes_with_different_numbers_of_devices_are_refused():
+    devices = [SimpleNamespace(process_index=one) for one in (0, 1, 0, 0)]
+    with pytest.raises(
+        ValueError, match=r"\(3 in process 0, 1 in process 1\); give each of them as"
+    ):
+        sharding.make_mesh(devices, fsdp=4)
 
 
 def test_parameters_lie_on_the_mesh_by_the_rules(tiny_dir):

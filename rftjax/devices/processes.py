@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rftjax.errors import UserError
+from rftjax.errors import NotFinite, UserError
 
 HEARTBEAT_S = 30  # without a sign of life, after which the other processes end
 START_S = 300  # for all processes to come
@@ -29,6 +29,10 @@ Item = TypeVar("Item")
 
 class OtherProcess(UserError):
     """What another process of this run raised; its own message says more."""
+
+
+class OtherNotFinite(OtherProcess, NotFinite):
+    """A number that is not finite, in another process: none keeps the state that all of them share."""
 
 
 def start(coordinator: str, processes: int, process: int) -> None:
@@ -79,7 +83,7 @@ def gather(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([data.size], np.int32)).reshape(-1)
+    sizes = from_words(multihost_utils.process_allgather(as_words(data.size)))
     pieces = []
     for at in range(0, int(sizes.max()), CHUNK):
         piece = np.zeros(CHUNK, np.uint8)
@@ -90,6 +94,16 @@ def gather(value: Any) -> list[Any]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def as_words(size: int) -> np.ndarray:
+    """Returns a size as two int32: JAX carries no int64, and a step's conversations may pass 2 GiB."""
+    return np.asarray([size], np.int64).view(np.int32)
+
+
+def from_words(words: np.ndarray) -> np.ndarray:
+    """Returns the sizes of which `as_words` made the pairs."""
+    return np.ascontiguousarray(words).reshape(-1).view(np.int64)
+
+
 def agree(value: Item) -> Item:
     """Returns what process 0 gives."""
     return gather(value if first() else None)[0] if jax.process_count() > 1 else value
@@ -97,7 +111,10 @@ def agree(value: Item) -> Item:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raises in every process what the block raises in one: there OtherProcess. The block exchanges nothing."""
+    """Raises in every process what the block raises in one: there OtherProcess. The block exchanges nothing.
+
+    Where one process raises NotFinite all do, so that all or none of them save.
+    """
     fault: Exception | None = None
     try:
         yield
@@ -105,12 +122,15 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         fault = error
-    texts = gather(f"{type(fault).__name__}: {fault}" if fault else "")
-    if fault is not None:
+    bad = isinstance(fault, NotFinite)
+    said = gather((f"{type(fault).__name__}: {fault}" if fault else "", bad))
+    lost = any(other for _, other in said)
+    if fault is not None and bad == lost:
         raise fault
-    for process, text in enumerate(texts):
-        if text:
-            raise OtherProcess(f"process {process} of {count()} failed: {text}")
+    for process, (text, other) in enumerate(said):
+        if text and other == lost:
+            kind = OtherNotFinite if lost else OtherProcess
+            raise kind(f"process {process} of {count()} failed: {text}") from fault
 
 
 def leave(message: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,6 +56,7 @@ def make_mesh(
     others leave."""
     sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     found = sorted(devices or jax.devices(), key=lambda one: one.process_index)
+    _check_even(found)
     count = len(found)
     rest = [name for name, size in sizes.items() if size == -1]
     wrong = [name for name, size in sizes.items() if size != -1 and size < 1]
@@ -72,6 +74,17 @@ def make_mesh(
             f" devices, {count}; set one axis to -1 to let it take the rest"
         )
     return Mesh(np.asarray(found).reshape(tuple(sizes.values())), AXES)
+
+
+def _check_even(devices: Sequence[Any]) -> None:
+    """Raises UserError where processes have different numbers of devices: their parts of a mesh would differ."""
+    of_process = collections.Counter(one.process_index for one in devices)
+    if len(set(of_process.values())) > 1:
+        counts = ", ".join(f"{of_process[one]} in process {one}" for one in sorted(of_process))
+        raise UserError(
+            f"mesh: the processes have different numbers of devices ({counts}); give each of them as many"
+            " (CUDA_VISIBLE_DEVICES chooses those of a process)"
+        )
 
 
 def decode_mesh(mesh: Mesh) -> Mesh:

@@ -69,8 +69,8 @@ def report(
 ) -> list[str]:
     """Returns the plan in words; `devices` 0 takes the fewest that hold it, `price` is that of a device hour (0: none).
 
-    `compiles` asks XLA's compiler for such devices too. Raises UserError where the mesh does not fit the number of
-    devices, or the compiler is not installed.
+    `compiles` asks XLA's compiler for such devices too, where they stand in an arrangement that it knows. Raises
+    UserError where the mesh does not fit the number of devices, or the compiler is not installed.
     """
     chip = accelerator(name)
     if devices < 0:
@@ -115,7 +115,10 @@ def report(
     if not fits:
         lines += [f"helps       {text}" for text in _remedies(config, model, chip, found)]
     if compiles:
-        mesh = targets.target_mesh(name, found.mesh)
+        try:
+            mesh = targets.target_mesh(name, found.mesh)
+        except UserError as error:  # the plan's own numbers stay of use
+            return [*lines, f"compiler    not asked: {error}"]
         return lines + compiled.report(config, model, mesh, found.programs)
     how = targets.missing(name)
     return [
@@ -236,7 +239,7 @@ def _remedies(config: ConfigDict, model: Policy, chip: Accelerator, found: Plan)
         ("batch.pack_tokens", max((section.pack_tokens or row_length.ENOUGH) // 2, 1)),
         ("batch.pack_rows", 1),
         ("rollout.max_length", max(config.rollout.max_length // 2, 2)),
-        ("mesh.fsdp", found.devices // found.mesh["tensor"]),
+        ("mesh.fsdp", found.devices // (found.mesh["tensor"] * found.mesh["expert"])),
         ("mesh.tensor", min(8, model.config.kv_heads)),
     ]
     room, tried = chip.memory * USABLE, []
@@ -282,9 +285,7 @@ def _changed(
         if other[part][name] == value or (field == "lora.rank" and config.lora.rank):
             return None
         other[part][name] = value
-    known = math.prod(other.mesh[axis] for axis in sharding.AXES if other.mesh[axis] != -1)
-    if "mesh.tensor" in fields or "mesh.fsdp" in fields:
-        known = other.mesh.tensor * max(other.mesh.fsdp, 1)
+    if -1 not in other.mesh.values() and {"mesh.tensor", "mesh.fsdp"} & set(fields):
         other.mesh.data = -1
-        other.mesh.fsdp = max(other.mesh.fsdp, 1)
+    known = math.prod(other.mesh[axis] for axis in sharding.AXES if other.mesh[axis] != -1)
     return other, -(-devices // known) * known

@@ -17,6 +17,7 @@ def scored_by_all(scorer: Scorer, sampled: list[Trajectory]) -> list[Trajectory]
         scorer.gather(sampled)
         return sampled
     if scorer.scope == ALL:
+        scorer.forget(sampled)  # the evaluator gets copies
         everything = _in_order(processes.gather(sampled))
         with processes.together():
             if processes.first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import statistics
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rftjax import grpo
-from rftjax.devices import sharding
+from rftjax.devices import processes, sharding
 from rftjax.learning import batching, credit, custom, row_length, update
 from rftjax.learning.learner import Learner
 from rftjax.run.build import Parts, lora_scale
@@ -109,11 +110,16 @@ def activation_bytes(config: ConfigDict) -> float:
     return config.batch.memory * 1e9 or device_bytes() / SHARE
 
 
+@functools.cache
 def device_bytes() -> float:
-    """Returns the memory of a device, in whole GiB so that like machines agree."""
+    """Returns the memory of a device in whole GiB, the least of all processes: their programs are to be the same.
+
+    The first call is one that all processes make.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return float(stats.get("bytes_limit", host) // 2**30 * 2**30)
+    own = float(stats.get("bytes_limit", host) // 2**30 * 2**30)
+    return min(processes.gather(own))
 
 
 def _distribution(parts: Parts) -> dict[str, Any]:
