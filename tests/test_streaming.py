@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     blocks = hf._blocks
 
     def noted(*given: Any) -> Any:
-        for index, block in blocks(*given):
-            read.append(4 * block.size)
-            yield index, block
+        for index, reader in blocks(*given):
+
+            def counted(reader: Callable[[], np.ndarray] = reader) -> np.ndarray:
+                block = reader()
+                read.append(4 * block.size)
+                return block
+
+            yield index, counted
 
     monkeypatch.setattr(hf, "_blocks", noted)
     return read
@@ -83,10 +90,24 @@ def test_a_device_is_given_no_block_that_it_has_no_part_of(monkeypatch: pytest.M
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
     where = NamedSharding(mesh, PartitionSpec(("fsdp",), None))
     whole = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
-    blocks = [((slice(at, at + 1), slice(0, 6)), whole[at : at + 1]) for at in range(8)]
+    blocks = [
+        ((slice(at, at + 1), slice(0, 6)), functools.partial(whole.__getitem__, slice(at, at + 1)))
+        for at in range(8)
+    ]
     found = streaming.put(streaming.Large((8, 6), lambda: iter(blocks)), jnp.float32, where)
     np.testing.assert_array_equal(found, whole)
     assert moved == [(1, 6)] * 8 * 2  # twice each, for the two devices along `tensor`
+
+
+def test_a_block_that_only_other_processes_hold_is_not_read():
+    read: list[int] = []
+    blocks = [
+        ((slice(at, at + 1), slice(0, 6)), lambda at=at: read.append(at) or np.zeros((1, 6)))
+        for at in range(8)
+    ]
+    own = [(slice(0, 2), slice(None)), (slice(6, 7), slice(0, 3))]
+    found = streaming._wanted(streaming.Large((8, 6), lambda: iter(blocks)), own)
+    assert [index[0].start for index, _ in found] == read == [0, 1, 6]
 
 
 def test_weights_in_8_bits_read_by_rows_are_those_read_whole(

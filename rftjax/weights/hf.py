@@ -167,25 +167,54 @@ def _read_leaf(
 
 
 def _blocks(found: Path, config: Config, name: Name, readers: Readers) -> Iterator[streaming.Block]:
-    """Yields the blocks of a leaf, each some rows of one tensor in the dtype in which it is stored."""
+    """Yields the blocks of a leaf, each some rows of one tensor in the dtype in which it is stored.
+
+    A tensor that is not stored by rows is read whole, once, with the first block that is wanted of it.
+    """
     axis = name.inputs  # of ours that the rows of Hugging Face's matrices belong to
     entries = name.single[axis]
     inner = _hf_shape(name)[0] // entries
     stacked = _shape(config, name)[: len(_shape(config, name)) - len(name.single)]
     for index, hf in enumerate(tensors_of(config, name)):
         at = tuple(slice(one, one + 1) for one in map(int, np.unravel_index(index, stacked)))
-        reader, whole = readers[hf], None
-        if not isinstance(reader, shards.Stored | packed.Scaled):
-            whole = reader()
-        _check_shape(found, hf, (reader if whole is None else whole).shape, name)
+        rows = _rows(found, hf, name, readers[hf])
         for start, stop in streaming.spans(entries, 4 * math.prod(name.single) // entries):
             first, last = start * inner, stop * inner
-            read = reader.rows(first, last) if whole is None else whole[first:last]
             part = (*name.single[:axis], stop - start, *name.single[axis + 1 :])
             inside = [slice(0, size) for size in part]
             inside[axis] = slice(start, stop)
-            block = (read.T if name.inputs else read).reshape(*[1] * len(at), *part)
-            yield (*at, *inside), block
+            shape = (*[1] * len(at), *part)
+            read = functools.partial(_read, rows, first, last, shape, turned=bool(name.inputs))
+            yield (*at, *inside), read
+
+
+def _read(
+    rows: Callable[[int, int], np.ndarray],
+    first: int,
+    last: int,
+    shape: tuple[int, ...],
+    *,
+    turned: bool,
+) -> np.ndarray:
+    read = rows(first, last)
+    return (read.T if turned else read).reshape(shape)
+
+
+def _rows(
+    found: Path, hf: str, name: Name, reader: Callable[[], np.ndarray]
+) -> Callable[[int, int], np.ndarray]:
+    """Returns what reads rows of a tensor, whose shape is checked before the first of them."""
+    if isinstance(reader, shards.Stored | packed.Scaled):
+        _check_shape(found, hf, reader.shape, name)
+        return reader.rows
+
+    @functools.cache
+    def whole() -> np.ndarray:
+        tensor = reader()
+        _check_shape(found, hf, tensor.shape, name)
+        return tensor
+
+    return lambda first, last: whole()[first:last]
 
 
 def _check_shape(found: Path, hf: str, shape: tuple[int, ...], name: Name) -> None:

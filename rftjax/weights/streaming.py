@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,12 +17,13 @@ from rftjax.devices import sharding
 LARGE = 128 << 20  # bytes in float32 from which on a parameter is read in blocks
 BLOCK = 32 << 20  # bytes of a block in float32, at most where its tensor can be read in parts
 
-Block = tuple[tuple[slice, ...], np.ndarray]  # where it lies in a parameter, and its numbers
+# Where it lies in a parameter, and what reads its numbers.
+Block = tuple[tuple[slice, ...], Callable[[], np.ndarray]]
 T = TypeVar("T")
 
 
 class Large(NamedTuple):
-    """A parameter that is read block by block; a call of `blocks` begins with the first one."""
+    """A parameter that is read block by block, each while `blocks` stands at it; a call begins with the first one."""
 
     shape: tuple[int, ...]
     blocks: Callable[[], Iterator[Block]]
@@ -68,7 +69,7 @@ def _filled(large: Large, dtype: np.dtype, where: Sharding | None) -> jax.Array:
     for device, region in regions.items():
         sides = [len(range(*one.indices(size))) for one, size in zip(region, shape, strict=True)]
         parts[device] = jnp.zeros(sides, dtype, device=device)
-    for index, block in prefetched(large.blocks()):
+    for index, block in prefetched(_wanted(large, list(regions.values()))):
         for device, region in regions.items():
             own, starts = _overlap(index, region, shape)
             if own is not None:
@@ -79,6 +80,15 @@ def _filled(large: Large, dtype: np.dtype, where: Sharding | None) -> jax.Array:
     if where is None:
         return parts[None]
     return jax.make_array_from_single_device_arrays(shape, where, list(parts.values()))
+
+
+def _wanted(
+    large: Large, regions: Sequence[tuple[slice, ...]]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Yields the blocks that the regions have a part of; no process reads those that other processes hold alone."""
+    for index, read in large.blocks():
+        if any(_overlap(index, region, large.shape)[0] is not None for region in regions):
+            yield index, read()
 
 
 def _overlap(
