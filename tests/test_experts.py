@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from meshes import mesh_of
 
 from rftjax.models import experts, triton
 from rftjax.models.config import Config, Rope, Routing
@@ -66,29 +67,54 @@ def test_blocks_of_one_expert_and_the_ragged_products_of_accelerators_are_equal(
     np.testing.assert_allclose(blocks, experts._ragged_gradient(x, dy, sizes), atol=1e-5)
 
 
+def lowered(loss, platform: str, *shapes: tuple) -> str:
+    """Returns the program for one device; kernels ask a mesh what device it is, but no axis of it is the model's."""
+    kind = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda") if platform == "cuda" else None
+    mesh = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(loss).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
+KERNEL = r"stablehlo.custom_call @\S*triton"
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(
-    ("platform", "ragged", "kernels", "loops"), [("tpu", 3, 0, 0), ("cuda", 0, 3, 0), ("cpu", 0, 0, 1)]
+    ("platform", "divided", "ragged", "kernels", "loops"),
+    [("tpu", False, 3, 0, 0), ("cuda", False, 0, 3, 0), ("cuda", True, 3, 0, 0), ("cpu", False, 0, 0, 1)],
 )  # fmt: skip
 def test_tpus_are_given_ragged_products_gpus_kernels_and_cpus_loops_over_blocks(
-    platform: str, ragged: int, kernels: int, loops: int
+    platform: str, divided: bool, ragged: int, kernels: int, loops: int
 ):
     shapes = ((64, 6), jnp.bfloat16), ((4, 6, 5), jnp.float32), ((4,), jnp.int32)
 
     def loss(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-        return jnp.sum(experts.grouped(x, kernel, sizes).astype(jnp.float32) ** 2)
+        return jnp.sum(experts.grouped(x, kernel, sizes, divided).astype(jnp.float32) ** 2)
 
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
-    described = device if platform == "cuda" else None
-    auto = (AxisType.Auto,)
-    mesh = AbstractMesh((1,), ("tensor",), axis_types=auto, abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):
-        given = (jax.ShapeDtypeStruct(*one) for one in shapes)
-        traced = jax.jit(jax.grad(loss, (0, 1))).trace(*given)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    given = (jax.ShapeDtypeStruct(*one) for one in shapes)
+    text = lowered(jax.grad(loss, (0, 1)), platform, *given)
     assert text.count('"chlo.ragged_dot"') == ragged
-    assert len(re.findall(r"stablehlo.custom_call @\S*triton", text)) == kernels
+    assert len(re.findall(KERNEL, text)) == kernels
     assert (text.count("stablehlo.while") >= loops) and (loops or kernels or "while" not in text)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize(
+    ("mesh", "kernels", "ragged"), [({}, 9, 0), ({"data": 1}, 9, 0), ({"tensor": 2}, 0, 9)]
+)
+def test_a_layer_of_experts_has_kernels_on_one_gpu_and_none_over_the_axis_tensor(
+    mesh: dict[str, int], kernels: int, ragged: int
+):
+    module = experts.Experts(CONFIG, mesh_of(**mesh) if mesh else None)
+    x = jax.ShapeDtypeStruct((2, 20, 6), jnp.float32)
+    tree = jax.eval_shape(experts.Experts(CONFIG).init, jax.random.key(0), x)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(module.apply({"params": params}, x)))
+
+    text = lowered(jax.grad(loss, (0, 1)), "cuda", tree["params"], x)
+    found = len(re.findall(KERNEL, text)), text.count('"chlo.ragged_dot"')
+    assert found == (kernels, ragged)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +128,13 @@ def test_the_kernels_of_gpus_compute_what_blocks_of_one_expert_do(sizes, inputs,
     np.testing.assert_allclose(found, experts._product_by_blocks(x, kernel, sizes), atol=1e-4)
     found = triton.gradient(x, dy, sizes, interpret=True)
     np.testing.assert_allclose(found, experts._gradient_by_blocks(x, dy, sizes), atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(3, 61, 0, 0, 30), (0, 0, 0, 0, 0)])
+def test_rows_behind_the_last_expert_are_zero_on_gpus_too(sizes):
+    x, kernel = floats(128, 8), floats(5, 8, 33)
+    found = triton.product(x, kernel, jnp.asarray(sizes, jnp.int32), interpret=True)
+    assert np.isfinite(found).all() and not np.any(found[sum(sizes) :])
 
 
 def test_the_gradient_of_experts_in_bfloat16_is_float32():

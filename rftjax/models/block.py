@@ -18,22 +18,19 @@ from rftjax.models.rotary import Turn
 
 
 class Block(nn.Module):
-    """One layer of a stack; `cached`: over a cache, of whose leaves there are no keys where attention is latent.
-
-    `mesh` and `shards` are those of `Experts`.
-    """
+    """One layer of a stack; `cached`: over a cache, of whose leaves there are no keys where attention is latent, and on
+    each device of the mesh with its own rows (see `sharding.over_rows`)."""
 
     config: Config
     stack: Stack
     cached: bool = False
     mesh: Mesh | None = None
-    shards: int = 1
 
     def setup(self) -> None:
         c = self.config
         latent = c.latent.rank > 0
         self.attention = LatentAttention(c, self.cached) if latent else Attention(c)
-        self.mlp = Experts(c, self.mesh, self.shards) if self.stack.sparse else Mlp(c)
+        self.mlp = Experts(c, self.mesh, self.cached) if self.stack.sparse else Mlp(c)
         if self.stack.sparse and c.routing.shared:
             self.shared = Mlp(c, c.routing.shared)
         if c.norms in ("before", "both"):

@@ -68,11 +68,12 @@ def _gathered(rows: jax.Array, to: Moves, room: int) -> jax.Array:
 
 
 def by_expert(sizes: jax.Array, room: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the order that sorts the rows that came here by expert, its inverse, and each sorted row's expert."""
+    """Returns the order that sorts the rows that came here by expert, its inverse, and each sorted row's expert, which
+    is the number of experts for rows of the room that nothing came to."""
     shards, experts = sizes.shape
     ends = jnp.cumsum(sizes.reshape(-1))
     part = jnp.searchsorted(ends, jnp.arange(room), side="right")
     expert = jnp.where(part < shards * experts, part % experts, experts)
     order = jnp.argsort(expert, stable=True)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(room))
-    return order, place, jnp.minimum(expert[order], experts - 1)
+    return order, place, expert[order]

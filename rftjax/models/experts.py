@@ -8,7 +8,6 @@ all experts, it is a loop over blocks of rows of one expert. Every shape is stat
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -67,30 +66,36 @@ def _within_groups(routing: Routing, choice_TE: jax.Array) -> jax.Array:
     return jnp.where(is_open[:, :, None], grouped, -jnp.inf).reshape(T, E)
 
 
-@jax.custom_vjp
-def grouped(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped(
+    x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, divided: bool = False
+) -> jax.Array:
     """Returns each row's product with its expert's matrix: the first `sizes_E[0]` rows are of expert 0, and so on.
 
-    The product is of x's dtype; the kernel's gradient is float32, as that of `linear`.
+    The product is of x's dtype; the kernel's gradient is float32, as that of `linear`. `divided` says that the compiler
+    divides the matrices over the axis `tensor`, which it cannot do for a kernel of `triton`.
     """
-    return _product(x_JD, kernel_EDF.astype(x_JD.dtype), sizes_E)
+    return _product(x_JD, kernel_EDF.astype(x_JD.dtype), sizes_E, divided)
 
 
-def _grouped_forward(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> tuple:
-    return grouped(x_JD, kernel_EDF, sizes_E), (x_JD, kernel_EDF, sizes_E)
+def _grouped_forward(
+    x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, divided: bool
+) -> tuple:
+    return grouped(x_JD, kernel_EDF, sizes_E, divided), (x_JD, kernel_EDF, sizes_E)
 
 
-def _grouped_backward(saved: tuple, dy_JF: jax.Array) -> tuple:
+def _grouped_backward(divided: bool, saved: tuple, dy_JF: jax.Array) -> tuple:
     x_JD, kernel_EDF, sizes_E = saved
     dy_JF = dy_JF.astype(x_JD.dtype)
-    dx_JD = _product(dy_JF, kernel_EDF.astype(x_JD.dtype).swapaxes(1, 2), sizes_E)
+    turned_EFD = kernel_EDF.astype(x_JD.dtype).swapaxes(1, 2)
+    dx_JD = _product(dy_JF, turned_EFD, sizes_E, divided)
     dkernel_EDF = jax.lax.platform_dependent(
         x_JD,
         dy_JF,
         sizes_E,
         cpu=_gradient_by_blocks,
         default=_ragged_gradient,
-        **_on_gpus(triton.gradient),
+        **({} if divided else {"cuda": triton.gradient}),
     )
     return dx_JD, dkernel_EDF.astype(kernel_EDF.dtype), None
 
@@ -98,22 +103,17 @@ def _grouped_backward(saved: tuple, dy_JF: jax.Array) -> tuple:
 grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _product(x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _product(
+    x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, divided: bool
+) -> jax.Array:
     return jax.lax.platform_dependent(
         x_JD,
         kernel_EDF,
         sizes_E,
         cpu=_product_by_blocks,
         default=jax.lax.ragged_dot,
-        **_on_gpus(triton.product),
+        **({} if divided else {"cuda": triton.product}),
     )
-
-
-def _on_gpus(kernel: Callable[..., jax.Array]) -> dict[str, Callable[..., jax.Array]]:
-    """Returns the kernel under its platform where a device runs on its own rows and whole matrices: the compiler, which
-    shares out the axis `tensor`, cannot share out a kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {"cuda": kernel} if dict(mesh.shape).get("tensor") == 1 else {}
 
 
 def _ragged_gradient(x_JD: jax.Array, dy_JF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -214,23 +214,27 @@ unsorted.defvjp(
 
 
 class Grouped(nn.Module):
-    """One linear map an expert, plus a LoRA path where the tree holds one."""
+    """One linear map an expert, plus a LoRA path where the tree holds one; `divided` is that of `grouped`."""
 
     features: int
     config: Config
+    divided: bool = False
 
     @nn.compact
     def __call__(self, x_JD: jax.Array, expert_J: jax.Array, sizes_E: jax.Array) -> jax.Array:
         shape = (sizes_E.shape[0], x_JD.shape[1], self.features)
         init = nn.initializers.normal(self.config.init_std)
-        y: Any = grouped(x_JD, self.param("kernel", init, shape, jnp.float32), sizes_E)
+        product = functools.partial(grouped, sizes_E=sizes_E, divided=self.divided)
+        y: Any = product(x_JD, self.param("kernel", init, shape, jnp.float32))
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + grouped(grouped(x_JD, a, sizes_E), b, sizes_E)
+            y = y + product(product(x_JD, a), b)
         if self.config.routing.bias:
             zeros, outputs = nn.initializers.zeros, (shape[0], self.features)
             bias_EF = self.param("bias", zeros, outputs, jnp.float32)
-            y = y + jnp.take(bias_EF, expert_J, axis=0).astype(y.dtype)
+            # Rows of no expert have no bias, and their gradient, which nothing promises to be 0, adds to none.
+            bias_JF = jnp.take(bias_EF, expert_J, axis=0, mode="fill", fill_value=0)
+            y = y + bias_JF.astype(y.dtype)
         return y
 
 
@@ -259,23 +263,24 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """A gated feed-forward layer in which each token passes the experts that the router chooses.
 
-    On a `mesh` each device routes its own tokens. Where experts are divided over `shards` devices, each of which runs
-    this with its own tokens, their rows go to the device of their expert and back.
+    On a `mesh` each device routes its own tokens. Where experts are divided over devices, their rows go to the device
+    of their expert and back. `here`: each device runs this already, with its own tokens and experts.
     """
 
     config: Config
     mesh: Mesh | None = None
-    shards: int = 1
+    here: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.router = Router(c)
-        self.experts_gate = Grouped(c.routing.ffn, c)
-        self.experts_up = Grouped(c.routing.ffn, c)
-        self.experts_down = Grouped(c.width, c)
+        divided = self.mesh is not None and self.mesh.shape["tensor"] > 1
+        self.experts_gate = Grouped(c.routing.ffn, c, divided)
+        self.experts_up = Grouped(c.routing.ffn, c, divided)
+        self.experts_down = Grouped(c.width, c, divided)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if sharding.row_multiple(self.mesh) > 1:
+        if not self.here and sharding.row_multiple(self.mesh) > 1:
             return self._on_each_device(x)
         routing = self.config.routing
         x_TD = x.reshape(-1, x.shape[-1])
@@ -289,10 +294,11 @@ class Experts(nn.Module):
         ends = jnp.searchsorted(sorted_J, jnp.arange(routing.experts + 1))
         sizes_E = jnp.diff(ends).astype(jnp.int32)
         rows = spread(x_TD, order_J, place_J, routing.chosen)
-        if self.shards == 1:
+        shards = sharding.expert_shards(self.mesh, routing.experts)
+        if shards == 1:
             y = self._products(rows, sorted_J, sizes_E)
         else:
-            y = self._elsewhere(rows, sizes_E, x_TD.shape[0])
+            y = self._elsewhere(rows, sizes_E, x_TD.shape[0], shards)
         y = unsorted(y, order_J, place_J)
         y_TUD = y.reshape(*chosen_TU.shape, -1)
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
@@ -303,12 +309,14 @@ class Experts(nn.Module):
         inner = gated(self.config, self.experts_gate(rows, *each), self.experts_up(rows, *each))
         return self.experts_down(inner, *each)
 
-    def _elsewhere(self, rows: jax.Array, sizes_E: jax.Array, tokens: int) -> jax.Array:
+    def _elsewhere(
+        self, rows: jax.Array, sizes_E: jax.Array, tokens: int, shards: int
+    ) -> jax.Array:
         """Returns the products of rows sorted by expert, computed on the devices of the experts."""
-        here = sizes_E.shape[0] // self.shards
+        here = sizes_E.shape[0] // shards
         # No token chooses an expert twice.
-        room = self.shards * tokens * min(self.config.routing.chosen, here)
-        to, sizes = exchange.moves(sizes_E, self.shards)
+        room = shards * tokens * min(self.config.routing.chosen, here)
+        to, sizes = exchange.moves(sizes_E, shards)
         order, place, expert = exchange.by_expert(sizes, room)
         came = unsorted(exchange.move(rows, to, room), place, order)
         y = self._products(came, expert, jnp.sum(sizes, axis=0))
@@ -317,8 +325,7 @@ class Experts(nn.Module):
     def _on_each_device(self, x: jax.Array) -> jax.Array:
         """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
         count = self.config.routing.experts
-        shards = sharding.expert_shards(self.mesh, count)
-        experts = Experts(self.config, shards=shards, parent=None)
+        experts = Experts(self.config, self.mesh, here=True, parent=None)
         tree = {name: self.variables[name] for name in ("params", "lora") if name in self.variables}
 
         def run(tree: Params, x: jax.Array) -> tuple:

@@ -38,7 +38,10 @@ def _whole(array: Any) -> Any:
 def product(
     x_JD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Returns each row's product with its expert's matrix in x's dtype; `interpret` runs step by step on any device."""
+    """Returns each row's product with its expert's matrix in x's dtype, 0 for rows behind the last expert's.
+
+    `interpret` runs step by step on any device.
+    """
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
@@ -66,7 +69,8 @@ def product(
         interpret=interpret,
         name="grouped_product",
     )(*(part.astype(jnp.int32) for part in blocks), x, kernel)
-    return y[:J, :F]
+    # No program writes the rows behind the last expert's.
+    return jnp.where((jnp.arange(J) < last_E[-1])[:, None], y[:J, :F], 0)
 
 
 def _product(

@@ -81,7 +81,7 @@ def compiled(config: ConfigDict, model: Policy, mesh: Mesh, program: str) -> Com
     state = StateBuilder(config, model, mesh).abstract_state
     begun = time.perf_counter()
     lower = {"update": _update, "decode": _decode}[program]
-    # Kernels in Pallas for Triton ask the mesh what device they are for.
+    # Kernels in Pallas for Triton ask the mesh what device they are for; it chooses nothing else.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = lower(config, model, state, mesh)
     traced_s = time.perf_counter() - begun

@@ -234,8 +234,7 @@ def _layers(
 
     written: Cache = []
     for stack in config.stacks:
-        shards = sharding.expert_shards(mesh, config.routing.experts) if stack.sparse else 1
-        block: Any = Block(config, stack, cached=True, shards=shards)
+        block: Any = Block(config, stack, cached=True, mesh=mesh)
 
         @jax.jit  # traced once for all layers
         def layer(
