@@ -27,6 +27,15 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1024,
+    "norm_topk_prob": True,
+}
 LAYER = 1024 * 1024 * 2 + 1024 * 512 * 2 + 3 * 1024 * 4096
 ENTRIES = 2 * 32000 * 1024 + 8 * (LAYER + 2 * 1024) + 1024
 
@@ -155,14 +164,7 @@ def test_what_does_not_fit_is_told_with_fields_that_help_when_followed(config, s
     "mesh", [{"data": -1, "expert": 4}, {"data": 1, "expert": -1}, {"data": 2, "expert": 2}]
 )
 def test_what_helps_keeps_the_experts_of_the_mesh(config, tmp_path, mesh):
-    moe = {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "head_dim": 64,
-        "num_experts": 32,
-    }
-    moe |= {"num_experts_per_tok": 4, "moe_intermediate_size": 1024, "norm_topk_prob": True}
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE | moe))
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | MOE))
     config.mesh.fsdp, config.rollout.max_length, config.sampler.slots = 1, 4096, 4096
     config.mesh.update(mesh)
     lines = plan.report(config, "v5e", 4, 0.0)
@@ -171,6 +173,28 @@ def test_what_helps_keeps_the_experts_of_the_mesh(config, tmp_path, mesh):
     assert any(line.startswith("mesh.tensor=8 on ") for line in helps)
     found = {line.partition("=")[0] for line in helps}
     assert ("mesh.fsdp" in found) == (mesh["data"] == 2)
+
+
+def test_each_device_counts_its_own_experts_and_the_rows_that_it_exchanges(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | MOE))
+    config.mesh.fsdp, config.mesh.data, config.mesh.expert = 1, 1, 4
+    experts = 8 * 32 * 3 * 1024 * 1024
+    dense = arithmetic.entries(plan.open_shape(config).config) - experts
+    config.batch.pack_tokens = config.rollout.max_length
+    tokens = config.batch.prompts * (768 + config.batch.group_size * 256)
+    found = planned(config, 4).seconds["links between devices"]
+    summed = (
+        2 * -(-tokens // 4096) * dense * 2 * 3 / 4
+    )  # each device has the gradient of its experts alone
+    rows = 4 * 8 * 4 * 1024 * 2 * 3 / 4 * tokens / 4
+    assert found * 0.7 * ACCELERATORS["H100"].link == pytest.approx(summed + rows)
+    config.mesh.fsdp, config.mesh.expert = 2, 2
+    assert planned(config, 4).updating["experts, as they are gathered"] == experts * 2 / 4
+    title, of = "experts, filled up to whole tiles", {}
+    for shards in (1, 4):  # 1,024 over 16 devices: half a tile
+        config.mesh.fsdp, config.mesh.expert, config.mesh.tensor = 1, shards, 16
+        of[shards] = planned(config, 16 * shards, "v5e").sampling[title]
+    assert of[4] == of[1] / 4
 
 
 def test_devices_without_an_arrangement_cost_only_the_compiler_s_lines(config, monkeypatch):

@@ -35,6 +35,7 @@ class Job:
     def __init__(self, config: ConfigDict, model: Config, mesh: Any) -> None:
         self.config, self.model, self.mesh = config, model, mesh
         self.shards = sharding.row_multiple(mesh)
+        self.expert_shards = sharding.expert_shards(mesh, model.routing.experts or 1)
         self.slots = config.sampler.slots
         pool = config.sampler.pool or self.slots * (2 if config.environment else 1)
         self.rows = -(-max(pool, self.slots) // self.shards) * self.shards
@@ -85,7 +86,8 @@ class Job:
             return 0.0
         sparse = sum(stack.count for stack in c.stacks if stack.sparse)
         filled = -(-own // TPU_LANES) * TPU_LANES
-        return 2.0 * sparse * c.routing.experts * c.width * filled * self.item
+        experts = c.routing.experts / self.expert_shards
+        return 2.0 * sparse * experts * c.width * filled * self.item
 
     def kept(self) -> float:
         """Bytes that one micro-batch's rows keep for the backward pass on a device."""
@@ -101,14 +103,19 @@ class Job:
         """Bytes of one layer's weights, of which those of the next layer are gathered too, and of their gradient."""
         if self.mesh.shape["fsdp"] == 1:
             return 0.0
-        leaves = jax.tree.leaves(hf.abstract_params(self.model)[stack.name])
-        one = sum(math.prod(leaf.shape[1:]) for leaf in leaves) / self.mesh.shape["tensor"]
+        axes, one = logical_axes(self.model), 0.0
+        params = hf.abstract_params(self.model)[stack.name]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            of_experts = axes[path[-2].key, path[-1].key][0] == "experts"
+            one += math.prod(leaf.shape[1:]) / (self.expert_shards if of_experts else 1)
+        one /= self.mesh.shape["tensor"]
         return one * (2 * self.item + (0 if self.config.lora.rank else 4))
 
     def _experts_again(self) -> float:
         """Bytes of a device's part of the experts, which XLA for GPUs turns over before it gathers from it."""
         fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
-        return _matrices(self.model)[1] * self.item / fsdp / tensor if fsdp > 1 else 0.0
+        own = _matrices(self.model)[1] / self.expert_shards / tensor / fsdp
+        return own * self.item if fsdp > 1 else 0.0
 
     def _layer(self, stack: Stack) -> float:
         """Bytes of one layer's activations: what XLA keeps of attention, norms (in float32) and the feed-forward part,
@@ -178,15 +185,27 @@ class Job:
 
     def _moved(self, tokens: int, *, full: bool) -> float:
         """Bytes that each device sends in the update's passes over its micro-batches: weights that are gathered twice,
-        gradients that are scattered or summed (of full fine-tuning), sums over `tensor` twice a layer in each pass."""
-        fsdp, tensor, data = (self.mesh.shape[axis] for axis in ("fsdp", "tensor", "data"))
+        gradients that are scattered or summed (of full fine-tuning), sums over `tensor` twice a layer in each pass,
+        rows of experts that lie on other devices there and back."""
+        fsdp, tensor = (self.mesh.shape[axis] for axis in ("fsdp", "tensor"))
         batches = math.ceil(tokens / self.row_tokens / self.shards)
-        shard = entries(self.model) * self.item / fsdp / tensor
-        moved = batches * shard * (fsdp - 1) * (3 if full else 2)
-        if full:
-            moved += batches * 2 * shard * (data - 1) / data
+        experts, moved = _matrices(self.model)[1], 0.0
+        for whole, shards in ((entries(self.model) - experts, 1), (experts, self.expert_shards)):
+            shard = whole * self.item / fsdp / tensor / shards
+            copies = self.shards / fsdp / shards
+            moved += batches * shard * (fsdp - 1) * (3 if full else 2)
+            if full:
+                moved += batches * 2 * shard * (copies - 1) / copies
+        moved += self._exchanged() * tokens / self.shards
         a_token = 4 * self.model.layers * self.model.width * self.item
         return moved + 2 * a_token * (tensor - 1) / tensor * tokens / self.shards
+
+    def _exchanged(self) -> float:
+        """Bytes of one token that leave its device for those of its experts, there and back in each pass."""
+        c, shards = self.model, self.expert_shards
+        sparse = sum(stack.count for stack in c.stacks if stack.sparse)
+        ways = 4 if self.config.model.remat == remat.ALL else 6
+        return ways * sparse * c.routing.chosen * c.width * self.item * (shards - 1) / shards
 
 
 def entries(model: Config) -> int:
