@@ -14,6 +14,7 @@ HERE = Path(__file__).absolute().parent
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the spec; `arg` is empty or "debug"."""
     config = multi_turn(arg)
+    config.steps = min(config.steps, 4)
     config.environment = f"{HERE}/directory_tools.py:environment"
     config.tasks.train = config.tasks.heldout = f"{HERE}/directory_tools.py:rows"
     config.batch.pack_tokens = 512
