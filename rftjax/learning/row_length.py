@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from rftjax.models import remat
-from rftjax.models.decoder import Config
+from rftjax.models.config import Config, Stack
 
 UNIT = 64  # tokens that a chosen length is a multiple of
 ENOUGH = 512  # tokens of a row from which on products gain nothing by more of them
@@ -82,10 +82,18 @@ def token_bytes(config: Config, again: str) -> float:
     A count of a layer's arrays without logits: a quarter from the compiler's in float32 and a third in
     bfloat16. Of a layer that is computed again its input stays, and XLA has a few arrays of its size.
     """
-    c = config
+    layers = sum(_layer_numbers(config, stack, again) * stack.count for stack in config.stacks)
+    return float(layers * jnp.dtype(config.dtype).itemsize)
+
+
+def _layer_numbers(config: Config, stack: Stack, again: str) -> int:
+    """Returns the numbers that one layer keeps of a token; one of experts has a row for each that the token chooses."""
+    c, r = config, config.routing
+    ffn = r.chosen * r.ffn + r.shared if stack.sparse else c.ffn
+    rows = r.chosen * c.width if stack.sparse else 0
     kept = {
-        remat.ALL: 6 * c.width + (3 * c.heads + 4 * c.kv_heads) * c.channels + 5 * c.ffn,
-        remat.PRODUCTS: 4 * c.width + (2 * c.heads + 2 * c.kv_heads) * c.channels + 2 * c.ffn,
+        remat.ALL: 6 * c.width + (3 * c.heads + 4 * c.kv_heads) * c.channels + 5 * ffn + 3 * rows,
+        remat.PRODUCTS: 4 * c.width + (2 * c.heads + 2 * c.kv_heads) * c.channels + 2 * ffn + rows,
         remat.LAYER: 4 * c.width,
     }
-    return float(c.layers * kept[again] * jnp.dtype(c.dtype).itemsize)
+    return kept[again]

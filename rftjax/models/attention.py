@@ -90,7 +90,7 @@ def plain(
     scores = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
     weights = softmax(jnp.where(mask_BTS[:, None, None], scores, FLOOR), sinks_H)
     weights = weights.astype(v_BSKC.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C)
+    return kept(jnp.einsum("BKGTS,BSKC->BTKGC", weights, v_BSKC).reshape(B, T, H, C))
 
 
 def softmax(scores_BKGTS: jax.Array, sinks_H: jax.Array | None) -> jax.Array:

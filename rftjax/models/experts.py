@@ -8,6 +8,7 @@ all experts, it is a loop over blocks of rows of one expert. Every shape is stat
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from rftjax.models import exchange, triton
 from rftjax.models.config import Config, Routing
 from rftjax.models.layers import gated
 from rftjax.models.linear import transposed
+from rftjax.models.remat import kept
 from rftjax.types import Params
 
 BLOCK = 128  # rows of a block at most
@@ -249,7 +251,7 @@ class Router(nn.Module):
         init = nn.initializers.normal(c.init_std)
         weight = self.param("weight", init, (x_TD.shape[1], c.routing.experts), jnp.float32)
         highest = jax.lax.Precision.HIGHEST
-        logits_TE = jnp.dot(x_TD.astype(jnp.float32), weight, precision=highest)
+        logits_TE = kept(jnp.dot(x_TD.astype(jnp.float32), weight, precision=highest))
         if c.routing.router_bias:
             zeros = nn.initializers.zeros
             bias_E = self.param("router_bias", zeros, (c.routing.experts,), jnp.float32)
@@ -296,7 +298,7 @@ class Experts(nn.Module):
         rows = spread(x_TD, order_J, place_J, routing.chosen)
         shards = sharding.expert_shards(self.mesh, routing.experts)
         if shards == 1:
-            y = self._products(rows, sorted_J, sizes_E)
+            y = self._products(rows, sorted_J, sizes_E, kept)
         else:
             y = self._elsewhere(rows, sizes_E, x_TD.shape[0], shards)
         y = unsorted(y, order_J, place_J)
@@ -304,10 +306,16 @@ class Experts(nn.Module):
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
         return mixed.astype(x.dtype).reshape(x.shape)
 
-    def _products(self, rows: jax.Array, expert_J: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    def _products(
+        self,
+        rows: jax.Array,
+        expert_J: jax.Array,
+        sizes_E: jax.Array,
+        stays: Callable[[jax.Array], jax.Array] = lambda y: y,
+    ) -> jax.Array:
         each = expert_J, sizes_E
-        inner = gated(self.config, self.experts_gate(rows, *each), self.experts_up(rows, *each))
-        return self.experts_down(inner, *each)
+        gate, up = (stays(of(rows, *each)) for of in (self.experts_gate, self.experts_up))
+        return stays(self.experts_down(gated(self.config, gate, up), *each))
 
     def _elsewhere(
         self, rows: jax.Array, sizes_E: jax.Array, tokens: int, shards: int
@@ -320,7 +328,8 @@ class Experts(nn.Module):
         order, place, expert = exchange.by_expert(sizes, room)
         came = unsorted(exchange.move(rows, to, room), place, order)
         y = self._products(came, expert, jnp.sum(sizes, axis=0))
-        return exchange.move(unsorted(y, order, place), to.back, rows.shape[0])
+        # What came back stays for the backward pass, not the gates and ups: their room is mostly empty.
+        return kept(exchange.move(unsorted(y, order, place), to.back, rows.shape[0]))
 
     def _on_each_device(self, x: jax.Array) -> jax.Array:
         """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
