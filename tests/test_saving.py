@@ -75,11 +75,13 @@ def test_an_error_saves_the_last_finished_step_and_is_the_one_that_goes_up(
     checkpoints, interruption, broken, error, caplog
 ):
     closed = []
-    with pytest.raises(error, match="first"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, broken, lambda: closed.append(1)) as saving:
-            saving.finished(1, state(1), {"draw": 4})
-            saving.finished(2, state(2), {"draw": 8})
-            raise error("first")
+    with (
+        pytest.raises(error, match="first"),
+        Saving(checkpoints, interruption, broken, lambda: closed.append(1)) as saving,
+    ):
+        saving.finished(1, state(1), {"draw": 4})
+        saving.finished(2, state(2), {"draw": 8})
+        raise error("first")
     assert kept(checkpoints.directory) == {2: 2.0}
     assert closed == [1]
     assert "while the run ended: IsADirectoryError: " in caplog.text
@@ -92,13 +94,15 @@ def test_a_workdir_that_cannot_be_bound_at_first_loses_no_step(
     binding = Binding(tmp_path, config, {"evaluator": {"name": "evaluate"}})
     blocked = tmp_path / ".run.json.tmp"
     blocked.mkdir()
-    with pytest.raises(IsADirectoryError):  # noqa: SIM117
-        with Saving(checkpoints, interruption, recorder, bind=binding.bind) as saving:
-            saving.finished(2, state(2), {})
-            try:
-                binding.bind(2)
-            finally:
-                blocked.rmdir()
+    with (
+        pytest.raises(IsADirectoryError),
+        Saving(checkpoints, interruption, recorder, bind=binding.bind) as saving,
+    ):
+        saving.finished(2, state(2), {})
+        try:
+            binding.bind(2)
+        finally:
+            blocked.rmdir()
     assert kept(checkpoints.directory) == {2: 2.0}
     assert stored_config(tmp_path).steps == config.steps
     assert json.loads((tmp_path / "run.json").read_text())["inputs"] == binding.inputs
@@ -107,43 +111,51 @@ def test_a_workdir_that_cannot_be_bound_at_first_loses_no_step(
 def test_a_second_signal_while_the_last_step_is_saved_names_that_step(
     checkpoints, interruption, recorder
 ):
-    with pytest.raises(Interrupted, match="interrupted at 2/9"):  # noqa: SIM117
-        with Saving(
+    with (
+        pytest.raises(Interrupted, match="interrupted at 2/9"),
+        Saving(
             checkpoints, interruption, recorder, bind=lambda _: signal.raise_signal(2)
-        ) as saving:
-            saving.finished(2, state(2), {})
-            signal.raise_signal(signal.SIGINT)
+        ) as saving,
+    ):
+        saving.finished(2, state(2), {})
+        signal.raise_signal(signal.SIGINT)
     assert kept(checkpoints.directory) == {2: 2.0}
 
 
 def test_what_fails_in_the_end_goes_up_where_nothing_else_does(checkpoints, interruption, broken):
-    with pytest.raises(OSError, match="cannot record the run"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, broken) as saving:
-            saving.finished(2, state(2), {})
+    with (
+        pytest.raises(OSError, match="cannot record the run"),
+        Saving(checkpoints, interruption, broken) as saving,
+    ):
+        saving.finished(2, state(2), {})
     assert kept(checkpoints.directory) == {2: 2.0}
 
 
 def test_a_save_that_fails_does_not_hide_the_error_before_it(
     checkpoints, interruption, recorder, caplog
 ):
-    with pytest.raises(RuntimeError, match="first"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, recorder) as saving:
-            saving.finished(1, state(1), {"draw": object()})
-            raise RuntimeError("first")
+    with (
+        pytest.raises(RuntimeError, match="first"),
+        Saving(checkpoints, interruption, recorder) as saving,
+    ):
+        saving.finished(1, state(1), {"draw": object()})
+        raise RuntimeError("first")
     assert "is not JSON" in caplog.text
 
 
 def test_a_state_that_an_update_took_along_is_not_saved(
     checkpoints, interruption, recorder, caplog
 ):
-    with pytest.raises(RuntimeError, match="first"):  # noqa: SIM117
-        with Saving(checkpoints, interruption, recorder) as saving:
-            saving.finished(1, state(1), {})
-            saving.save()
-            given = state(2)
-            saving.finished(2, given, {})
-            given.trainable["w"].delete()
-            raise RuntimeError("first")
+    with (
+        pytest.raises(RuntimeError, match="first"),
+        Saving(checkpoints, interruption, recorder) as saving,
+    ):
+        saving.finished(1, state(1), {})
+        saving.save()
+        given = state(2)
+        saving.finished(2, given, {})
+        given.trainable["w"].delete()
+        raise RuntimeError("first")
     assert kept(checkpoints.directory) == {1: 1.0}
     assert "the state of step 2 went into the update that failed" in caplog.text
 
@@ -151,12 +163,11 @@ def test_a_state_that_an_update_took_along_is_not_saved(
 def test_a_state_without_finite_answers_does_not_take_the_place_of_a_good_one(
     checkpoints, interruption, recorder
 ):
-    with pytest.raises(NotFinite):  # noqa: SIM117
-        with Saving(checkpoints, interruption, recorder) as saving:
-            saving.finished(1, state(1), {})
-            saving.save()
-            saving.finished(2, state(2), {})
-            raise NotFinite("logits")
+    with pytest.raises(NotFinite), Saving(checkpoints, interruption, recorder) as saving:
+        saving.finished(1, state(1), {})
+        saving.save()
+        saving.finished(2, state(2), {})
+        raise NotFinite("logits")
     assert kept(checkpoints.directory) == {1: 1.0}
 
 
@@ -240,25 +251,31 @@ def test_a_checkpoint_is_begun_once_the_rollouts_before_it_are_on_disk(tmp_path,
 def test_a_second_signal_ends_the_run_at_once_and_the_finished_step_is_saved(
     checkpoints, recorder, first, second
 ):
-    with pytest.raises(Interrupted, match="interrupted at 3/9"):  # noqa: SIM117
-        with Interruption() as told, Saving(checkpoints, told, recorder) as saving:
-            saving.finished(3, state(3), {})
-            assert not told.received
-            signal.raise_signal(first)
-            assert told.received
-            signal.raise_signal(second)
-            pytest.fail("it went on")
+    with (
+        pytest.raises(Interrupted, match="interrupted at 3/9"),
+        Interruption() as told,
+        Saving(checkpoints, told, recorder) as saving,
+    ):
+        saving.finished(3, state(3), {})
+        assert not told.received
+        signal.raise_signal(first)
+        assert told.received
+        signal.raise_signal(second)
+        pytest.fail("it went on")
     assert kept(checkpoints.directory) == {3: 3.0}
 
 
 def test_the_time_for_a_step_after_sigterm_is_short(checkpoints, recorder, monkeypatch):
     monkeypatch.setattr(interruptions, "GRACE_S", 0.05)
-    with pytest.raises(Interrupted, match="interrupted at 3/9"):  # noqa: SIM117
-        with Interruption() as told, Saving(checkpoints, told, recorder) as saving:
-            saving.finished(3, state(3), {})
-            signal.raise_signal(signal.SIGTERM)
-            threading.Event().wait(60)
-            pytest.fail("it went on")
+    with (
+        pytest.raises(Interrupted, match="interrupted at 3/9"),
+        Interruption() as told,
+        Saving(checkpoints, told, recorder) as saving,
+    ):
+        saving.finished(3, state(3), {})
+        signal.raise_signal(signal.SIGTERM)
+        threading.Event().wait(60)
+        pytest.fail("it went on")
     assert kept(checkpoints.directory) == {3: 3.0}
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
 
