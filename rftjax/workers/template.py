@@ -47,7 +47,7 @@ def main() -> None:
         resource.RLIMIT_CORE, (0, 0)
     )  # writing a core file takes longer than the time limit
     _set_oom_score(700)  # out of memory: the kernel kills workers first, then this, then training
-    sys.stdout = sys.stderr = open(  # noqa: SIM115 (it lasts as long as the process)
+    sys.stdout = sys.stderr = os.fdopen(  # as long as the process lasts
         1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
     )
     faulthandler.enable(2, all_threads=False)
