@@ -12,7 +12,8 @@ from rftjax.config import specs
 from rftjax.config.flags import WITHOUT_SPEC
 from rftjax.weights import fetch_model
 
-USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=check|plan|train|eval|score|serve|chat] [--config.FIELD=VALUE]
+USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE]
+                                         MODE is train, check, plan, eval, score, serve or chat
        rftjax chat MODEL | RUN           talks to a model or to a run's best checkpoint, in the terminal
        rftjax serve MODEL | RUN          serves it in OpenAI's formats (flags as above follow)
        rftjax score RUN                  scores a run's rollouts again, with --config.evaluator=...

@@ -125,9 +125,8 @@ class Scorer:
 
     def _start(self, call: _Call) -> None:
         if call.members and self._workers:
-            call.members.sort(
-                key=lambda one: (one.draw, one.sample)
-            )  # whatever order they ended in
+            # Whatever order they ended in.
+            call.members.sort(key=lambda one: (one.draw, one.sample))
             call.future = self._workers.submit(self._seed, call.members)
 
     def gather(self, trajectories: list[Trajectory]) -> list[Score]:

@@ -22,10 +22,8 @@ ROWS = ("data", "fsdp", "expert")
 
 # What a family's file declares: the logical axes of each parameter, by the last two names of its path.
 LogicalAxes = Mapping[tuple[str, str], tuple[str, ...]]
-ADAPTERS = (
-    "a",
-    "b",
-)  # the factors of a LoRA product: replicated, for they are small but for those of experts
+# The factors of a LoRA product: replicated, for they are small but for those of experts.
+ADAPTERS = ("a", "b")
 
 Rules = Mapping[str, str | None]
 RULES: Rules = {

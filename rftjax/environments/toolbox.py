@@ -264,9 +264,8 @@ def _converter(kind: Any) -> Any:
             return pydantic.TypeAdapter(kind, config=config)
         except pydantic.PydanticUserError:  # a model or dataclass has a configuration of its own
             return pydantic.TypeAdapter(kind)
-    except (
-        Exception
-    ):  # an annotation may run any code of its own; its arguments are then not converted
+    # An annotation may run any code of its own; its arguments are then not converted.
+    except Exception:
         return None
 
 

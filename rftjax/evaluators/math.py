@@ -56,7 +56,6 @@ def _package() -> Any:
             "evaluator='rftjax.evaluators.math:evaluate' needs the package math-verify: "
             f"pip install 'rftjax[math]' ({error})"
         ) from error
-    logging.getLogger("math_verify").setLevel(
-        logging.CRITICAL
-    )  # it logs a line for every answer it cannot parse
+    # It logs a line for every answer it cannot parse.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     return package

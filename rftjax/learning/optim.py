@@ -11,13 +11,8 @@ from rftjax.errors import UserError
 from rftjax.types import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
-UNDECAYED = (
-    "bias",
-    "scale",
-    "correction",
-    "router_bias",
-    "sinks",
-)  # by name: stacked over layers, a norm's gain has two axes
+# By name: stacked over layers, a norm's gain has two axes.
+UNDECAYED = ("bias", "scale", "correction", "router_bias", "sinks")
 
 
 def make_optimizer(

@@ -181,9 +181,8 @@ def mount_readable(path: str, place: str) -> None:
 def enter_root() -> None:
     """Makes the folder the root of this process and of all that follow; nothing of the old one stays in reach."""
     os.chdir(ROOT)
-    with contextlib.suppress(
-        OSError
-    ):  # not allowed inside some containers: programs run without it
+    # Not allowed inside some containers: programs run without it.
+    with contextlib.suppress(OSError):
         call("mount", "proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
     call("syscall", PIVOT_ROOT[platform.machine()], ".", ".")
     call("umount2", ".", MNT_DETACH)

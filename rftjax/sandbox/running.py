@@ -23,9 +23,8 @@ from rftjax.sandbox.limits import Limits, Result
 
 BOUNDARY = str(Path(__file__).with_name("boundary.py"))
 CODE = "/code"  # where a program finds the files that it is run with
-LOADER = (
-    "LD_LIBRARY_PATH",
-)  # what some interpreters need to start; the program inside gets none of it
+# What some interpreters need to start; the program inside gets none of it.
+LOADER = ("LD_LIBRARY_PATH",)
 POLL_S = 0.02
 DEFAULT = Limits()
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/usr", "/etc/ld.so.cache", "/etc/alternatives")

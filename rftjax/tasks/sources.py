@@ -121,9 +121,8 @@ def _is_module(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-    except (
-        Exception
-    ):  # a package on the way to it fails to import, which `load_function` then tells
+    # A package on the way to it fails to import, which `load_function` then tells.
+    except Exception:
         return True
 
 
@@ -132,9 +131,8 @@ def _read_function(source: str, split: str, field: str) -> Iterator[Read]:
     try:
         takes_split = "split" in inspect.signature(function).parameters
         rows = function(split=split) if takes_split else function()
-        rows = (
-            rows.get_dataset() if hasattr(rows, "get_dataset") else rows
-        )  # an environment of verifiers
+        # An environment of verifiers.
+        rows = rows.get_dataset() if hasattr(rows, "get_dataset") else rows
         if isinstance(rows, (dict, str, bytes)) or hasattr(rows, "columns"):
             raise TypeError(
                 f"it must return rows, an iterable of dicts, and returned a {type(rows).__name__}"

@@ -151,9 +151,8 @@ def _rendered(tokenizer: Any) -> str:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (
-        Exception
-    ):  # a template raises what its author wrote; rows are rendered and judged one by one later
+    # A template raises what its author wrote; rows are rendered and judged one by one later.
+    except Exception:
         return ""
 
 

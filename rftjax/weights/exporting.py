@@ -65,9 +65,8 @@ def replacing(
         files = sorted(path.name for path in work.iterdir())
         text = json.dumps({**facts, "files": files}, indent=2, ensure_ascii=False) + "\n"
         (work / MARKER).write_text(text, encoding="utf-8")
-        permissions = (
-            work.stat().st_mode & 0o666
-        )  # some libraries write files that only the owner can read
+        # Some libraries write files that only the owner can read.
+        permissions = work.stat().st_mode & 0o666
         for path in work.iterdir():
             path.chmod(permissions)
         check_replaceable(out)  # it may have changed meanwhile

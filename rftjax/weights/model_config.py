@@ -164,9 +164,8 @@ def read_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
 def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a model that also sees as those of the language model in it, others as they are."""
     inner = fields.get("text_config")
-    if (
-        fields.get("model_type") == "qwen2_5_vl" and inner is None
-    ):  # as published: no section of its own
+    # As published: no section of its own.
+    if fields.get("model_type") == "qwen2_5_vl" and inner is None:
         inner = fields | {"model_type": "qwen2_5_vl_text"}
     if not isinstance(inner, dict):
         return fields

@@ -146,9 +146,8 @@ class Workers:
         self._shared: list[_Worker] = []
         self._waiting: collections.deque[_Call] = collections.deque()
         self._sessions: dict[str, _Worker] = {}
-        self._pending: collections.deque[_Worker] = (
-            collections.deque()
-        )  # sessions with calls to begin
+        # Sessions with calls to begin.
+        self._pending: collections.deque[_Worker] = collections.deque()
         self._busy = 0  # calls of sessions that run
         self.bystanders = 0  # calls stopped by another call's fault so far; most are retried
         self._closed = False

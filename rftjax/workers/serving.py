@@ -170,9 +170,8 @@ async def _serve_many(channel: Channel, handler: Any, timeout_s: float) -> None:
         try:
             if not await in_time(work):
                 work.cancel()
-                await asyncio.wait(
-                    {work}, timeout=0.5
-                )  # a task that ignores the cancellation is abandoned
+                # A task that ignores the cancellation is abandoned.
+                await asyncio.wait({work}, timeout=0.5)
                 channel.write(wire.OVERRUN, number, None)
             elif work.cancelled():
                 channel.write(wire.ERROR, number, ("CancelledError", ""))

@@ -43,9 +43,8 @@ def main() -> None:
     for fd in (life_fd, data_fd, control_fd):
         os.set_inheritable(fd, False)
     _split(life_fd, (data_fd, control_fd))
-    resource.setrlimit(
-        resource.RLIMIT_CORE, (0, 0)
-    )  # writing a core file takes longer than the time limit
+    # Writing a core file takes longer than the time limit.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _set_oom_score(700)  # out of memory: the kernel kills workers first, then this, then training
     sys.stdout = sys.stderr = os.fdopen(  # as long as the process lasts
         1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False
@@ -103,10 +102,8 @@ def _work(data_fd: int, life_fd: int, handler: Any, timeout_s: float) -> NoRetur
         os.set_inheritable(fd, False)
     _split(life_fd, (data_fd,))
     _set_oom_score(800)
-    for name in (
-        "numpy.random",
-        "torch",
-    ):  # reseed, as Python does its own generator: workers must not draw the same numbers
+    # Reseed, as Python does its own generator: workers must not draw the same numbers.
+    for name in ("numpy.random", "torch"):
         if module := sys.modules.get(name):
             module.seed()
     atexit._clear()  # exit handlers from before the fork belong to the template

@@ -27,9 +27,8 @@ def form(parts: Sequence[tuple[Named, Form]]) -> Form:
         return [_sum(names, results) for results in zip(*found, strict=True)]
 
     def rate_later(trajectories: Sequence[Trajectory]) -> Any:
-        return rate(
-            trajectories
-        )  # a coroutine that the worker runs to its end before the next call
+        # A coroutine that the worker runs to its end before the next call.
+        return rate(trajectories)
 
     concurrent = any(one.concurrent for _, one in parts)
     kind = " + ".join(f"{named.weight:g} {named.name} ({one.kind})" for named, one in parts)
