@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from rftjax.config.fields import cache_folder
 from rftjax.config.flags import WITHOUT_SPEC, parse_flags
+from rftjax.devices import huge_pages
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string(
@@ -87,6 +88,8 @@ def main(argv: list[str]) -> None:
                 f"error: --{flag.name}={flag.value}: is what --mode=plan plans with; leave it out"
             )
     _check_processes()
+    if MODE.value != "plan":
+        huge_pages.start_again()
     logging.set_verbosity(logging.WARNING)
     import jax
 

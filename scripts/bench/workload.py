@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from rftjax import types
+from rftjax.devices import huge_pages
 from rftjax.models import decoder
 from rftjax.models.attention import FORMS
 from rftjax.models.config import Config
@@ -83,7 +84,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of every benchmark."""
+    """Returns a parser with the flags of every benchmark, which then runs in huge pages as `rftjax.main` does."""
+    huge_pages.start_again()
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
