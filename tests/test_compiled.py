@@ -103,6 +103,15 @@ def test_the_compiler_counts_the_weights_and_the_cache_that_the_plan_does(config
     assert found.peak >= found.sizes["argument"] and found.collectives["all-reduce"] > 0
 
 
+def test_the_logits_of_an_update_lie_over_tensor_as_the_head_does(config, mesh, tmp_path):
+    fields = json.loads(Path(config.model.path, "config.json").read_text())
+    fields |= {"vocab_size": 176, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config.model.path = str(tmp_path)
+    text = compiled.compiled(config, plan.open_shape(config), mesh, "update").text
+    assert re.search(r"f32\[\d+,88\]", text) and not re.search(r"f32\[\d+,176\]", text)
+
+
 def test_what_does_not_compile_is_told_and_passed_by(config, mesh):
     config.model.attention = "splash"  # a kernel of TPUs: not for the devices here
     [line] = compiled.report(config, plan.open_shape(config), mesh, {"update": 1e9})

@@ -51,15 +51,16 @@ def test_rows_go_to_the_device_of_their_expert_and_back(sizes):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "routing"),
+    ("mesh", "routing", "tokens", "parts"),
     [
-        ({"expert": 8}, {}),
-        ({"data": 2, "expert": 2, "tensor": 2}, {"bias": True}),
-        ({"fsdp": 2, "expert": 4}, {"experts": 6}),  # which 4 devices do not divide
+        ({"expert": 8}, {}, 5, 1),
+        ({"data": 2, "expert": 2, "tensor": 2}, {"bias": True}, 5, 1),
+        ({"fsdp": 2, "expert": 4}, {"experts": 6}, 5, 1),  # which 4 devices do not divide
+        ({"expert": 8}, {}, 176, 4),  # more than an expert needs at once
     ],
 )
 def test_experts_on_several_devices_change_neither_outputs_nor_gradients(
-    mesh, routing, monkeypatch
+    mesh, routing, tokens, parts, monkeypatch
 ):
     by_blocks = experts._product_by_blocks
 
@@ -70,7 +71,9 @@ def test_experts_on_several_devices_change_neither_outputs_nor_gradients(
 
     monkeypatch.setattr(experts, "_product_by_blocks", unwritten)
     config, mesh = config_of(**routing), mesh_of(**mesh)
-    x = jax.random.normal(jax.random.key(0), (8, 5, WIDTH))
+    shards = sharding.expert_shards(mesh, config.routing.experts)
+    assert exchange.parts(config.routing, tokens, shards) == parts
+    x = jax.random.normal(jax.random.key(0), (8, tokens, WIDTH))
     # All tokens of one device prefer one expert: nothing may be dropped.
     x = x.at[0].set(x[0, 0])
     alone, shared = Experts(config), Experts(config, mesh)
@@ -97,4 +100,15 @@ def test_experts_on_several_devices_change_neither_outputs_nor_gradients(
     np.testing.assert_array_equal(chosen2, chosen)
     np.testing.assert_allclose(y2, y, atol=1e-5)
     for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(grads2), strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-4)
+        np.testing.assert_allclose(one, two, atol=1e-4 * max(1.0, tokens / 5))
+
+
+def test_the_room_for_rows_is_not_of_all_tokens_where_a_device_has_few_experts():
+    routing = Routing(experts=256, chosen=8)
+    for shards, most in ((2, 2 * 2048 * 8), (32, 1 << 16), (64, 1 << 15), (256, 1 << 14)):
+        parts = exchange.parts(routing, 2048, shards)
+        assert exchange.room(routing, 2048 // parts, shards) <= most
+        # Enough rows of each expert for its products.
+        assert parts == 1 or 2048 // parts * shards * 8 >= exchange.ENOUGH * 256 / 2
+    assert exchange.parts(routing, 2047, 32) == 1  # which does not divide
+    assert exchange.parts(routing, 1, 64) == 1

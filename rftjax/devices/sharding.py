@@ -293,8 +293,8 @@ def row_sharding(mesh: Mesh, *others: str | None) -> NamedSharding:
     return NamedSharding(mesh, _spec([rows[0] if len(rows) == 1 else rows or None, *others]))
 
 
-def keep_rows(mesh: Mesh | None, array: jax.Array) -> jax.Array:
-    """Keeps a first axis of rows over the axes ROWS inside a compiled function.
+def keep_rows(mesh: Mesh | None, array: jax.Array, *others: str | None) -> jax.Array:
+    """Keeps a first axis of rows over the axes ROWS inside a compiled function, further axes as given.
 
     Without it the compiler may rather divide the products of weights that lie over fsdp, and has every device compute,
     and keep, all rows.
@@ -302,7 +302,14 @@ def keep_rows(mesh: Mesh | None, array: jax.Array) -> jax.Array:
     if row_multiple(mesh) == 1:
         return array
     assert mesh is not None
-    return jax.lax.with_sharding_constraint(array, row_sharding(mesh))
+    return jax.lax.with_sharding_constraint(array, row_sharding(mesh, *others))
+
+
+def vocab_axes(mesh: Mesh | None, vocab: int) -> tuple[str, ...]:
+    """Returns the axis that divides the vocabulary of logits, none where it does not: they lie as the head does."""
+    axis = RULES["vocab"]
+    shards = mesh.shape[axis] if mesh is not None and axis else 1
+    return (axis,) if axis and shards > 1 and vocab % shards == 0 else ()
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:

@@ -96,7 +96,8 @@ def scores(
     ) -> tuple[jax.Array, jax.Array]:
         x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
         x_BD = sharding.keep_rows(mesh, x_RMD.reshape(-1, config.width))
-        logits_BV = sharding.keep_rows(mesh, decoder.logits(config, params, x_BD))
+        logits_BV = decoder.logits(config, params, x_BD)
+        logits_BV = sharding.keep_rows(mesh, logits_BV, *sharding.vocab_axes(mesh, config.vocab))
         targets_B = targets_RM.reshape(-1)
         ones_B = jnp.ones(targets_B.shape)
         own = temperature if temperatures_RM is None else temperatures_RM.reshape(-1)

@@ -11,7 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rftjax.models.config import Routing
+
 AXIS = "expert"
+LITTLE = 2  # times a device's share of the rows, in which room for all of them is no waste
+ENOUGH = 256  # rows of an expert, in the mean, that its products are efficient with
 
 
 class Moves(NamedTuple):
@@ -26,6 +30,24 @@ class Moves(NamedTuple):
     def back(self) -> Moves:
         """The same rows, on their way back."""
         return Moves(self.sizes.T, self.lands.T, self.begins.T)
+
+
+def room(routing: Routing, tokens: int, shards: int) -> int:
+    """Returns the most rows that may come to a device, from as many tokens on each: none chooses an expert twice."""
+    return shards * tokens * min(routing.chosen, routing.experts // shards)
+
+
+def parts(routing: Routing, tokens: int, shards: int) -> int:
+    """Returns into how many equal parts a device's tokens go, so that the room for rows is not of all at once, where a
+    device may get far more than its share; a power of two."""
+    count = 1
+    if room(routing, 1, shards) <= LITTLE * routing.chosen:
+        return count
+    while tokens % (2 * count) == 0 and (
+        tokens // count * shards * routing.chosen > ENOUGH * routing.experts
+    ):
+        count *= 2
+    return count
 
 
 def moves(sizes_E: jax.Array, shards: int) -> tuple[Moves, jax.Array]:

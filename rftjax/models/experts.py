@@ -14,13 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
 from rftjax.models import exchange, triton
 from rftjax.models.config import Config, Routing
 from rftjax.models.layers import gated
-from rftjax.models.linear import transposed
+from rftjax.models.linear import narrow, transposed
 from rftjax.models.remat import kept
 from rftjax.types import Params
 
@@ -89,7 +90,7 @@ def _grouped_forward(
 def _grouped_backward(divided: bool, saved: tuple, dy_JF: jax.Array) -> tuple:
     x_JD, kernel_EDF, sizes_E = saved
     dy_JF = dy_JF.astype(x_JD.dtype)
-    turned_EFD = kernel_EDF.astype(x_JD.dtype).swapaxes(1, 2)
+    turned_EFD = _turned(kernel_EDF.astype(x_JD.dtype))
     dx_JD = _product(dy_JF, turned_EFD, sizes_E, divided)
     dkernel_EDF = jax.lax.platform_dependent(
         x_JD,
@@ -115,6 +116,20 @@ def _product(
         cpu=_product_by_blocks,
         default=jax.lax.ragged_dot,
         **({} if divided else {"cuda": triton.product}),
+    )
+
+
+def _turned(kernel_EDF: jax.Array) -> jax.Array:
+    """Returns the experts' matrices transposed.
+
+    XLA for TPUs would lay out the weights of all layers, in a copy, as this product of one layer reads them.
+    """
+
+    def pinned(kernel_EDF: jax.Array) -> jax.Array:
+        return with_layout_constraint(kernel_EDF, Layout((0, 1, 2))).swapaxes(1, 2)
+
+    return jax.lax.platform_dependent(
+        kernel_EDF, tpu=pinned, default=lambda kernel_EDF: kernel_EDF.swapaxes(1, 2)
     )
 
 
@@ -229,7 +244,7 @@ class Grouped(nn.Module):
         product = functools.partial(grouped, sizes_E=sizes_E, divided=self.divided)
         y: Any = product(x_JD, self.param("kernel", init, shape, jnp.float32))
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a, b = narrow(self.get_variable("lora", "a")), self.get_variable("lora", "b")
             y = y + product(product(x_JD, a), b)
         if self.config.routing.bias:
             zeros, outputs = nn.initializers.zeros, (shape[0], self.features)
@@ -266,12 +281,14 @@ class Experts(nn.Module):
     """A gated feed-forward layer in which each token passes the experts that the router chooses.
 
     On a `mesh` each device routes its own tokens. Where experts are divided over devices, their rows go to the device
-    of their expert and back. `here`: each device runs this already, with its own tokens and experts.
+    of their expert and back. `here`: each device runs this already, with its own tokens and experts; `part`: with a
+    part of its tokens.
     """
 
     config: Config
     mesh: Mesh | None = None
     here: bool = False
+    part: bool = False
 
     def setup(self) -> None:
         c = self.config
@@ -285,10 +302,12 @@ class Experts(nn.Module):
         if not self.here and sharding.row_multiple(self.mesh) > 1:
             return self._on_each_device(x)
         routing = self.config.routing
+        shards = sharding.expert_shards(self.mesh, routing.experts)
+        if not self.part and (parts := exchange.parts(routing, x.size // x.shape[-1], shards)) > 1:
+            return self._in_parts(x, parts)
         x_TD = x.reshape(-1, x.shape[-1])
         chosen_TU, weights_TU, entropies_T = route(routing, *self.router(x_TD))
-        self.sow(COLLECTION, "chosen", chosen_TU.reshape(*x.shape[:-1], -1))
-        self.sow(COLLECTION, "entropies", entropies_T.reshape(x.shape[:-1]))
+        told = chosen_TU.reshape(*x.shape[:-1], -1), entropies_T.reshape(x.shape[:-1])
         expert_J = chosen_TU.reshape(-1)
         order_J = jnp.argsort(expert_J, stable=True)
         sorted_J = expert_J[order_J]
@@ -296,7 +315,6 @@ class Experts(nn.Module):
         ends = jnp.searchsorted(sorted_J, jnp.arange(routing.experts + 1))
         sizes_E = jnp.diff(ends).astype(jnp.int32)
         rows = spread(x_TD, order_J, place_J, routing.chosen)
-        shards = sharding.expert_shards(self.mesh, routing.experts)
         if shards == 1:
             y = self._products(rows, sorted_J, sizes_E, kept)
         else:
@@ -304,7 +322,7 @@ class Experts(nn.Module):
         y = unsorted(y, order_J, place_J)
         y_TUD = y.reshape(*chosen_TU.shape, -1)
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
-        return mixed.astype(x.dtype).reshape(x.shape)
+        return self._told(mixed.astype(x.dtype).reshape(x.shape), *told)
 
     def _products(
         self,
@@ -321,9 +339,7 @@ class Experts(nn.Module):
         self, rows: jax.Array, sizes_E: jax.Array, tokens: int, shards: int
     ) -> jax.Array:
         """Returns the products of rows sorted by expert, computed on the devices of the experts."""
-        here = sizes_E.shape[0] // shards
-        # No token chooses an expert twice.
-        room = shards * tokens * min(self.config.routing.chosen, here)
+        room = exchange.room(self.config.routing, tokens, shards)
         to, sizes = exchange.moves(sizes_E, shards)
         order, place, expert = exchange.by_expert(sizes, room)
         came = unsorted(exchange.move(rows, to, room), place, order)
@@ -333,17 +349,40 @@ class Experts(nn.Module):
 
     def _on_each_device(self, x: jax.Array) -> jax.Array:
         """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
-        count = self.config.routing.experts
-        experts = Experts(self.config, self.mesh, here=True, parent=None)
+        tree, run = self._apart()
+        specs = sharding.expert_specs(self.mesh, tree, GATES, self.config.routing.experts)
+        each = sharding.over_rows(self.mesh, run, (specs, True), (True, True, True))
+        return self._told(*each(tree, x))
+
+    def _in_parts(self, x: jax.Array, parts: int) -> jax.Array:
+        """Returns the layer's output, of one part of the tokens after another.
+
+        The backward pass computes each part again: what it would keep is the room of them all.
+        """
+        tree, run = self._apart(part=True)
+
+        @jax.checkpoint
+        def one(_: None, x_TD: jax.Array) -> tuple[None, tuple]:
+            return None, run(tree, x_TD)
+
+        _, found = jax.lax.scan(one, None, x.reshape(parts, -1, x.shape[-1]))
+        y, chosen, entropies = found
+        shape = x.shape[:-1]
+        return self._told(y.reshape(x.shape), chosen.reshape(*shape, -1), entropies.reshape(shape))
+
+    def _apart(self, *, part: bool = False) -> tuple[Params, Callable[..., tuple]]:
+        """Returns this layer's tree, and a function of such a tree and x: its output, chosen experts and entropies."""
+        experts = Experts(self.config, self.mesh, here=True, part=part, parent=None)
         tree = {name: self.variables[name] for name in ("params", "lora") if name in self.variables}
 
         def run(tree: Params, x: jax.Array) -> tuple:
             y, told = experts.apply(tree, x, mutable=[COLLECTION])
             return y, told[COLLECTION]["chosen"][0], told[COLLECTION]["entropies"][0]
 
-        specs = sharding.expert_specs(self.mesh, tree, GATES, count)
-        each = sharding.over_rows(self.mesh, run, (specs, True), (True, True, True))
-        y, chosen, entropies = each(tree, x)
+        return tree, run
+
+    def _told(self, y: jax.Array, chosen: jax.Array, entropies: jax.Array) -> jax.Array:
+        """Tells a caller that asks for it what was chosen; returns y."""
         self.sow(COLLECTION, "chosen", chosen)
         self.sow(COLLECTION, "entropies", entropies)
         return y

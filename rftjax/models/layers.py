@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rftjax.models.config import Config
-from rftjax.models.linear import linear
+from rftjax.models.linear import linear, narrow
 from rftjax.models.remat import kept
 from rftjax.models.rotary import Turn, rotate
 
@@ -44,7 +44,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
         y: Any = linear(x, kernel, self.axes)
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a, b = narrow(self.get_variable("lora", "a")), self.get_variable("lora", "b")
             flat = x.reshape(*x.shape[: x.ndim - self.axes], math.prod(inputs))
             added: Any = linear(linear(flat, a, 1), b, 1)
             y = y + added.reshape(y.shape)

@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -70,6 +71,20 @@ def by_rows(x: jax.Array, dy: jax.Array, *, inputs: int, outputs: int) -> jax.Ar
     dy_MF = dy.reshape(x_MD.shape[0], -1)
     dw_DF = jnp.dot(transposed(x_MD), dy_MF, preferred_element_type=jnp.float32)
     return dw_DF.reshape(*x.shape[x.ndim - inputs :], *dy.shape[dy.ndim - outputs :])
+
+
+def narrow(a: jax.Array) -> jax.Array:
+    """Returns a LoRA factor (..., inputs, rank) as it is, and its gradient.
+
+    XLA for TPUs fills a last axis up to 128, so that a rank of 8 takes 16 times its room in what a loop over layers
+    holds; as both are laid out here, the inputs are last.
+    """
+
+    def pinned(a: jax.Array) -> jax.Array:
+        *lead, inputs, rank = range(a.ndim)
+        return with_layout_constraint(a, Layout((*lead, rank, inputs)))
+
+    return jax.lax.platform_dependent(a, tpu=pinned, default=lambda a: a)
 
 
 def transposed(x_MD: jax.Array) -> jax.Array:
