@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from meshes import mesh_of
 
+from rftjax.devices import sharding
 from rftjax.models import experts, triton
 from rftjax.models.config import Config, Rope, Routing
 
@@ -67,11 +67,17 @@ def test_blocks_of_one_expert_and_the_ragged_products_of_accelerators_are_equal(
     np.testing.assert_allclose(blocks, experts._ragged_gradient(x, dy, sizes), atol=1e-5)
 
 
-def lowered(loss, platform: str, *shapes: tuple) -> str:
-    """Returns the program for one device; kernels ask a mesh what device it is, but no axis of it is the model's."""
+def described(platform: str, **sizes: int) -> AbstractMesh:
+    """Returns a mesh of the platform, by default of one device on no axis of the model; kernels ask what it is."""
     kind = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda") if platform == "cuda" else None
-    mesh = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=kind)
-    with jax.sharding.use_abstract_mesh(mesh):
+    axes = {axis: sizes.get(axis, 1) for axis in sharding.AXES} if sizes else {"one": 1}
+    types = (AxisType.Auto,) * len(axes)
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=types, abstract_device=kind)
+
+
+def lowered(loss, platform: str, *shapes: Any, mesh: AbstractMesh | None = None) -> str:
+    """Returns the program for the devices of a mesh, or for one."""
+    with jax.sharding.use_abstract_mesh(mesh or described(platform)):
         return jax.jit(loss).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -100,19 +106,28 @@ def test_tpus_are_given_ragged_products_gpus_kernels_and_cpus_loops_over_blocks(
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(
-    ("mesh", "kernels", "ragged"), [({}, 9, 0), ({"data": 1}, 9, 0), ({"tensor": 2}, 0, 9)]
+    ("mesh", "ffn", "kernels", "ragged"),
+    [
+        ({}, 5, 9, 0),
+        ({"data": 1}, 5, 9, 0),
+        ({"tensor": 2}, 6, 9, 0),
+        ({"data": 2, "expert": 2, "tensor": 2}, 6, 9, 0),
+        ({"tensor": 2}, 5, 0, 9),  # which the compiler divides, as far as it does
+    ],
 )
-def test_a_layer_of_experts_has_kernels_on_one_gpu_and_none_over_the_axis_tensor(
-    mesh: dict[str, int], kernels: int, ragged: int
+def test_a_layer_of_experts_has_kernels_on_gpus_where_each_has_its_part_of_them(
+    mesh: dict[str, int], ffn: int, kernels: int, ragged: int
 ):
-    module = experts.Experts(CONFIG, mesh_of(**mesh) if mesh else None)
-    x = jax.ShapeDtypeStruct((2, 20, 6), jnp.float32)
-    tree = jax.eval_shape(experts.Experts(CONFIG).init, jax.random.key(0), x)
+    config = dataclasses.replace(CONFIG, routing=dataclasses.replace(CONFIG.routing, ffn=ffn))
+    over = described("cuda", **mesh) if mesh else None
+    module = experts.Experts(config, over)
+    x = jax.ShapeDtypeStruct((4, 20, 6), jnp.float32)
+    tree = jax.eval_shape(experts.Experts(config).init, jax.random.key(0), x)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(module.apply({"params": params}, x)))
 
-    text = lowered(jax.grad(loss, (0, 1)), "cuda", tree["params"], x)
+    text = lowered(jax.grad(loss, (0, 1)), "cuda", tree["params"], x, mesh=over)
     found = len(re.findall(KERNEL, text)), text.count('"chlo.ragged_dot"')
     assert found == (kernels, ragged)
 

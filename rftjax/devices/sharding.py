@@ -367,6 +367,38 @@ def expert_specs(mesh: Mesh | None, tree: Params, names: Sequence[str], experts:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
+def shares(mesh: Mesh | None, axis: str) -> int:
+    """Returns the size of an axis of the mesh, 1 where there is none."""
+    return mesh.shape[axis] if mesh is not None else 1
+
+
+def inner_specs(tree: Params, inner: Mapping[tuple[str, str], int]) -> Params:
+    """Returns how the leaves of a tree are given to `over_tensor`: whole, or divided on the axis that `inner` names by
+    the last two names of their path."""
+
+    def spec(path: tuple, leaf: Any) -> PartitionSpec:
+        at = inner.get((path[-2].key, path[-1].key))
+        return (
+            PartitionSpec() if at is None else PartitionSpec(*[None] * (leaf.ndim + at), "tensor")
+        )
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def over_tensor(mesh: Mesh | None, function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
+    """Returns function(tree, x) as each device of the axis `tensor` runs it on its part of the tree, which lies as
+    `specs` say, inside of `over_rows` too; results are the same on all of them."""
+    around = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        function,
+        mesh=around if "tensor" in around.axis_names else mesh,
+        in_specs=(specs, PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names={"tensor"},
+        check_vma=False,
+    )
+
+
 def over_heads(
     mesh: Mesh | None, function: Callable[..., jax.Array], kv_heads: int
 ) -> Callable[..., jax.Array]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from rftjax.models.attention import plain
 from rftjax.models.config import Config, Stack
-from rftjax.models.experts import Experts
+from rftjax.models.experts import ROWS, Experts
 from rftjax.models.latent import LatentAttention
 from rftjax.models.layers import Attend, Attention, Mlp, Norm
 from rftjax.models.rotary import Turn
@@ -30,13 +30,16 @@ class Block(nn.Module):
         c = self.config
         latent = c.latent.rank > 0
         self.attention = LatentAttention(c, self.cached) if latent else Attention(c)
-        self.mlp = Experts(c, self.mesh, self.cached) if self.stack.sparse else Mlp(c)
+        self.mlp = self._experts() if self.stack.sparse else Mlp(c)
         if self.stack.sparse and c.routing.shared:
             self.shared = Mlp(c, c.routing.shared)
         if c.norms in ("before", "both"):
             self.attention_norm, self.mlp_norm = Norm(c), Norm(c)
         if c.norms in ("after", "both"):
             self.attention_output_norm, self.mlp_output_norm = Norm(c), Norm(c)
+
+    def _experts(self) -> Experts:
+        return Experts(self.config, self.mesh, (ROWS,) if self.cached else ())
 
     def __call__(self, x_BTD: jax.Array, turn: Turn, attend: Attend) -> tuple[jax.Array, Any]:
         """Returns the layer's output x_BTD and what `attend` kept."""

@@ -29,6 +29,12 @@ BLOCK = 128  # rows of a block at most
 LEAST = 8  # and at least
 COLLECTION = "routing"  # of what `Experts` tells a caller that asks for it
 GATES = ("experts_gate", "experts_up", "experts_down")  # the linear maps of experts
+# The axis of an expert's inner width, the last or the one before, of those parameters that have it.
+INNER = {
+    **{(name, leaf): -1 for name in GATES[:2] for leaf in ("kernel", "bias", "b")},
+    **{(GATES[2], leaf): -2 for leaf in ("kernel", "a")},
+}
+ROWS, TENSOR, PART = "rows", "tensor", "part"
 
 
 def route(
@@ -231,11 +237,15 @@ unsorted.defvjp(
 
 
 class Grouped(nn.Module):
-    """One linear map an expert, plus a LoRA path where the tree holds one; `divided` is that of `grouped`."""
+    """One linear map an expert, plus a LoRA path where the tree holds one; `divided` is that of `grouped`.
+
+    `summed`: the caller sums the outputs over the axis `tensor`, of whose devices the first adds the bias.
+    """
 
     features: int
     config: Config
     divided: bool = False
+    summed: bool = False
 
     @nn.compact
     def __call__(self, x_JD: jax.Array, expert_J: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -251,6 +261,8 @@ class Grouped(nn.Module):
             bias_EF = self.param("bias", zeros, outputs, jnp.float32)
             # Rows of no expert have no bias, and their gradient, which nothing promises to be 0, adds to none.
             bias_JF = jnp.take(bias_EF, expert_J, axis=0, mode="fill", fill_value=0)
+            if self.summed:
+                bias_JF = jnp.where(jax.lax.axis_index("tensor") == 0, bias_JF, 0)
             y = y + bias_JF.astype(y.dtype)
         return y
 
@@ -281,30 +293,36 @@ class Experts(nn.Module):
     """A gated feed-forward layer in which each token passes the experts that the router chooses.
 
     On a `mesh` each device routes its own tokens. Where experts are divided over devices, their rows go to the device
-    of their expert and back. `here`: each device runs this already, with its own tokens and experts; `part`: with a
-    part of its tokens.
+    of their expert and back. `inside` names what each call is one of already: ROWS, of the devices with rows of their
+    own; TENSOR, of those that share the experts' inner width; PART, of the parts of a device's tokens.
     """
 
     config: Config
     mesh: Mesh | None = None
-    here: bool = False
-    part: bool = False
+    inside: tuple[str, ...] = ()
 
     def setup(self) -> None:
-        c = self.config
+        c, inner = self.config, self.config.routing.ffn
         self.router = Router(c)
-        divided = self.mesh is not None and self.mesh.shape["tensor"] > 1
-        self.experts_gate = Grouped(c.routing.ffn, c, divided)
-        self.experts_up = Grouped(c.routing.ffn, c, divided)
-        self.experts_down = Grouped(c.width, c, divided)
+        own = TENSOR in self.inside
+        divided = not own and sharding.shares(self.mesh, "tensor") > 1
+        inner = inner // sharding.shares(self.mesh, "tensor") if own else inner
+        self.experts_gate = Grouped(inner, c, divided)
+        self.experts_up = Grouped(inner, c, divided)
+        self.experts_down = Grouped(c.width, c, divided, own)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if not self.here and sharding.row_multiple(self.mesh) > 1:
-            return self._on_each_device(x)
         routing = self.config.routing
         shards = sharding.expert_shards(self.mesh, routing.experts)
-        if not self.part and (parts := exchange.parts(routing, x.size // x.shape[-1], shards)) > 1:
-            return self._in_parts(x, parts)
+        tensor = sharding.shares(self.mesh, "tensor")
+        if ROWS not in self.inside and sharding.row_multiple(self.mesh) > 1:
+            return self._on_each_device(x)
+        if TENSOR not in self.inside and tensor > 1 and routing.ffn % tensor == 0:
+            return self._over_tensor(x)
+        if PART not in self.inside:
+            parts = exchange.parts(routing, x.size // x.shape[-1], shards)
+            if parts > 1:
+                return self._in_parts(x, parts)
         x_TD = x.reshape(-1, x.shape[-1])
         chosen_TU, weights_TU, entropies_T = route(routing, *self.router(x_TD))
         told = chosen_TU.reshape(*x.shape[:-1], -1), entropies_T.reshape(x.shape[:-1])
@@ -322,6 +340,9 @@ class Experts(nn.Module):
         y = unsorted(y, order_J, place_J)
         y_TUD = y.reshape(*chosen_TU.shape, -1)
         mixed = jnp.einsum("TUD,TU->TD", y_TUD, weights_TU, preferred_element_type=jnp.float32)
+        if TENSOR in self.inside:
+            # Not before: on their way rows lie in room for many more.
+            mixed = jax.lax.psum(mixed, "tensor")
         return self._told(mixed.astype(x.dtype).reshape(x.shape), *told)
 
     def _products(
@@ -349,17 +370,23 @@ class Experts(nn.Module):
 
     def _on_each_device(self, x: jax.Array) -> jax.Array:
         """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
-        tree, run = self._apart()
+        tree, run = self._apart(ROWS)
         specs = sharding.expert_specs(self.mesh, tree, GATES, self.config.routing.experts)
         each = sharding.over_rows(self.mesh, run, (specs, True), (True, True, True))
         return self._told(*each(tree, x))
+
+    def _over_tensor(self, x: jax.Array) -> jax.Array:
+        """Returns the layer's output, of whose experts each device of `tensor` has a part of the inner width."""
+        tree, run = self._apart(TENSOR)
+        specs = sharding.inner_specs(tree, INNER)
+        return self._told(*sharding.over_tensor(self.mesh, run, specs)(tree, x))
 
     def _in_parts(self, x: jax.Array, parts: int) -> jax.Array:
         """Returns the layer's output, of one part of the tokens after another.
 
         The backward pass computes each part again: what it would keep is the room of them all.
         """
-        tree, run = self._apart(part=True)
+        tree, run = self._apart(PART)
 
         @jax.checkpoint
         def one(_: None, x_TD: jax.Array) -> tuple[None, tuple]:
@@ -370,9 +397,9 @@ class Experts(nn.Module):
         shape = x.shape[:-1]
         return self._told(y.reshape(x.shape), chosen.reshape(*shape, -1), entropies.reshape(shape))
 
-    def _apart(self, *, part: bool = False) -> tuple[Params, Callable[..., tuple]]:
+    def _apart(self, inside: str) -> tuple[Params, Callable[..., tuple]]:
         """Returns this layer's tree, and a function of such a tree and x: its output, chosen experts and entropies."""
-        experts = Experts(self.config, self.mesh, here=True, part=part, parent=None)
+        experts = Experts(self.config, self.mesh, (*self.inside, inside), parent=None)
         tree = {name: self.variables[name] for name in ("params", "lora") if name in self.variables}
 
         def run(tree: Params, x: jax.Array) -> tuple:
