@@ -2,7 +2,8 @@
 
     python scripts/kill_processes.py --out=/tmp/kills [--kills=5] [--seed=0]
 
-Two processes with four fake CPU devices each train the debug form of `experiments/quickstart.py` or the spec given.
+Two processes with four fake CPU devices each train the debug form of `experiments/quickstart.py` or the spec given; its
+state is divided over the eight (other flags follow), as eight copies would take 22 GB.
 After each kill the other process must end by itself within LIMIT_S seconds; then both are started again.
 """
 
@@ -140,7 +141,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     known, others = parser.parse_known_args()
     known.out.mkdir(parents=True, exist_ok=True)
-    arguments = [f"--config={known.config}", *others]
+    arguments = [
+        f"--config={known.config}",
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=8",
+        *others,
+    ]
     (code,) = finish(start(arguments, known.out / "one", 1), 1800)
     if code:
         sys.exit(f"one process ended with {code}: {known.out / 'one.0.txt'}")

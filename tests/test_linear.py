@@ -16,6 +16,7 @@ CASES = {
     "one axis to two": ((2, 5, 6), (6, 3, 4), 1, "btd,dhc->bthc"),
     "two axes to one": ((2, 5, 3, 4), (3, 4, 6), 2, "bthc,hcd->btd"),
     "rows": ((7, 6), (6, 9), 1, "md,dv->mv"),
+    "rows of a kilobyte, transposed in parts": ((7, 256), (256, 9), 1, "md,dv->mv"),
 }
 
 
