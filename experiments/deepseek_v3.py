@@ -12,4 +12,4 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the spec; `arg` is empty, "full", "debug" or "full,debug"."""
-    return spec("deepseek_v3", arg, tensor=16)
+    return spec("deepseek_v3", arg)

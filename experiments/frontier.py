@@ -11,11 +11,8 @@ from rftjax.config import base_config
 HERE = Path(__file__).absolute().parent
 
 
-def spec(family: str, arg: str, tensor: int) -> ConfigDict:
-    """Returns the spec of a folder of shapes/; `arg` is empty (LoRA), "full", "debug" or "full,debug".
-
-    `tensor` devices share the sampler's weights.
-    """
+def spec(family: str, arg: str) -> ConfigDict:
+    """Returns the spec of a folder of shapes/; `arg` is empty (LoRA), "full", "debug" or "full,debug"."""
     chosen = set(arg.split(",")) - {""}
     if chosen - {"full", "debug"}:
         raise ValueError(f"argument {arg!r}: must be empty or debug, full, or full,debug")
@@ -29,15 +26,17 @@ def spec(family: str, arg: str, tensor: int) -> ConfigDict:
     config.batch.prompts, config.batch.group_size = 64, 8
     config.sampler.slots, config.sampler.max_new_tokens = 256, 1024
     config.rollout.max_length, config.batch.pack_tokens = 2048, 2048
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, -1, tensor
+    # Experts lie on their devices, in the update and in decoding: no step gathers them.
     if "full" in chosen:
         config.optim.lr = 1e-6
+        config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor = 1, -1, 16, 4
     else:
         config.lora.rank, config.optim.lr = 8, 1e-5
+        config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor = 1, 1, -1, 2
     if "debug" in chosen:
         config.model.path = f"{HERE}/shapes/debug_{family}"
         config.model.init, config.model.dtype = "random", "float32"
-        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+        config.mesh.data, config.mesh.fsdp, config.mesh.expert, config.mesh.tensor = -1, 1, 1, 1
         config.steps, config.eval.max_tasks = 2, 4
         config.batch.prompts, config.batch.group_size = 2, 4
         config.sampler.slots, config.sampler.max_new_tokens = 8, 8

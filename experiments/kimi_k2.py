@@ -12,4 +12,4 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the spec; `arg` is empty, "full", "debug" or "full,debug"."""
-    return spec("kimi_k2", arg, tensor=32)
+    return spec("kimi_k2", arg)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rftjax.devices import sharding
 from rftjax.devices.accelerators import Accelerator
 from rftjax.learning import row_length, update
-from rftjax.models import logical_axes, remat
+from rftjax.models import exchange, logical_axes, remat
 from rftjax.models.config import Config, Stack
 from rftjax.weights import hf
 
@@ -22,10 +22,14 @@ REACHED = {
     "links": 0.7,
 }  # shares of the table's numbers, as large jobs report them
 GRADIENT = "gradient, and that of a micro-batch"
+ROOM = "room for rows of experts from other devices"
 # Counted in XLA's programs, `scripts/bench/README.md`: forms of the logits that exist at once, and the share of the
 # activations that TPUs keep which GPUs keep too.
 TPU_LOGITS, GPU_LOGITS = 5.0, 2.33
 GPU_KEPT = 0.75
+ROOMS = (
+    10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
+)
 TPU_LANES = 128
 
 
@@ -64,6 +68,7 @@ class Job:
                 GRADIENT: 2 * trained,
                 f"activations of {self.row_tokens} tokens": self.kept() + layers,
                 "logits of the update": self.head_bytes(TPU_LOGITS),
+                ROOM: self.rooms(self.row_tokens),
             }
         # XLA for GPUs lets the arrays of the head go before the backward pass makes those of layers.
         kept = self.kept() * (1.0 if self.config.model.remat == remat.LAYER else GPU_KEPT)
@@ -75,7 +80,17 @@ class Job:
                 self.head_bytes(GPU_LOGITS) - trained, work
             ),
             "experts, as they are gathered": self._experts_again(),
+            ROOM: self.rooms(self.row_tokens),
         }
+
+    def rooms(self, tokens: int) -> float:
+        """Bytes of the arrays for rows of experts that other devices send, of so many tokens on each."""
+        c, shards = self.model, self.expert_shards
+        if shards == 1:
+            return 0.0
+        parts = exchange.parts(c.routing, tokens, shards)
+        rows = exchange.room(c.routing, tokens // parts, shards)
+        return float(ROOMS * rows * c.width * self.item)
 
     def filled_experts(self) -> float:
         """Bytes of the copies that XLA for TPUs makes of gates and ups whose part of the inner width is no multiple of

@@ -21,7 +21,7 @@ from rftjax.learning import row_length
 from rftjax.models import cache_leaves, remat
 from rftjax.policy import Policy
 from rftjax.run import compiled, targets
-from rftjax.run.arithmetic import REACHED, Job, active_entries, entries
+from rftjax.run.arithmetic import REACHED, ROOM, Job, active_entries, entries
 from rftjax.run.build import complete_config
 from rftjax.run.start import StateBuilder
 from rftjax.sampler import device
@@ -196,6 +196,8 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
         sampling["embedding in the head's layout"] = table
     if filled := 0.0 if chip.is_gpu else job.filled_experts():
         sampling["experts, filled up to whole tiles"] = filled
+    if room := job.rooms(job.slots // job.shards):
+        sampling[ROOM] = room
     updating = job.updating(_bytes(state.trainable), gpu=chip.is_gpu)
     seconds = job.seconds(chip, sampler, cache, full=not config.lora.rank)
     return Plan(dict(mesh.shape), held, sampling, updating, seconds, job.sampled)
