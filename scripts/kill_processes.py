@@ -4,7 +4,8 @@
 
 Two processes with four fake CPU devices each train the debug form of `experiments/quickstart.py` or the spec given; its
 state is divided over the eight (other flags follow), as eight copies would take 22 GB.
-After each kill the other process must end by itself within LIMIT_S seconds; then both are started again.
+Every other kill comes only once a new checkpoint is there. After each the other process must end by itself within
+LIMIT_S seconds; then both are started again.
 """
 
 from __future__ import annotations
@@ -72,18 +73,26 @@ def said(workdir: Path) -> int:
     return sum(path.stat().st_size for path in found if path.exists())
 
 
+def saved(workdir: Path) -> list[int]:
+    """Returns the steps with a checkpoint."""
+    found = (workdir / "checkpoints").glob("[0-9]*")
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
 def kill_until_done(
     arguments: list[str], workdir: Path, kills: int, chance: random.Random, longest_s: float
 ) -> list[str]:
     """Runs two processes and kills one again and again; returns what went wrong."""
     faults = []
     for number in range(kills):
-        before = said(workdir)
+        before, steps = said(workdir), saved(workdir)
         started = start(arguments, workdir, 2)
-        after_s = chance.uniform(0, longest_s)
+        after_s = chance.uniform(0, longest_s / (1 + 4 * (number % 2)))
         victim = chance.randrange(2)
         # They say something once they have met: before, each waits for the others as long as `processes.START_S`.
         while said(workdir) == before and all(one.poll() is None for one in started):
+            time.sleep(0.05)
+        while number % 2 and saved(workdir) == steps and all(one.poll() is None for one in started):
             time.sleep(0.05)
         until = time.monotonic() + after_s
         while time.monotonic() < until and all(one.poll() is None for one in started):
@@ -94,14 +103,9 @@ def kill_until_done(
         started[victim].send_signal(signal.SIGKILL)
         began_s = time.monotonic()
         codes = finish(started, LIMIT_S)
-        steps = sorted(
-            int(path.name)
-            for path in (workdir / "checkpoints").glob("[0-9]*")
-            if path.name.isdigit()
-        )
         print(
             f"kill {number}: process {victim} after {after_s:.1f} s; the other ended after"
-            f" {time.monotonic() - began_s:.1f} s with {codes[1 - victim]}; checkpoints {steps}",
+            f" {time.monotonic() - began_s:.1f} s with {codes[1 - victim]}; checkpoints {saved(workdir)}",
             flush=True,
         )
         if codes[1 - victim] in (None, 0):
