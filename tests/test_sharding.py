@@ -1,6 +1,8 @@
+import functools
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,7 +12,7 @@ from meshes import mesh_of
 import rftjax
 from rftjax.devices import sharding
 from rftjax.learning.batching import make_batch
-from rftjax.models import FAMILIES, logical_axes
+from rftjax.models import FAMILIES, decoder, logical_axes
 from rftjax.models.decoder import Config, Rope
 
 LOGICAL = FAMILIES["qwen2"].LOGICAL_AXES
@@ -159,3 +161,26 @@ def test_packed_rows_are_divided_and_the_loss_arrays_are_not():
     placed = sharding.put_batch(mesh, batch)
     assert {leaf.sharding.spec for leaf in placed.pack} == {PartitionSpec(None, sharding.ROWS)}
     assert placed.sampled_BT.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "expert": 4}]
+)
+def test_the_embedding_has_the_same_gradient_where_it_lies_over_devices(sizes):
+    mesh = mesh_of(**sizes)
+    table_VD = jax.random.normal(jax.random.key(0), (24, 16))
+    tokens_BT = jnp.arange(32).reshape(8, 4) % 11
+    weights_BTD = jax.random.normal(jax.random.key(1), (8, 4, 16))
+
+    def loss(lookup, table_VD, tokens_BT, weights_BTD):
+        return jnp.sum(jnp.sin(lookup(table_VD, tokens_BT)) * weights_BTD)
+
+    plain = jax.grad(functools.partial(loss, lambda table_VD, tokens_BT: table_VD[tokens_BT]))
+    over = jax.grad(
+        functools.partial(loss, lambda *given: decoder.looked_up(*given, "float32", mesh))
+    )
+    place = sharding.table_sharding(mesh, table_VD.shape)
+    rows = sharding.put_rows(mesh, (tokens_BT, weights_BTD))
+    found = jax.jit(over)(jax.device_put(table_VD, place), *rows)
+    assert found.sharding.is_equivalent_to(place, 2)
+    np.testing.assert_allclose(found, plain(table_VD, tokens_BT, weights_BTD), atol=1e-6)

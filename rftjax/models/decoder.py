@@ -75,12 +75,45 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def embed(config: Config, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """Returns x_BTD in the compute dtype."""
-    x_BTD = jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(config.dtype)
+def embed(
+    config: Config, params: Params, tokens_BT: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+    """Returns x_BTD in the compute dtype; where the table lies over the mesh, so does its gradient."""
+    table_VD = params["embed"]["embedding"]
+    if mesh is not None and sharding.shares(mesh, "fsdp") > 1:
+        x_BTD = looked_up(table_VD, tokens_BT, config.dtype, mesh)
+    else:
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype)
     return (
         x_BTD if config.embed_scale == 1.0 else x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str, mesh: Mesh) -> jax.Array:
+    """Returns the rows of the table, of whose float32 gradient each device adds up its own columns.
+
+    Otherwise XLA hands each device all columns, in float32, of the rows of all devices.
+    """
+    return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+
+
+def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str, mesh: Mesh) -> tuple:
+    return looked_up(table_VD, tokens_BT, dtype, mesh), (table_VD, tokens_BT)
+
+
+def _looked_up_gradient(dtype: str, mesh: Mesh, saved: tuple, dx_BTD: jax.Array) -> tuple:
+    table_VD, tokens_BT = saved
+    place = sharding.table_sharding(mesh, table_VD.shape)
+    keep = jax.lax.with_sharding_constraint
+    zeros_VD = keep(jnp.zeros(table_VD.shape, jnp.float32), place)
+    dx = sharding.columns(mesh, dx_BTD, place)
+    tokens = tokens_BT.reshape(dx.shape[:-1])
+    added_VD = zeros_VD.at[tokens].add(dx.astype(jnp.float32), mode="drop")
+    return keep(added_VD, place).astype(table_VD.dtype), None
+
+
+looked_up.defvjp(_looked_up, _looked_up_gradient)
 
 
 def hidden(
@@ -158,7 +191,7 @@ def walk(
             told.append(one)
         return x_RXD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)
 
-    x_RXD = embed(config, params, tokens_RX)
+    x_RXD = embed(config, params, tokens_RX, mesh)
     routed = []
     for stack in config.stacks:
         x_RXD, told = run(stack, x_RXD)

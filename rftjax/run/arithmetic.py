@@ -23,10 +23,10 @@ REACHED = {
 }  # shares of the table's numbers, as large jobs report them
 GRADIENT = "gradient, and that of a micro-batch"
 ROOM = "room for rows of experts from other devices"
-# Counted in XLA's programs, `scripts/bench/README.md`: forms of the logits that exist at once, and the share of the
-# activations that TPUs keep which GPUs keep too.
-TPU_LOGITS, GPU_LOGITS = 5.0, 2.33
-GPU_KEPT = 0.75
+# Counted in XLA's programs, `scripts/bench/README.md`: forms of the logits that exist at once, and the share of
+# a layer's activations that stays for the backward pass.
+TPU_LOGITS, GPU_LOGITS = 3.0, 2.33
+KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
@@ -61,25 +61,15 @@ class Job:
 
     def updating(self, trained: float, *, gpu: bool) -> dict[str, float]:
         """Bytes of an update by purpose beside the state, of which `trained` are those of the trained parameters."""
-        if not gpu:
-            at_work = max(map(self._layer, self.model.stacks))
-            layers = at_work * (1 if self.config.model.remat == remat.LAYER else 2)
-            return {
-                GRADIENT: 2 * trained,
-                f"activations of {self.row_tokens} tokens": self.kept() + layers,
-                "logits of the update": self.head_bytes(TPU_LOGITS),
-                ROOM: self.rooms(self.row_tokens),
-            }
-        # XLA for GPUs lets the arrays of the head go before the backward pass makes those of layers.
-        kept = self.kept() * (1.0 if self.config.model.remat == remat.LAYER else GPU_KEPT)
+        # XLA lets the arrays of the head go before the backward pass makes those of layers.
+        kept = self.kept() * (1.0 if self.config.model.remat == remat.LAYER else KEPT)
         work = max(self._layer(stack) + self._gathered(stack) for stack in self.model.stacks)
+        head = self.head_bytes(GPU_LOGITS, 2) - trained if gpu else self.head_bytes(TPU_LOGITS, 1)
         return {
             GRADIENT: 2 * trained,
             f"activations of {self.row_tokens} tokens": kept,
-            "logits, or a layer and its gathered weights": max(
-                self.head_bytes(GPU_LOGITS) - trained, work
-            ),
-            "experts, as they are gathered": self._experts_again(),
+            "logits, or a layer and its gathered weights": max(head, work),
+            "experts, as they are gathered": self._experts_again() if gpu else 0.0,
             ROOM: self.rooms(self.row_tokens),
         }
 
@@ -140,13 +130,14 @@ class Job:
         shared = 2 * (2 * c.heads + 2 * c.kv_heads) * c.channels + 8 * ffn
         return self.row_tokens * self.item * (16 * c.width + shared / tensor)
 
-    def head_bytes(self, logits: float) -> float:
-        """Bytes of the float32 logits that exist at once in so many forms, the head, gathered, and its gradient."""
+    def head_bytes(self, logits: float, copies: int) -> float:
+        """Bytes of the float32 logits that exist at once in so many forms, the head, gathered, and its gradient; where
+        it is trained, of so many copies."""
         scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
         chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
         one = 4.0 * (scored if chunked else self.row_tokens) * self.model.vocab
-        forms = self.item if self.config.lora.rank else 2 * self.item + 4
+        forms = self.item if self.config.lora.rank else copies * self.item + 4
         head = self.model.vocab * self.model.width * forms
         return (logits * one + head) / self.mesh.shape["tensor"]
 
