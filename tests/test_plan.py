@@ -289,3 +289,28 @@ def test_a_token_uses_its_own_experts_and_decoding_reads_those_of_its_rows(tmp_p
     config.mesh.data, config.mesh.tensor, config.lora.rank = -1, 32, 8
     lines = plan.report(config, "v5p", 32, 0.0)
     assert "35,136 cached numbers a token" in lines[0]  # 61 layers of 512 and 64
+
+
+def test_what_lies_in_the_hosts_memory_is_told_apart(config):
+    plain = planned(config, 4)
+    for offload, rounding, weights, read in (
+        ("moments", "", 0, 0),
+        ("all", "", 4, 2),
+        ("all", "stochastic", 2, 2),
+    ):
+        config.optim.offload, config.optim.rounding = offload, rounding
+        found = planned(config, 4)
+        gains = (8 * 2 + 1) * 1024
+        matrices = (ENTRIES - gains) // 4  # on a device
+        assert found.offloaded["optimizer"] == 8 * matrices
+        assert found.offloaded["trained parameters"] == weights * matrices
+        assert found.held["optimizer"] == plain.held["optimizer"] - 8 * matrices
+        own = 0 if weights else 4 * matrices
+        assert found.held["trained parameters"] == own + 4 * gains
+        fetched = found.updating["weights from the host's memory, as they are read"]
+        assert fetched == read * matrices
+        same = "gradient, and that of a micro-batch"
+        assert found.updating[same] == plain.updating[same]
+        assert found.peak < plain.peak
+    lines = plan.report(config, "H100", 4, 0.0)
+    assert any("host " in line and f"optimizer, {memory.HOST}" in line for line in lines)

@@ -22,6 +22,8 @@ _SYNONYMS = {
     "optim.warmup_steps": "warmup lr_warmup_steps num_warmup_steps warmup_ratio",
     "optim.clip": "max_grad_norm grad_clip gradient_clip clip_grad clip_norm gradient_clipping",
     "optim.weight_decay": "wd decay",
+    "optim.offload": "cpu_offload optimizer_offload offload_optimizer host_offload",
+    "optim.rounding": "stochastic_rounding bf16_params pure_bf16 master_weights",
     "steps": "max_steps num_steps total_steps train_steps num_train_steps epochs num_train_epochs iterations",
     "seed": "random_seed rng_seed",
     "batch.prompts": "batch_size train_batch_size global_batch_size prompts_per_step per_device_train_batch_size",
@@ -95,7 +97,7 @@ def base_config() -> ConfigDict:
             "export_step": "best",  # of checkpoint.best_metric, where there is one; or "last"
             "model": {
                 "path": "",  # directory, .gguf file or hub name; required
-                "dtype": "float32",  # of the computation; master weights are float32
+                "dtype": "float32",  # of the computation; trained weights are float32, see optim.rounding
                 "init": "pretrained",  # or "random", from a config.json alone
                 "attention": "blocked",  # or "tiled", "plain"; "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs
                 "remat": "",  # computed again for the backward pass: "products" what lies between, "layer" all; "" none
@@ -219,6 +221,8 @@ def base_config() -> ConfigDict:
                 "beta2": 0.999,  # and of their squares
                 "eps": 1e-8,
                 "final_lr_share": 0.0,  # of lr, where the linear and the cosine schedule end
+                "offload": "",  # to the host's memory: "moments", Adam's; "all", the trained weights too; "": nothing
+                "rounding": "",  # "stochastic": trained weights are bfloat16 alone; "": they are float32
                 "max_nonfinite": 3,  # steps in a row without a finite gradient after which a run ends; 0: never
             },
             "lora": {

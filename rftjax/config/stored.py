@@ -29,6 +29,7 @@ FREE = (
     "logging.",
     "alarms.",
     "optim.max_nonfinite",
+    "optim.offload",
     "scoring.",
     "environments.workers",
     "environments.timeout_s",

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from rftjax import grpo
-from rftjax.devices import processes, sharding
+from rftjax.devices import memories, processes, sharding
 from rftjax.devices.compilation import Program
 from rftjax.learning import batching, merging, update
 from rftjax.learning.batching import make_batch
@@ -280,6 +281,8 @@ def copy(params: Params, dtype: str) -> Params:
     """Returns a copy in the dtypes that the forward pass reads; it outlives an update that donates `params`."""
 
     def one(path: tuple, leaf: Any) -> jax.Array:
+        if not isinstance(leaf, Tracer) and memories.on_host(leaf):
+            leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
         return jnp.array(leaf, decoder.reading_dtype(path[-1].key, dtype), copy=True)
 
     return jax.tree_util.tree_map_with_path(one, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import optax
@@ -27,12 +28,12 @@ def make_optimizer(
     beta2: float = 0.999,
     eps: float = 1e-8,
     final_lr_share: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Builds AdamW behind a clip of the gradient's global norm (0.0: none); biases and norm gains
     do not decay.
 
     `steps` is the schedule's horizon in updates. The optimizer state has the same tree whatever the
-    settings.
+    settings. Whoever updates a part of the tree gives `norm`, the whole gradient's.
     """
     rate = make_schedule(
         lr=lr,
@@ -49,10 +50,27 @@ def make_optimizer(
             raise UserError(f"optim.{name}={value!r}: must be at least 0 and below 1")
     if not 0 < eps < math.inf:
         raise UserError(f"optim.eps={eps!r}: must be above 0")
-    return optax.chain(
-        optax.clip_by_global_norm(clip) if clip > 0 else optax.identity(),
+    chain = optax.chain(
+        clip_by_norm(clip) if clip > 0 else optax.identity(),
         optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask),
     )
+    return optax.with_extra_args_support(chain)
+
+
+def clip_by_norm(most: float) -> optax.GradientTransformationExtraArgs:
+    """Scales a gradient whose norm is above `most` down to it: by its own norm, or by `norm`, that of a whole of which
+    it is a part.
+    """
+
+    def clipped(
+        grads: Params, state: Any, params: Any = None, *, norm: Any = None, **_: Any
+    ) -> tuple[Params, Any]:
+        norm = optax.tree.norm(grads) if norm is None else norm
+        return jax.tree.map(
+            lambda leaf: jax.lax.select(norm < most, leaf, (leaf / norm) * most), grads
+        ), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, clipped)
 
 
 def make_schedule(

@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from rftjax import grpo
-from rftjax.devices import sharding
-from rftjax.learning import merging
-from rftjax.models import decoder, experts
+from rftjax.devices import memories, sharding
+from rftjax.learning import merging, pieces, rounding
+from rftjax.models import decoder, experts, wide
 from rftjax.models.config import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
 from rftjax.models.remat import LAYER
@@ -45,7 +45,7 @@ def scale_adapters(adapters: Params, scale: float) -> Params:
 @functools.partial(jax.jit, static_argnames="scale")
 def _scaled(adapters: Params, scale: float) -> Params:
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf * scale if path[-1].key == "b" else leaf
+        return memories.to_device(leaf) * scale if path[-1].key == "b" else leaf
 
     return jax.tree_util.tree_map_with_path(scaled, adapters)
 
@@ -218,6 +218,8 @@ def make_scorer(
 
     @jax.jit
     def score(params: Params, adapters: Params | None, batch: Batch) -> jax.Array:
+        params = decoder.fetched(config, params)
+        adapters = decoder.fetched(config, adapters) if adapters else None
         if unroll:
             params = decoder.unroll(config, params)
             adapters = decoder.unroll(config, adapters) if adapters else None
@@ -261,6 +263,7 @@ def make_update(
     remat: str = "",
     unroll: bool = False,
     shardings: Any = None,
+    seed: int = 0,
     **settings: Any,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `update(state, batch, old_logprobs_BT=None, reference_logprobs_BT=None) -> (state, metrics)`.
@@ -268,12 +271,20 @@ def make_update(
     Donates the state. Sums the gradients of micro-batches in float32 under the whole step's denominators, so that their
     number does not change the result. Where the gradient's norm is not finite the state stays as it was, and
     `update/nonfinite_share` is 1. `shardings` is a TrainState with those of the new state; `unroll` runs the layers one
-    by one instead of in a scan. `loss` and `term` are `grpo.policy_loss`'s, `settings` are `logprobs`'s.
+    by one instead of in a scan; `seed` is that of stochastic rounding. `loss` and `term` are `grpo.policy_loss`'s,
+    `settings` are `logprobs`'s.
     """
 
     def micro_loss(
-        trainable: Params, frozen: Params, batch: Batch, index: Any, old_BT: Any, reference_BT: Any
+        given: Params,
+        held: Any,
+        frozen: Params,
+        batch: Batch,
+        index: Any,
+        old_BT: Any,
+        reference_BT: Any,
     ) -> tuple[jax.Array, Metrics]:
+        trainable = given if held is None else decoder.joined(config, held, given)
         params, adapters = weights(TrainState(0, trainable, frozen, None), lora_scale)
         pack = micro_batch(batch.pack, index)
         logprobs_RM, entropies_RM, balance = scores(
@@ -315,24 +326,30 @@ def make_update(
         return value, jax.lax.stop_gradient(metrics)
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
+    optimizer = optax.with_extra_args_support(optimizer)
+    stacks = [stack.name for stack in config.stacks]
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(
         state: TrainState, batch: Batch, old_BT: Any = None, reference_BT: Any = None
     ) -> tuple[TrainState, Metrics]:
-        trainable, frozen = state.trainable, state.frozen
+        trainable, frozen = decoder.fetched(config, state.trainable), state.frozen
         if unroll:
             trainable = decoder.unroll(config, trainable)
             frozen = decoder.unroll(config, frozen) if frozen else frozen
+        given, held = trainable, None
+        if rounding.is_narrow(trainable):
+            given, held = wide.zeros_of(trainable), trainable
+        rest = frozen, batch
 
         def one(index: jax.Array, carry: tuple) -> tuple:
-            (_, metrics), grads = gradient(trainable, frozen, batch, index, old_BT, reference_BT)
+            (_, metrics), grads = gradient(given, held, *rest, index, old_BT, reference_BT)
             sums, kept = carry
             kept = {name: kept[name].at[index].set(value) for name, value in metrics.items()}
             return jax.tree.map(jnp.add, sums, grads), kept
 
         N = batch.pack.tokens_RX.shape[0]
-        _, shapes = jax.eval_shape(micro_loss, trainable, frozen, batch, 0, old_BT, reference_BT)
+        _, shapes = jax.eval_shape(micro_loss, given, held, *rest, 0, old_BT, reference_BT)
         empty = {name: jnp.zeros(N, value.dtype) for name, value in shapes.items()}
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trainable)
         grads, metrics_N = jax.lax.fori_loop(0, batch.micro_batches, one, (zeros, empty))
@@ -342,13 +359,7 @@ def make_update(
         metrics = merging.merge_micro_batches(metrics_N)
         metrics |= {"grad_norm": norm, "update/nonfinite_share": 1.0 - finite}
 
-        def applied(step: jax.Array, trainable: Params, opt_state: Any) -> tuple:
-            changes, opt_state = optimizer.update(grads, opt_state, trainable)
-            return step + 1, optax.apply_updates(trainable, changes), opt_state
-
-        # A choice between the new state and the old one would hold both.
-        before = state.step, state.trainable, state.opt_state
-        step, trainable, opt_state = jax.lax.cond(finite, applied, lambda *same: same, *before)
-        return state._replace(step=step, trainable=trainable, opt_state=opt_state), metrics
+        by = stacks if pieces.needed(state) and not unroll else None
+        return pieces.update(optimizer, state, grads, norm, stacks=by, seed=seed), metrics
 
     return update

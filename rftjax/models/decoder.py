@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rftjax.devices import sharding
+from rftjax.devices import memories, sharding
+from rftjax.models import wide
 from rftjax.models.attention import attend
 from rftjax.models.block import Block, causal
 from rftjax.models.config import FULL, Config, Rope, Stack
@@ -40,6 +41,7 @@ from rftjax.models.layout import Layout
 from rftjax.models.linear import linear
 from rftjax.models.remat import rematerialized
 from rftjax.models.rotary import rotations
+from rftjax.models.wide import is_joined, opened
 from rftjax.types import Params
 
 __all__ = [
@@ -73,6 +75,26 @@ def cast(params: Params, dtype: str) -> Params:
         return leaf.astype(reading_dtype(path[-1].key, dtype))
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def fetched(config: Config, tree: Params) -> Params:
+    """Returns parameters, or adapters, that a program was given, on its devices: those that lie in the host's memory in
+    the dtypes that the forward pass reads, adapters in float32."""
+
+    def dtype(path: tuple, leaf: jax.Array) -> Any:
+        name = path[-1].key
+        return leaf.dtype if name in sharding.ADAPTERS else reading_dtype(name, config.dtype)
+
+    return memories.fetched(tree, [stack.name for stack in config.stacks], dtype)
+
+
+def joined(config: Config, params: Params, zeros: Params) -> Params:
+    """Returns parameters whose gradients are taken in float32 zeros: those of layers opened layer by layer."""
+    stacks = [stack.name for stack in config.stacks]
+    return {
+        name: part if name in stacks else opened(part)
+        for name, part in wide.joined(params, zeros).items()
+    }
 
 
 def embed(
@@ -157,6 +179,7 @@ def walk(
 
         def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             tree, window, turn = inputs
+            tree = tree | {"params": opened(tree["params"])}
             x_RXD = sharding.keep_rows(mesh, x_RXD)
             limit = window if config.windowed else None
 
@@ -172,7 +195,7 @@ def walk(
             trees["lora"] = lora[stack.name]
         here = slice(stack.first, stack.first + stack.count)
         windows, indices = config.layer_windows[here], config.rope_indices[here]
-        body = rematerialized(layer, remat)
+        body = rematerialized(layer, remat, narrow=is_joined(params[stack.name]))
         if isinstance(params[stack.name], dict):
 
             def scanned(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:

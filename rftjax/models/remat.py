@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 ALL, PRODUCTS, LAYER = "", "products", "layer"
@@ -18,9 +19,21 @@ def kept(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, KEPT)
 
 
-def rematerialized(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Returns the layer as the backward pass is to see it: ALL stays, PRODUCTS and its input do, or its input alone."""
+def rematerialized(
+    layer: Callable[..., Any], remat: str, *, narrow: bool = False
+) -> Callable[..., Any]:
+    """Returns the layer as the backward pass is to see it: ALL stays, PRODUCTS and its input do, or its input alone.
+
+    Of a layer with `narrow` parameters no float32 form stays, of all layers as large as their gradients.
+    """
     if remat == ALL:
-        return layer
+        return jax.checkpoint(layer, policy=_not_widened) if narrow else layer
     policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == PRODUCTS else None
     return jax.checkpoint(layer, policy=policy)
+
+
+def _not_widened(primitive: Any, *inputs: Any, **settings: Any) -> bool:
+    """Whether a result stays: all but the float32 form of a parameter, as `wide` opens it."""
+    narrow_first = len(inputs) == 2 and inputs[0].dtype == jnp.bfloat16
+    opens = primitive.name == "custom_vjp_call" and narrow_first
+    return not (opens and inputs[0].shape == inputs[1].shape)

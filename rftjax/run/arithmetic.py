@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rftjax.devices import sharding
+from rftjax.devices import memories, sharding
 from rftjax.devices.accelerators import Accelerator
 from rftjax.learning import row_length, update
 from rftjax.models import exchange, logical_axes, remat
 from rftjax.models.config import Config, Stack
+from rftjax.types import TrainState
 from rftjax.weights import hf
 
 REACHED = {
@@ -81,6 +82,13 @@ class Job:
         parts = exchange.parts(c.routing, tokens, shards)
         rows = exchange.room(c.routing, tokens // parts, shards)
         return float(ROOMS * rows * c.width * self.item)
+
+    def fetched(self, state: TrainState) -> dict[str, float]:
+        """Bytes of the weights that an update fetches from the host's memory for its passes."""
+        leaves = [leaf for leaf in jax.tree.leaves(state.trainable) if memories.on_host(leaf)]
+        item = 4 if self.config.lora.rank else self.item
+        own = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+        return {"weights from the host's memory, as they are read": float(item * own)}
 
     def filled_experts(self) -> float:
         """Bytes of the copies that XLA for TPUs makes of gates and ups whose part of the inner width is no multiple of

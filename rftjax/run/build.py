@@ -28,7 +28,7 @@ from rftjax.run.binding import stored_config
 from rftjax.run.heldout import MAIN, HeldOut, set_field
 from rftjax.run.hooks import Hook
 from rftjax.run.sampling import SamplerWeights, make_rollout, open_agent_rollout
-from rftjax.run.start import StateBuilder
+from rftjax.run.start import StateBuilder, keeps_masters
 from rftjax.scoring import Scorer
 from rftjax.serving.agents import Agents, open_agents
 from rftjax.types import Task
@@ -222,7 +222,7 @@ def open_model(config: ConfigDict, mesh: Mesh) -> policy.Policy:
         init=config.model.init,
         seed=config.seed,
         lazy=True,
-        masters=config.lora.rank == 0,
+        masters=keeps_masters(config),
         chat_settings=config.chat.to_dict(),
     )
 

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from rftjax.devices import processes
+from rftjax.devices import memories, processes
 from rftjax.errors import NotFinite, UserError
 from rftjax.types import Params, TrainState
 
@@ -241,7 +241,13 @@ class Checkpoints:
             for path, leaf in leaves
             if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
         ]
-        finite = jax.device_get(_all_finite([leaf for _, leaf in held]))
+        here = [leaf for _, leaf in held if not memories.on_host(leaf)]
+        # Of arrays that lie in the host's memory no more than one comes to the devices at once.
+        found = iter(jax.device_get(_all_finite(here)))
+        finite = [
+            jax.device_get(_all_finite([leaf]))[0] if memories.on_host(leaf) else next(found)
+            for _, leaf in held
+        ]
         broken = [name for (name, _), good in zip(held, finite, strict=True) if not good]
         if broken:
             more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -336,7 +342,16 @@ class Checkpoints:
 
 @jax.jit
 def _all_finite(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [jax.numpy.isfinite(leaf).all() for leaf in leaves]
+    def finite(leaf: jax.Array) -> jax.Array:
+        if not memories.on_host(leaf) or leaf.ndim < 3:
+            return jax.numpy.isfinite(memories.to_device(leaf)).all()
+
+        def part(index: jax.Array) -> jax.Array:
+            return jax.numpy.isfinite(memories.to_device(memories.entry(leaf, index))).all()
+
+        return jax.lax.map(part, jax.numpy.arange(leaf.shape[0])).all()
+
+    return [finite(leaf) for leaf in leaves]
 
 
 def meet(name: str, *, seconds: int = MEETING_S) -> bool:

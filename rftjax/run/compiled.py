@@ -87,7 +87,7 @@ def compiled(config: ConfigDict, model: Policy, mesh: Mesh, program: str) -> Com
     traced_s = time.perf_counter() - begun
     found = lowered.compile()
     analysis = found.memory_analysis()
-    names = ("argument", "output", "temp", "alias")
+    names = ("argument", "output", "temp", "alias", "host_argument", "host_temp")
     sizes = {name: int(getattr(analysis, f"{name}_size_in_bytes")) for name in names}
     compiled_s = time.perf_counter() - begun - traced_s
     text = found.as_text() or ""

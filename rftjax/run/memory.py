@@ -8,15 +8,17 @@ from typing import Any
 
 import jax
 
-from rftjax.devices import sharding
+from rftjax.devices import memories, sharding
 from rftjax.models import logical_axes
 from rftjax.run.build import Parts
 from rftjax.run.training import batch_shape, make_learner
 from rftjax.sampler import device
 from rftjax.sampler.pool import cache_length
+from rftjax.types import TrainState
 
 SAMPLING = "at most while it samples"
 UPDATE = "at most in an update"
+HOST = "in the host's memory"
 
 
 def estimate(parts: Parts) -> dict[str, float]:
@@ -26,12 +28,10 @@ def estimate(parts: Parts) -> dict[str, float]:
     which share the host's memory with the arrays where the device is the CPU.
     """
     state = parts.state_builder.abstract_state
-    held: dict[str, float] = {
-        "trained parameters": _bytes(state.trainable),
-        "optimizer": _bytes(state.opt_state),
-        "frozen base": _bytes(state.frozen),
-        "reference of the KL": _bytes(state.reference),
-    }
+    held = held_bytes(state)
+    offloaded = {f"{name}, {HOST}": size for name, size in held_bytes(state, host=True).items()}
+    if jax.default_backend() == "cpu":  # whose memory is the host's
+        held |= offloaded
     sampling = {"sampler's weights": _weights(parts)} | _merging(parts) | _cache(parts)
     sampling[f"logits of {parts.rollout.engine.slots} rows"] = _decoding(parts)
     update = make_learner(parts).programs(state)[0].lower().compile().memory_analysis()
@@ -43,15 +43,30 @@ def estimate(parts: Parts) -> dict[str, float]:
         ),
         "batch": float(max(0, update.argument_size_in_bytes - sum(held.values()))),
     }
-    found = {name: size for name, size in (held | sampling | updating).items() if size}
+    found = {name: size for name, size in (held | offloaded | sampling | updating).items() if size}
     return found | {
         SAMPLING: sum(held.values()) + sum(sampling.values()),
         UPDATE: sum(held.values()) + sum(updating.values()),
     }
 
 
-def _bytes(tree: Any) -> float:
-    """Returns the bytes of a tree of arrays, abstract or not, on one device."""
+def held_bytes(state: TrainState, *, host: bool = False) -> dict[str, float]:
+    """Returns the bytes by purpose of a state's abstract arrays that lie on one device, or in the `host`'s memory for
+    one."""
+    trees = {
+        "trained parameters": state.trainable,
+        "optimizer": state.opt_state,
+        "frozen base": state.frozen,
+        "reference of the KL": state.reference,
+    }
+    return {
+        name: shard_bytes([one for one in jax.tree.leaves(tree) if memories.on_host(one) == host])
+        for name, tree in trees.items()
+    }
+
+
+def shard_bytes(tree: Any) -> float:
+    """Returns the bytes that one device has of a tree of abstract arrays, wherever it has them."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -70,7 +85,7 @@ def _weights(parts: Parts) -> float:
     sized = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places
     )
-    return _bytes(sized)
+    return shard_bytes(sized)
 
 
 def _merging(parts: Parts) -> dict[str, float]:
@@ -88,7 +103,7 @@ def _cache(parts: Parts) -> dict[str, float]:
     mesh = parts.rollout.engine.mesh
     cache = device.abstract_cache(parts.policy.config, rows, length, mesh)
     here = rows // sharding.row_multiple(mesh)
-    return {f"cache of {here} rows of up to {length} tokens": _bytes(cache)}
+    return {f"cache of {here} rows of up to {length} tokens": shard_bytes(cache)}
 
 
 def _decoding(parts: Parts) -> float:

@@ -23,7 +23,8 @@ from rftjax.policy import Policy
 from rftjax.run import compiled, targets
 from rftjax.run.arithmetic import REACHED, ROOM, Job, active_entries, entries
 from rftjax.run.build import complete_config
-from rftjax.run.start import StateBuilder
+from rftjax.run.memory import HOST, held_bytes, shard_bytes
+from rftjax.run.start import StateBuilder, keeps_masters
 from rftjax.sampler import device
 from rftjax.weights import hf
 
@@ -38,6 +39,7 @@ class Plan:
 
     mesh: dict[str, int]
     held: dict[str, float]
+    offloaded: dict[str, float]  # in the host's memory, for a device
     sampling: dict[str, float]
     updating: dict[str, float]
     seconds: dict[str, float]
@@ -89,6 +91,11 @@ def report(
             for title, size in part.items()
             if size
         ]
+    lines += [
+        f"host        {size / GIB:8.2f} GiB a device  {title}, {HOST}"
+        for title, size in found.offloaded.items()
+        if size
+    ]
     room = chip.memory * USABLE
     fits = found.peak <= room
     words = "fits" if fits else "DOES NOT FIT"
@@ -114,6 +121,11 @@ def report(
     )
     if not fits:
         lines += [f"helps       {text}" for text in _remedies(config, model, chip, found)]
+    if compiles and config.optim.offload and chip.is_gpu:
+        return [
+            *lines,
+            "compiler    not asked: JAX's description of GPUs that are not here has no host's memory",
+        ]
     if compiles:
         try:
             mesh = targets.target_mesh(name, found.mesh)
@@ -136,7 +148,7 @@ def open_shape(config: ConfigDict) -> Policy:
     def nothing(masters: bool) -> Any:
         raise AssertionError("a plan reads no weights")
 
-    return Policy(config.model.path, shape, nothing, opened.fields, masters=config.lora.rank == 0)
+    return Policy(config.model.path, shape, nothing, opened.fields, masters=keeps_masters(config))
 
 
 def _mesh(config: ConfigDict, devices: int) -> AbstractMesh:
@@ -177,15 +189,10 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
     """Returns the plan of a complete config on so many devices of a kind."""
     mesh: Any = _mesh(config, devices)
     state = StateBuilder(config, model, mesh).abstract_state
-    held = {
-        "trained parameters": _bytes(state.trainable),
-        "optimizer": _bytes(state.opt_state),
-        "frozen base": _bytes(state.frozen),
-        "reference of the KL": _bytes(state.reference),
-    }
+    held, offloaded = held_bytes(state), held_bytes(state, host=True)
     job = Job(config, model.config, mesh)
-    sampler = _bytes(compiled.sampler_params(model.config, state, mesh))
-    cache = _bytes(device.abstract_cache(model.config, job.rows, job.length, mesh))
+    sampler = shard_bytes(compiled.sampler_params(model.config, state, mesh))
+    cache = shard_bytes(device.abstract_cache(model.config, job.rows, job.length, mesh))
     sampling = {
         "sampler's weights": sampler,
         f"cache of {job.rows // job.shards} rows of {job.length} tokens": cache,
@@ -198,18 +205,15 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
         sampling["experts, filled up to whole tiles"] = filled
     if room := job.rooms(job.slots // job.shards):
         sampling[ROOM] = room
-    updating = job.updating(_bytes(state.trainable), gpu=chip.is_gpu)
+    updating = job.updating(_float32_bytes(state.trainable), gpu=chip.is_gpu)
+    updating |= job.fetched(state)
     seconds = job.seconds(chip, sampler, cache, full=not config.lora.rank)
-    return Plan(dict(mesh.shape), held, sampling, updating, seconds, job.sampled)
+    return Plan(dict(mesh.shape), held, offloaded, sampling, updating, seconds, job.sampled)
 
 
-def _bytes(tree: Any) -> float:
-    return float(
-        sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-    )
+def _float32_bytes(tree: Any) -> float:
+    """Returns the bytes on one device of arrays like these in float32, as gradients are."""
+    return sum(4 * shard_bytes(leaf) / leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _model_line(config: ConfigDict, model: Policy) -> str:
@@ -236,6 +240,8 @@ def _remedies(config: ConfigDict, model: Policy, chip: Accelerator, found: Plan)
         ("model.remat", remat.LAYER),
         ("model.dtype", "bfloat16"),
         ("lora.rank", 16),
+        ("optim.offload", "moments"),
+        ("optim.offload", "all"),
         ("sampler.slots", max(config.sampler.slots // 2, 1)),
         ("sampler.pool", config.sampler.slots),
         ("batch.pack_tokens", max((section.pack_tokens or row_length.ENOUGH) // 2, 1)),

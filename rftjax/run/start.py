@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rftjax import config as configs
-from rftjax.devices import sharding
+from rftjax.devices import memories, sharding
 from rftjax.errors import UserError
 from rftjax.learning import optim, update
 from rftjax.learning.learner import initial_reference
@@ -21,6 +21,8 @@ from rftjax.policy import Policy
 from rftjax.run.checkpoint import Checkpoints
 from rftjax.types import Params, TrainState
 from rftjax.weights import lora
+
+ALL = "all"  # of optim.offload: the trained parameters too, not the moments alone
 
 
 class StateBuilder:
@@ -40,7 +42,8 @@ class StateBuilder:
         section, settings = self.config.grpo, self.config.optim.to_dict()
         updates = section.updates_per_batch * section.minibatches
         settings["warmup_steps"] *= updates
-        del settings["max_nonfinite"]  # the loop's
+        for name in ("max_nonfinite", "offload", "rounding"):  # the loop's, and of the state
+            del settings[name]
         # A resume may lower `steps` so that the run ends within its warm-up: the decay is never read then.
         horizon = max(self.config.steps * updates, settings["warmup_steps"] + 1)
         return optim.make_optimizer(steps=horizon, **settings)
@@ -66,8 +69,16 @@ class StateBuilder:
     def initial_state(self) -> TrainState:
         """Returns step 0 with the shardings that an update returns: others would compile the second update again."""
         adapters = self.adapters
-        params = self.policy.take(masters=adapters is None)
-        return self._sharded(self._make(params, adapters))
+        params = self.policy.take(masters=keeps_masters(self.config))
+        state = self._make(params, adapters)
+        wanted = self.abstract_state
+        places = jax.tree.map(lambda leaf: leaf.sharding, wanted._replace(opt_state=()))
+        state = sharding.put(state, places)
+        # Adam's moments and counts begin as zeros, made where they are to lie.
+        opt_state = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), wanted.opt_state
+        )
+        return state._replace(opt_state=opt_state)
 
     def initial_policy(self) -> TrainState:
         """Returns the policy of step 0 alone, without what only training needs."""
@@ -81,19 +92,42 @@ class StateBuilder:
         """The abstract state: shapes, dtypes and shardings without data."""
         adapters = jax.eval_shape(lambda: new_adapters(self.config, self.policy))
         shapes = jax.eval_shape(self._make, self.policy.abstract_params, adapters)
-        return sharding.abstract_tree(self.mesh, logical_axes(self.policy.config), shapes)
+        wide = jax.eval_shape(_float32, shapes.trainable)
+        shapes = shapes._replace(opt_state=jax.eval_shape(self.optimizer.init, wide))
+        state = sharding.abstract_tree(self.mesh, logical_axes(self.policy.config), shapes)
+        if self.config.optim.offload:
+            state = state._replace(opt_state=_on_host(state.opt_state))
+        if self.config.optim.offload == ALL:
+            state = state._replace(trainable=_on_host(state.trainable))
+        return state
 
     def _sharded(self, tree: Params) -> Any:
         return sharding.shard_tree(self.mesh, logical_axes(self.policy.config), tree)
 
     def _make(self, params: Params, adapters: Params | None) -> TrainState:
         trainable, frozen, dtype = params, {}, self.config.model.dtype
+        if self.config.optim.rounding:
+            trainable = decoder.cast(params, dtype)
         if adapters is not None:
             trainable, frozen = adapters, decoder.cast(params, dtype)
         loaded = bool(self.config.lora.path)
         reference = initial_reference(self.config.grpo, params, adapters, dtype, loaded=loaded)
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, trainable, frozen, self.optimizer.init(trainable), reference)
+        return TrainState(step, trainable, frozen, (), reference)
+
+
+def _on_host(tree: Any) -> Any:
+    """Returns abstract matrices as ones of the host's memory; norm gains and biases are too small to be worth it."""
+    return memories.abstract_on_host(tree, optim.decay_mask(tree))
+
+
+def _float32(tree: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def keeps_masters(config: ConfigDict) -> bool:
+    """Whether training needs the model's parameters in float32."""
+    return not config.lora.rank and not config.optim.rounding
 
 
 def new_adapters(config: ConfigDict, model: Policy) -> Params | None:

@@ -59,6 +59,7 @@ def make_update(parts: Parts) -> Any:
         remat=chosen_rows(parts).remat,
         unroll=jax.default_backend() == "cpu",
         lora_scale=lora_scale(parts.config),
+        seed=parts.config.seed,
         mesh=parts.mesh,
         **_distribution(parts),
         shardings=jax.tree.map(lambda leaf: leaf.sharding, parts.state_builder.abstract_state),

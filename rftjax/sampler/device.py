@@ -51,6 +51,8 @@ def sampler_params(
 
     Nothing else hands weights to the sampler.
     """
+    params = decoder.fetched(config, params)
+    adapters = decoder.fetched(config, adapters) if adapters else None
     layers: list[Params] = []
     for stack in config.stacks:
         tree, own = params[stack.name], (adapters or {}).get(stack.name)

@@ -50,6 +50,8 @@ def main() -> None:
                 "what": flags.what,
                 "attention": flags.attention,
                 "lora": flags.lora,
+                "offload": flags.offload,
+                "rounding": flags.rounding,
                 "remat": flags.remat,
                 "length": flags.length,
                 "traced_s": round(found.traced_s, 1),
@@ -73,6 +75,7 @@ def settings(flags: argparse.Namespace, sizes: dict[str, int]) -> Any:
     config.model.path, config.model.dtype = flags.model, "bfloat16"
     config.model.attention, config.model.remat = flags.attention, flags.remat
     config.lora.rank = flags.lora
+    config.optim.offload, config.optim.rounding = flags.offload, flags.rounding
     config.rollout.max_length, config.sampler.max_new_tokens = flags.length, flags.length // 2
     config.batch.pack_tokens, config.sampler.slots = flags.length, flags.slots
     for axis, size in sizes.items():
@@ -93,6 +96,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--lora", type=int, default=0, help="rank; 0: all parameters are trained")
     parser.add_argument("--remat", default="", choices=REMATS)
+    parser.add_argument("--offload", default="", choices=("", "moments", "all"))
+    parser.add_argument("--rounding", default="", choices=("", "stochastic"))
     parser.add_argument("--text", default="", help="file for the compiled program's text")
     return parser.parse_args()
 
