@@ -122,8 +122,10 @@ def config(tiny_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(config, tmp_path_factory):
-    """The workdir of a run by two processes, and what each of them said."""
+    """The workdir of a run by two processes, their weights in their hosts' memory, and what each of them said."""
     workdir = tmp_path_factory.mktemp("two")
+    config = config.copy_and_resolve_references()
+    config.optim.offload = "all"
     (workdir / "given.json").write_text(configs.to_json(config))
     (workdir / "program.py").write_text(PROGRAM)
     with socket.socket() as free:

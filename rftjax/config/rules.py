@@ -352,17 +352,10 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _metric_problems(values)
     if (found := given("sampler.pool", "sampler.slots")) and 0 < found[0] < found[1]:
         yield "sampler.pool", f"must be at least sampler.slots={found[1]}, or 0 to have it chosen"
-    if values.get("optim.rounding"):
-        if values.get("model.dtype") == "float32":
-            yield (
-                "optim.rounding",
-                "must be '' with model.dtype='float32', which reads float32 weights; choose model.dtype='bfloat16'",
-            )
-        if values.get("lora.rank"):
-            yield (
-                "optim.rounding",
-                f"must be '' with lora.rank={values['lora.rank']}, whose few trained weights are float32",
-            )
+    narrow = values.get("optim.rounding")
+    if narrow and (values.get("model.dtype") == "float32" or values.get("lora.rank")):
+        rule = "must be '' with model.dtype='float32' or with lora.rank above 0, which train float32 weights"
+        yield "optim.rounding", rule
     if (found := given("optim.warmup_steps", "steps")) and found[0] >= found[1]:
         yield "optim.warmup_steps", f"must be below steps={found[1]}"
     if values.get("optim.final_lr_share") and values.get("optim.schedule") == "constant":
