@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from rftjax.types import Task, Trajectory
 
@@ -22,7 +22,10 @@ Episode = TypeVar("Episode", bound=Begun)
 
 @dataclasses.dataclass
 class Carried:
-    """What was sampled of a conversation whose group is not complete, one entry a token; `ended` where its turn is."""
+    """What was sampled of a conversation whose group is not complete, one entry a token; `ended` where its turn is.
+
+    `experts` are those of the whole sequence where the turn has ended; else the next call chooses them again.
+    """
 
     draw: int
     sample: int
@@ -32,6 +35,7 @@ class Carried:
     ended: bool = False
     stopped: bool = False
     stop_token: int = -1
+    experts: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
 class Groups(Generic[Episode]):

@@ -5,7 +5,7 @@ again from text. Where a chat template rewrites history, the conversation goes o
 
 A call may end once some groups are complete. What was sampled of the others is carried into the next call: there each
 conversation goes on with its tokens, their log-probabilities and the versions of the policies that sampled them, while
-its keys and values are computed again by the weights of the day.
+its keys and values are computed again by the weights of the day, and experts chosen again by its routers.
 
 What a row or an environment says can be too long for the model, or nothing that it can be shown: that ends its own
 sample, with finish reason length or error, and no other.
@@ -126,6 +126,7 @@ class Rollout:
         draws again. There is no environment then.
         """
         self._openings.clear()
+        self.engine.recording = stream == TRAIN and self.engine.config.routing.recorded
         assert not (wanted and self.environments.active), "an environment's state is not carried"
         carried, self.carried = (self.carried, {}) if wanted else ({}, self.carried)
         groups = Groups(group_size, wanted, on_finish)
@@ -200,6 +201,7 @@ class Rollout:
                 ended,
                 turn.stopped,
                 turn.stop_token,
+                turn.experts,
             )
 
     def _begin(
@@ -336,7 +338,12 @@ class Rollout:
         episode.kept = len(tokens)
         if carried.ended:
             turn = SampledTurn(
-                episode.key, tokens, carried.logprobs, carried.stopped, carried.stop_token
+                episode.key,
+                tokens,
+                carried.logprobs,
+                carried.stopped,
+                carried.stop_token,
+                carried.experts,
             )
             return self._sampled(episode, turn, params)
         self.engine.open(
@@ -388,6 +395,7 @@ class Rollout:
         trajectory.sequences[-1].extend(
             turn.tokens[kept:], turn.logprobs[kept:], self.policy_version
         )
+        trajectory.sequences[-1].experts = turn.experts
         episode.turn, episode.kept = turn, 0
         content = chat.decode(
             self.tokenizer,

@@ -127,7 +127,7 @@ class Scorer:
         if call.members and self._workers:
             # Whatever order they ended in.
             call.members.sort(key=lambda one: (one.draw, one.sample))
-            call.future = self._workers.submit(self._seed, call.members)
+            call.future = self._workers.submit(self._seed, [*map(_shown, call.members)])
 
     def gather(self, trajectories: list[Trajectory]) -> list[Score]:
         """Submits `trajectories` that are not yet submitted, waits for all scores and sets `trajectory.score`."""
@@ -169,7 +169,7 @@ class Scorer:
                 raise
         if not call.apart:
             assert self._workers is not None
-            call.apart = [self._workers.submit(self._seed, [one]) for one in call.members]
+            call.apart = [self._workers.submit(self._seed, [_shown(one)]) for one in call.members]
         return call.apart[place].result()[0]
 
     def check(self, scores: list[Score]) -> None:
@@ -230,6 +230,14 @@ def answered(trajectories: Iterable[Trajectory]) -> list[Score]:
 def error_share(scores: list[Score]) -> float:
     """Returns the share of `scores` that are invalid, 0.0 for none."""
     return sum(not score.valid for score in scores) / max(1, len(scores))
+
+
+def _shown(trajectory: Trajectory) -> Trajectory:
+    """Returns what an evaluator gets: without the experts of tokens, which are large and say nothing to it."""
+    if all(one.experts is None for one in trajectory.sequences):
+        return trajectory
+    parts = [dataclasses.replace(one, experts=None) for one in trajectory.sequences]
+    return dataclasses.replace(trajectory, sequences=parts)
 
 
 def _sum_of_turns(trajectory: Trajectory) -> Score:

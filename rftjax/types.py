@@ -64,13 +64,16 @@ class Sequence:
     """Token ids as the model saw and sampled them; every list has one entry a token.
 
     `sampled` is true where the policy sampled the token; `logprobs` (nats) is 0.0 and `policy_version` -1 elsewhere.
-    Log-probabilities are those of the distribution sampled from: after temperature, top-k and top-p.
+    Log-probabilities are those of the distribution sampled from: after temperature, top-k and top-p. `experts`, of
+    which NumPy makes an array (tokens, L, U), are those that the sampler chose for the first tokens, in each layer that
+    has some; None where they are not recorded.
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     sampled: list[bool] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     policy_version: list[int] = dataclasses.field(default_factory=list)
+    experts: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def extend(
         self,
@@ -209,6 +212,7 @@ class Pack(NamedTuple):
     segments_RX (0: the prefix). A token attends to earlier tokens of its pack in its own segment or the prefix.
     Scored positions, M a row: the output at index sources_RM scores targets_RM; the result belongs at index places_RM
     of the flattened (B * T) rows of the loss, NOWHERE where nothing is scored.
+    `experts_RXLU` are those that the sampler chose, -1 where the update is to choose; None where it always does.
     """
 
     tokens_RX: Any
@@ -218,6 +222,7 @@ class Pack(NamedTuple):
     sources_RM: Any
     targets_RM: Any
     places_RM: Any
+    experts_RXLU: Any = None
 
 
 class Batch(NamedTuple):

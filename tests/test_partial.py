@@ -38,9 +38,9 @@ def tokenizer(tmp_path_factory):
 class Sampling:
     """Takes batches of two groups, with three more under way, from a policy that differs at each step."""
 
-    def __init__(self, weights, tokenizer, ahead=3):
+    def __init__(self, weights, tokenizer, ahead=3, config=CONFIG):
         engine = Engine(
-            CONFIG, slots=6, max_length=64, stops=[END], prefill_chunk=16, dispatch_steps=4
+            config, slots=6, max_length=64, stops=[END], prefill_chunk=16, dispatch_steps=4
         )
         self.weights, self.told = weights, []
         self.rollout = Rollout(engine, tokenizer, Environments(""), seed=5)

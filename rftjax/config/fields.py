@@ -210,6 +210,7 @@ def base_config() -> ConfigDict:
                 "dynamic_prompts": 0,  # further prompts a step in place of groups of equal rewards
                 "overlong_buffer": 0,  # last tokens before the limit that cost reward; 0: off
                 "overlong_penalty": 1.0,  # what an answer at the limit costs
+                "routing_replay": False,  # an update computes each token with the experts that its sampler chose
             },
             "optim": {
                 "lr": 1e-5,

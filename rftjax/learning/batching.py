@@ -62,6 +62,7 @@ def make_batch(
     skip_zero: bool = False,
     temperature: float = 0.0,
     by_turn: bool = False,
+    experts: tuple[int, int, str] | None = None,
     longest: int = 0,
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
@@ -73,7 +74,8 @@ def make_batch(
     `skip_zero` leaves sequences of advantage 0 out of the packed rows, as those without a token to train on always are:
     they still count in the loss's denominators, which are taken from `sampled_BT`.
     `temperature` is that of tasks without one of their own; 0.0 where no task has any, and the batch then names none.
-    `by_turn` gives every token the advantage of its turn.
+    `by_turn` gives every token the advantage of its turn. `experts` (`Config.choices`) are laid out to be replayed; a
+    token of which a sequence has none gets -1, its last one among them, which the sampler has not computed.
     """
     used: list[tuple[int, types.Sequence]] = []
     advantages, weights, trained, temperatures = [], [], [], []
@@ -117,7 +119,7 @@ def make_batch(
         if scored[index] and not (skip_zero and not teaches[index])
     ]
     bundles = list(_bundles(packed, room, share_prefix))
-    pack, count = _lay_out(bundles, room, pack_rows, sampled_BT)
+    pack, count = _lay_out(bundles, room, pack_rows, sampled_BT, experts)
     return Batch(
         pack,
         np.int32(count),
@@ -234,7 +236,11 @@ def _fill(bundles: Sequence[_Bundle], room: _Room) -> list[list[_Bundle]]:
 
 
 def _lay_out(
-    bundles: Sequence[_Bundle], room: _Room, pack_rows: int, sampled_BT: np.ndarray
+    bundles: Sequence[_Bundle],
+    room: _Room,
+    pack_rows: int,
+    sampled_BT: np.ndarray,
+    experts: tuple[int, int, str] | None,
 ) -> tuple[Pack, int]:
     """Returns the packed arrays with a leading micro-batch axis, and how many micro-batches hold anything."""
     filled = _fill(bundles, room)
@@ -245,6 +251,9 @@ def _lay_out(
     tokens, positions, groups, segments = np.zeros((4, N * pack_rows, room.tokens), np.int32)
     sources, targets = np.zeros((2, N * pack_rows, room.scored), np.int32)
     places = np.full(sources.shape, types.NOWHERE, np.int32)
+    chosen = None
+    if experts is not None:
+        chosen = np.full((*tokens.shape, *experts[:2]), -1, experts[2])
     for row, bundles_of_row in enumerate(filled):
         at = scored = 0
         for group, bundle in enumerate(bundles_of_row, start=1):
@@ -253,6 +262,8 @@ def _lay_out(
             tokens[row, at : at + prefix] = first[:prefix]
             positions[row, at : at + prefix] = np.arange(prefix)
             groups[row, at : at + prefix] = group
+            if chosen is not None:
+                _copy(bundle.rows[0].sequence, 0, prefix, chosen[row, at:])
             at += prefix
             for segment, member in enumerate(bundle.rows, start=1):
                 own = np.asarray(member.sequence.tokens[prefix:], np.int32)
@@ -260,6 +271,8 @@ def _lay_out(
                 tokens[row, at:end] = own
                 positions[row, at:end] = prefix + np.arange(len(own))
                 groups[row, at:end], segments[row, at:end] = group, segment
+                if chosen is not None:
+                    _copy(member.sequence, prefix, prefix + len(own), chosen[row, at:])
                 picked = np.flatnonzero(sampled_BT[member.index, prefix : prefix + len(own)])
                 last = scored + len(picked)
                 # The output before a token scores it: for the first own token that is the prefix's last.
@@ -269,4 +282,14 @@ def _lay_out(
                 places[row, scored:last] = member.index * T + prefix + picked
                 at, scored = end, last
     arrays = (tokens, positions, groups, segments, sources, targets, places)
-    return Pack(*(array.reshape(N, pack_rows, -1) for array in arrays)), count
+    pack = Pack(*(array.reshape(N, pack_rows, -1) for array in arrays))
+    if chosen is not None:
+        pack = pack._replace(experts_RXLU=chosen.reshape(N, pack_rows, *chosen.shape[1:]))
+    return pack, count
+
+
+def _copy(sequence: types.Sequence, start: int, end: int, to: np.ndarray) -> None:
+    """Copies what is known of the experts of tokens `start` to `end` to the beginning of `to`."""
+    if sequence.experts is not None:
+        found = np.asarray(sequence.experts)[start:end]
+        to[: len(found)] = found

@@ -140,7 +140,7 @@ class Learner:
         if many or in_reward:
             programs.append(Program(self.score, (*update.weights(state), batch)))
         if compared:
-            programs.append(Program(self.score, (*_reference(state), batch)))
+            programs.append(Program(self.score, (*_reference(state), _routing_itself(batch))))
         return programs
 
     @property
@@ -178,13 +178,14 @@ class Learner:
             old_BT = self.score(*update.weights(state, self.lora_scale), batch) if old else None
             if not compared:
                 return old_BT, None
-            return old_BT, self.score(*_reference(state, self.lora_scale), batch)
+            measured = *_reference(state, self.lora_scale), _routing_itself(batch)
+            return old_BT, self.score(*measured)
 
     def _kl_of(
         self, part: Sequence[Trajectory], old_BT: Any, reference_BT: Any
     ) -> list[tuple[Trajectory, float]]:
         """Returns each trajectory's KL estimate, summed over the tokens that it is trained on."""
-        sampled_BT = make_batch(part, **self.shape).sampled_BT
+        sampled_BT = make_batch(part, **{**self.shape, "experts": None}).sampled_BT
         kl_BT = processes.to_host(grpo.estimate_kl(self.fields["kl"], old_BT, reference_BT))
         total_B = np.where(sampled_BT, kl_BT, 0.0).sum(axis=1)
         owners = [trajectory for trajectory in part for _ in trajectory.sequences]
@@ -236,6 +237,11 @@ def _reference(state: TrainState, lora_scale: float = 1.0) -> tuple[Params, Para
     if adapters is not None:
         adapters = update.scale_adapters(adapters, lora_scale)
     return state.frozen, adapters
+
+
+def _routing_itself(batch: Batch) -> Batch:
+    """Returns the batch for a model other than the one that sampled: its routers choose the experts."""
+    return batch._replace(pack=batch.pack._replace(experts_RXLU=None))
 
 
 def choose(

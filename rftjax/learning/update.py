@@ -84,6 +84,7 @@ def scores(
         pack.positions_RX,
         pack.groups_RX,
         pack.segments_RX,
+        pack.experts_RXLU,
         lora=adapters,
         remat=remat,
         mesh=mesh,

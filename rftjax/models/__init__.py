@@ -31,6 +31,8 @@ FAMILIES = {
     "smollm3": smollm3,
 }
 
+CHOSEN = "chosen"  # the leaf of a layer's cache with the experts of each token, (rows, S, U)
+
 
 def logical_axes(config: Config) -> dict[tuple[str, str], tuple[str, ...]]:
     """Returns what the model's family declares of its parameters' axes."""
@@ -38,6 +40,12 @@ def logical_axes(config: Config) -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 def cache_leaves(config: Config) -> list[tuple[CacheLeaf, ...]]:
-    """Returns what the model's family declares of its cache, for each layer."""
-    cache = FAMILIES[config.family].cache
-    return [leaves for stack in config.stacks for leaves in [cache(config, stack)] * stack.count]
+    """Returns what the model's family declares of its cache, for each layer, and the experts of a token where they are
+    recorded."""
+    cache, routing = FAMILIES[config.family].cache, config.routing
+    experts = (CacheLeaf(CHOSEN, (routing.chosen,), ("routes",), routing.dtype),)
+    found = []
+    for stack in config.stacks:
+        own = cache(config, stack) + (experts if stack.sparse and routing.recorded else ())
+        found += [own] * stack.count
+    return found

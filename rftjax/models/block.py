@@ -41,14 +41,17 @@ class Block(nn.Module):
     def _experts(self) -> Experts:
         return Experts(self.config, self.mesh, (ROWS,) if self.cached else ())
 
-    def __call__(self, x_BTD: jax.Array, turn: Turn, attend: Attend) -> tuple[jax.Array, Any]:
-        """Returns the layer's output x_BTD and what `attend` kept."""
+    def __call__(
+        self, x_BTD: jax.Array, turn: Turn, attend: Attend, experts_BTU: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Returns the layer's output x_BTD and what `attend` kept; `experts_BTU` are replayed (see `Experts`)."""
         before, after = self.config.norms != "after", self.config.norms != "before"
         normed_BTD = self.attention_norm(x_BTD) if before else x_BTD
         added_BTD, kept = self.attention(normed_BTD, turn, attend)
         x_BTD = x_BTD + (self.attention_output_norm(added_BTD) if after else added_BTD)
         normed_BTD = self.mlp_norm(x_BTD) if before else x_BTD
-        added_BTD = self.mlp(normed_BTD)
+        replayed = (experts_BTU,) if self.stack.sparse else ()
+        added_BTD = self.mlp(normed_BTD, *replayed)
         if self.stack.sparse and self.config.routing.shared:
             added_BTD = added_BTD + self.shared(normed_BTD)
         return x_BTD + (self.mlp_output_norm(added_BTD) if after else added_BTD), kept

@@ -60,6 +60,12 @@ class Routing:
     router_bias: bool = False
     bias: bool = False  # of each map of an expert
     interleaved: bool = False  # stored and exported fused, columns of gate and up in turn (gpt-oss)
+    recorded: bool = False  # the sampler's cache holds the experts of each token too
+
+    @property
+    def dtype(self) -> str:
+        """The smallest dtype that holds every expert's number, and -1 for none."""
+        return "int8" if self.experts <= 128 else "int16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +87,14 @@ class Latent:
 class CacheLeaf(NamedTuple):
     """What the cache holds of a token in one layer: a shape, and the logical axis of each of its axes.
 
-    The array of all rows has the positions before the last axis: (rows, K, S, C) for a shape of (K, C).
+    The array of all rows has the positions before the last axis: (rows, K, S, C) for a shape of (K, C). `dtype` is ""
+    for that of the computation.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +143,16 @@ class Config:
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks in the order in which a token passes them."""
         return self.split or (Stack("layers", 0, self.layers),)
+
+    @property
+    def choices(self) -> tuple[int, int, str]:
+        """The experts of one token: layers that have some, how many each chooses, and the dtype of their numbers."""
+        layers = sum(stack.count for stack in self.stacks if stack.sparse)
+        return layers, self.routing.chosen, self.routing.dtype
+
+    def recording(self) -> Config:
+        """Returns the same model, whose sampler's cache holds the experts of each token too."""
+        return dataclasses.replace(self, routing=dataclasses.replace(self.routing, recorded=True))
 
     def stack(self, name: str) -> Stack:
         """Returns the stack of that name in the tree."""

@@ -162,23 +162,27 @@ def walk(
     positions_RX: jax.Array,
     groups_RX: jax.Array,
     segments_RX: jax.Array,
+    experts_RXLU: jax.Array | None = None,
     *,
     lora: Params | None = None,
     remat: str = "",
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
-    """Returns what `hidden` does, and what the experts of each sparse stack told (see `experts.balance`)."""
+    """Returns what `hidden` does, and what the experts of each sparse stack told (see `experts.balance`).
+
+    `experts_RXLU` are the experts to replay, of all layers that have some (see `experts.route`).
+    """
     final_norm: Any = Norm(config)
     turns = rotations(config, positions_RX)
     # A scan takes the rotation of its layer out of all of them.
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *turns) if len(turns) > 1 else turns[0]
     layout = Layout(groups_RX, segments_RX, positions_RX)
 
-    def run(stack: Stack, x_RXD: jax.Array) -> tuple[jax.Array, Any]:
+    def run(stack: Stack, x_RXD: jax.Array, experts_LRXU: Any) -> tuple[jax.Array, Any]:
         block: Any = Block(config, stack, mesh=mesh)
 
         def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-            tree, window, turn = inputs
+            tree, window, turn, experts_RXU = inputs
             tree = tree | {"params": opened(tree["params"])}
             x_RXD = sharding.keep_rows(mesh, x_RXD)
             limit = window if config.windowed else None
@@ -187,7 +191,9 @@ def walk(
                 keys, values = new["keys"], new["values"]
                 return attend(config.attention, q, keys, values, layout, limit, mesh, *sinks), None
 
-            (x_RXD, _), told = block.apply(tree, x_RXD, turn, among, mutable=[COLLECTION])
+            (x_RXD, _), told = block.apply(
+                tree, x_RXD, turn, among, experts_RXU, mutable=[COLLECTION]
+            )
             return x_RXD, told.get(COLLECTION, {}).get("mlp", {})
 
         trees = {"params": params[stack.name]}
@@ -199,25 +205,30 @@ def walk(
         if isinstance(params[stack.name], dict):
 
             def scanned(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-                tree, window, index = inputs
+                tree, window, index, experts_RXU = inputs
                 turn = (
                     jax.tree.map(lambda part: part[index], stacked) if len(turns) > 1 else stacked
                 )
-                return body(x_RXD, (tree, window, turn))
+                return body(x_RXD, (tree, window, turn, experts_RXU))
 
-            data = (trees, jnp.asarray(windows, jnp.int32), jnp.asarray(indices, jnp.int32))
-            return jax.lax.scan(scanned, x_RXD, data)
+            numbers = (jnp.asarray(one, jnp.int32) for one in (windows, indices))
+            return jax.lax.scan(scanned, x_RXD, (trees, *numbers, experts_LRXU))
         body, told = jax.jit(body), []  # traced once for all layers
         for at, (window, index) in enumerate(zip(windows, indices, strict=True)):
             tree = {name: layers[at] for name, layers in trees.items()}
-            x_RXD, one = body(x_RXD, (tree, window, turns[index]))
+            own = None if experts_LRXU is None else experts_LRXU[at]
+            x_RXD, one = body(x_RXD, (tree, window, turns[index], own))
             told.append(one)
         return x_RXD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)
 
     x_RXD = embed(config, params, tokens_RX, mesh)
-    routed = []
+    routed, seen = [], 0
     for stack in config.stacks:
-        x_RXD, told = run(stack, x_RXD)
+        own = None
+        if stack.sparse and experts_RXLU is not None:
+            own = jnp.moveaxis(experts_RXLU[:, :, seen : seen + stack.count], 2, 0)
+            seen += stack.count
+        x_RXD, told = run(stack, x_RXD, own)
         routed += [told] if stack.sparse else []
     x_RXD = sharding.keep_rows(mesh, x_RXD)
     return final_norm.apply({"params": params["final_norm"]}, x_RXD), routed

@@ -38,12 +38,17 @@ ROWS, TENSOR, PART = "rows", "tensor", "part"
 
 
 def route(
-    routing: Routing, logits_TE: jax.Array, correction_E: jax.Array | None = None
+    routing: Routing,
+    logits_TE: jax.Array,
+    correction_E: jax.Array | None = None,
+    replayed_TU: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns chosen_TU, weights_TU and entropies_T (nats) of float32 logits; of equal scores the first expert wins.
 
     Softmax: the largest probabilities (Shazeer et al. 2017). Sigmoid: the largest scores plus correction, within the
     groups of experts whose two best sum to most, weighted without the correction (DeepSeek-AI 2024).
+    `replayed_TU` takes the place of the choice where it is not -1; the weights stay those of these logits, so that the
+    router has a gradient (Ma et al. 2025).
     """
     r = routing
     if r.scoring == "softmax":
@@ -57,6 +62,8 @@ def route(
             choice_TE = _within_groups(r, choice_TE)
         shares_TE = scores_TE / jnp.sum(scores_TE, axis=-1, keepdims=True)
     chosen_TU = jax.lax.top_k(jax.lax.stop_gradient(choice_TE), r.chosen)[1]
+    if replayed_TU is not None:
+        chosen_TU = jnp.where(replayed_TU < 0, chosen_TU, replayed_TU)
     weights_TU = jnp.take_along_axis(scores_TE, chosen_TU, axis=-1)
     if r.normalised:
         floor = 0.0 if r.scoring == "softmax" else 1e-20  # as transformers
@@ -294,7 +301,8 @@ class Experts(nn.Module):
 
     On a `mesh` each device routes its own tokens. Where experts are divided over devices, their rows go to the device
     of their expert and back. `inside` names what each call is one of already: ROWS, of the devices with rows of their
-    own; TENSOR, of those that share the experts' inner width; PART, of the parts of a device's tokens.
+    own; TENSOR, of those that share the experts' inner width; PART, of the parts of a device's tokens. `replayed`, of
+    x's shape but for the last axis, which is U, is that of `route`.
     """
 
     config: Config
@@ -311,21 +319,29 @@ class Experts(nn.Module):
         self.experts_up = Grouped(inner, c, divided)
         self.experts_down = Grouped(c.width, c, divided, own)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, replayed: jax.Array | None = None) -> jax.Array:
+        given = (x,) if replayed is None else (x, replayed)
         routing = self.config.routing
         shards = sharding.expert_shards(self.mesh, routing.experts)
         tensor = sharding.shares(self.mesh, "tensor")
         if ROWS not in self.inside and sharding.row_multiple(self.mesh) > 1:
-            return self._on_each_device(x)
+            return self._on_each_device(given)
         if TENSOR not in self.inside and tensor > 1 and routing.ffn % tensor == 0:
-            return self._over_tensor(x)
+            return self._over_tensor(given)
         if PART not in self.inside:
             parts = exchange.parts(routing, x.size // x.shape[-1], shards)
             if parts > 1:
-                return self._in_parts(x, parts)
+                return self._in_parts(given, parts)
         x_TD = x.reshape(-1, x.shape[-1])
-        chosen_TU, weights_TU, entropies_T = route(routing, *self.router(x_TD))
-        told = chosen_TU.reshape(*x.shape[:-1], -1), entropies_T.reshape(x.shape[:-1])
+        scores, replayed_TU = self.router(x_TD), None
+        if replayed is not None:
+            replayed_TU = replayed.reshape(-1, routing.chosen).astype(jnp.int32)
+        chosen_TU, weights_TU, entropies_T = route(routing, *scores, replayed_TU)
+        told = {"chosen": chosen_TU, "entropies": entropies_T}
+        if replayed_TU is not None:
+            own_TU = route(routing, *scores)[0]
+            changed = jnp.all(chosen_TU[:, :, None] != own_TU[:, None, :], axis=2)
+            told["changed"] = jnp.sum(changed, axis=1)
         expert_J = chosen_TU.reshape(-1)
         order_J = jnp.argsort(expert_J, stable=True)
         sorted_J = expert_J[order_J]
@@ -343,7 +359,7 @@ class Experts(nn.Module):
         if TENSOR in self.inside:
             # Not before: on their way rows lie in room for many more.
             mixed = jax.lax.psum(mixed, "tensor")
-        return self._told(mixed.astype(x.dtype).reshape(x.shape), *told)
+        return self._told(*_shaped(x.shape[:-1], 1, (mixed.astype(x.dtype), told)))
 
     def _products(
         self,
@@ -368,20 +384,20 @@ class Experts(nn.Module):
         # What came back stays for the backward pass, not the gates and ups: their room is mostly empty.
         return kept(exchange.move(unsorted(y, order, place), to.back, rows.shape[0]))
 
-    def _on_each_device(self, x: jax.Array) -> jax.Array:
+    def _on_each_device(self, given: tuple[jax.Array, ...]) -> jax.Array:
         """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
         tree, run = self._apart(ROWS)
         specs = sharding.expert_specs(self.mesh, tree, GATES, self.config.routing.experts)
-        each = sharding.over_rows(self.mesh, run, (specs, True), (True, True, True))
-        return self._told(*each(tree, x))
+        each = sharding.over_rows(self.mesh, run, (specs, True), (True, True))
+        return self._told(*each(tree, given))
 
-    def _over_tensor(self, x: jax.Array) -> jax.Array:
+    def _over_tensor(self, given: tuple[jax.Array, ...]) -> jax.Array:
         """Returns the layer's output, of whose experts each device of `tensor` has a part of the inner width."""
         tree, run = self._apart(TENSOR)
         specs = sharding.inner_specs(tree, INNER)
-        return self._told(*sharding.over_tensor(self.mesh, run, specs)(tree, x))
+        return self._told(*sharding.over_tensor(self.mesh, run, specs)(tree, given))
 
-    def _in_parts(self, x: jax.Array, parts: int) -> jax.Array:
+    def _in_parts(self, given: tuple[jax.Array, ...], parts: int) -> jax.Array:
         """Returns the layer's output, of one part of the tokens after another.
 
         The backward pass computes each part again: what it would keep is the room of them all.
@@ -389,30 +405,34 @@ class Experts(nn.Module):
         tree, run = self._apart(PART)
 
         @jax.checkpoint
-        def one(_: None, x_TD: jax.Array) -> tuple[None, tuple]:
-            return None, run(tree, x_TD)
+        def one(_: None, given: tuple[jax.Array, ...]) -> tuple[None, tuple]:
+            return None, run(tree, given)
 
-        _, found = jax.lax.scan(one, None, x.reshape(parts, -1, x.shape[-1]))
-        y, chosen, entropies = found
-        shape = x.shape[:-1]
-        return self._told(y.reshape(x.shape), chosen.reshape(*shape, -1), entropies.reshape(shape))
+        shape = given[0].shape[:-1]
+        parted = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, leaf.shape[-1]), given)
+        return self._told(*_shaped(shape, 2, jax.lax.scan(one, None, parted)[1]))
 
     def _apart(self, inside: str) -> tuple[Params, Callable[..., tuple]]:
-        """Returns this layer's tree, and a function of such a tree and x: its output, chosen experts and entropies."""
+        """Returns this layer's tree, and a function of such a tree and what is given: its output, and what it tells."""
         experts = Experts(self.config, self.mesh, (*self.inside, inside), parent=None)
         tree = {name: self.variables[name] for name in ("params", "lora") if name in self.variables}
 
-        def run(tree: Params, x: jax.Array) -> tuple:
-            y, told = experts.apply(tree, x, mutable=[COLLECTION])
-            return y, told[COLLECTION]["chosen"][0], told[COLLECTION]["entropies"][0]
+        def run(tree: Params, given: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
+            y, told = experts.apply(tree, *given, mutable=[COLLECTION])
+            return y, {name: one for name, (one,) in told[COLLECTION].items()}
 
         return tree, run
 
-    def _told(self, y: jax.Array, chosen: jax.Array, entropies: jax.Array) -> jax.Array:
+    def _told(self, y: jax.Array, told: dict[str, jax.Array]) -> jax.Array:
         """Tells a caller that asks for it what was chosen; returns y."""
-        self.sow(COLLECTION, "chosen", chosen)
-        self.sow(COLLECTION, "entropies", entropies)
+        for name, one in told.items():
+            self.sow(COLLECTION, name, one)
         return y
+
+
+def _shaped(shape: tuple[int, ...], axes: int, tree: Any) -> Any:
+    """Returns arrays whose first axes, so many, are those of tokens, in the tokens' shape."""
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[axes:]), tree)
 
 
 def balance(
@@ -421,7 +441,8 @@ def balance(
     """Returns metrics of what `Experts` told in each stack of layers, over tokens that are not padding.
 
     `experts/load_max` is the tokens of the busiest expert over the mean of all, of the most uneven layer (1: even);
-    `experts/entropy` the mean entropy of a token's scores in nats.
+    `experts/entropy` the mean entropy of a token's scores in nats. Where experts are replayed,
+    `experts/replay_changed_share` is the share of them that the routers would not have chosen.
     """
     if not told:
         return {}
@@ -435,8 +456,11 @@ def balance(
 
     counts_LE = jnp.stack([count(layer) for layer in chosen])
     load_L = jnp.max(counts_LE, axis=1) * (routing.experts / (tokens * routing.chosen))
+    layers = entropies_LBT.shape[0]
     entropy = jnp.sum(jnp.where(is_token_BT[None], entropies_LBT, 0.0)) / tokens
-    return {
-        "experts/load_max": jnp.max(load_L),
-        "experts/entropy": entropy / entropies_LBT.shape[0],
-    }
+    found = {"experts/load_max": jnp.max(load_L), "experts/entropy": entropy / layers}
+    if "changed" in told[0]:
+        changed_LBT = jnp.concatenate([one["changed"][0] for one in told])
+        changed = jnp.sum(jnp.where(is_token_BT[None], changed_LBT, 0))
+        found["experts/replay_changed_share"] = changed / (tokens * layers * routing.chosen)
+    return found

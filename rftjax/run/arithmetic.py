@@ -102,6 +102,13 @@ class Job:
         experts = c.routing.experts / self.expert_shards
         return 2.0 * sparse * experts * c.width * filled * self.item
 
+    def replayed_bytes(self) -> float:
+        """Bytes of the experts that a step's updates replay: of rows as many as samples."""
+        if not self.config.grpo.routing_replay:
+            return 0.0
+        tokens = self.conversations * self.row_tokens / self.config.batch.pack_rows
+        return token_choices(self.model) * tokens / self.shards
+
     def kept(self) -> float:
         """Bytes that one micro-batch's rows keep for the backward pass on a device."""
         c, again = self.model, self.config.model.remat
@@ -243,6 +250,12 @@ def _matrices(model: Config) -> tuple[int, int]:
         if names[0] not in ("embed", "head") and len(axes[names[-2:]]) > 1 and names[-1] != "bias":
             found[axes[names[-2:]][0] == "experts"] += math.prod(leaf.shape)
     return found[0], found[1]
+
+
+def token_choices(model: Config) -> int:
+    """Returns the bytes of the experts that one token chooses in all layers."""
+    layers, chosen, dtype = model.choices
+    return layers * chosen * np.dtype(dtype).itemsize
 
 
 def read_share(model: Config, rows: float) -> float:

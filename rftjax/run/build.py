@@ -161,6 +161,7 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
         resumes = checkpoint.exists(workdir / "checkpoints")
         if read_ahead and not resumes:
             model.read_ahead()
+        checks.check_replay(config, model)
         config = checks.fit_context(config, model)
         axes = logical_axes(model.config)
         replicated = sharding.replicated_axes(mesh, axes, model.abstract_params)

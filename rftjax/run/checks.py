@@ -46,6 +46,15 @@ def check_attention(config: ConfigDict) -> None:
         )
 
 
+def check_replay(config: ConfigDict, model: policy.Policy) -> None:
+    """Raises UserError where experts are to be replayed and the model has none."""
+    if config.grpo.routing_replay and not model.config.routing.experts:
+        raise UserError(
+            f"grpo.routing_replay=True: model.path={config.model.path!r} is a dense model (model_type"
+            f" {model.config.family!r}), which routes nothing; leave the field out"
+        )
+
+
 def check_environment(config: ConfigDict, active: bool) -> None:
     """Warns of an environment whose answers the model never sees."""
     if active and config.rollout.max_turns == 1:

@@ -103,6 +103,7 @@ def _update(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
         max_length=config.rollout.max_length,
         pack_tokens=max(section.pack_tokens or row_length.ENOUGH, config.rollout.max_length),
         pack_rows=section.pack_rows * sharding.row_multiple(mesh),
+        experts=model.config.choices if config.grpo.routing_replay else None,
     )
     packed = _abstract(NamedSharding(mesh, PartitionSpec(None, sharding.ROWS)), batch.pack)
     rest = _abstract(NamedSharding(mesh, PartitionSpec()), batch._replace(pack=None))
@@ -121,7 +122,7 @@ def _update(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
 
 def _decode(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
     """Returns the lowered decode call over a cache of full length."""
-    shape = model.config
+    shape = model.config.recording() if config.grpo.routing_replay else model.config
     if shape.attention == "cudnn" and mesh.shape["tensor"] > 1:
         shape = dataclasses.replace(shape, attention="plain")  # as `sampling.make_engine`
     params = sampler_params(shape, state, mesh)

@@ -101,7 +101,7 @@ def _cache(parts: Parts) -> dict[str, float]:
     """Returns the bytes of the KV cache once its rows have their full length."""
     rows, length = parts.rollout.engine.rows, cache_length(parts.config.rollout.max_length)
     mesh = parts.rollout.engine.mesh
-    cache = device.abstract_cache(parts.policy.config, rows, length, mesh)
+    cache = device.abstract_cache(parts.rollout.engine.config, rows, length, mesh)
     here = rows // sharding.row_multiple(mesh)
     return {f"cache of {here} rows of up to {length} tokens": shard_bytes(cache)}
 

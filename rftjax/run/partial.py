@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from rftjax.groups import Carried
 from rftjax.rollout import Rollout
@@ -51,7 +55,10 @@ class Partial:
 
     def position(self) -> dict[str, Any]:
         """Returns the stream's state and what is carried, for a checkpoint."""
-        carried = [dataclasses.asdict(one) for one in self.rollout.carried.values()]
+        carried = [
+            dataclasses.asdict(one) | {"experts": _to_text(one.experts)}
+            for one in self.rollout.carried.values()
+        ]
         draws = [draw for draw, _ in self._draws]
         return self.stream.state() | {"carried": {"draws": draws, "turns": carried}}
 
@@ -60,8 +67,25 @@ class Partial:
         self.stream.restore(position)
         found = position["carried"]
         self._draws = [(draw, self.stream.task(draw)) for draw in found["draws"]]
-        turns = [Carried(**fields) for fields in found["turns"]]
+        turns = [
+            Carried(**fields | {"experts": _from_text(fields.get("experts", ""))})
+            for fields in found["turns"]
+        ]
         self.rollout.carried = {(one.draw, one.sample): one for one in turns}
 
     def close(self) -> None:
         """Does nothing: no thread samples ahead."""
+
+
+def _to_text(array: Any) -> str:
+    """Returns an array as JSON can hold it, None as an empty text."""
+    if array is None:
+        return ""
+    file = io.BytesIO()
+    np.save(file, np.asarray(array), allow_pickle=False)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _from_text(text: str) -> np.ndarray | None:
+    """Returns what `_to_text` was given."""
+    return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) if text else None

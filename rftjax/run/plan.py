@@ -20,7 +20,7 @@ from rftjax.errors import UserError
 from rftjax.learning import row_length
 from rftjax.models import cache_leaves, remat
 from rftjax.policy import Policy
-from rftjax.run import compiled, targets
+from rftjax.run import checks, compiled, targets
 from rftjax.run.arithmetic import REACHED, ROOM, Job, active_entries, entries
 from rftjax.run.build import complete_config
 from rftjax.run.memory import HOST, held_bytes, shard_bytes
@@ -83,6 +83,7 @@ def report(
         raise UserError(f"--compile: the compiler for {name} is not installed; {words}")
     config = complete_config(given, devices=devices, needs=("model.path",))
     model = open_shape(config)
+    checks.check_replay(config, model)
     found = plan(config, model, chip, devices) if devices else _fewest(config, model, chip)
     lines = [_model_line(config, model), _mesh_line(found, chip, chosen=not devices)]
     for part in (found.held, found.sampling, found.updating):
@@ -192,7 +193,8 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
     held, offloaded = held_bytes(state), held_bytes(state, host=True)
     job = Job(config, model.config, mesh)
     sampler = shard_bytes(compiled.sampler_params(model.config, state, mesh))
-    cache = shard_bytes(device.abstract_cache(model.config, job.rows, job.length, mesh))
+    shape = model.config.recording() if config.grpo.routing_replay else model.config
+    cache = shard_bytes(device.abstract_cache(shape, job.rows, job.length, mesh))
     sampling = {
         "sampler's weights": sampler,
         f"cache of {job.rows // job.shards} rows of {job.length} tokens": cache,
@@ -207,6 +209,8 @@ def plan(config: ConfigDict, model: Policy, chip: Accelerator, devices: int) -> 
         sampling[ROOM] = room
     updating = job.updating(_float32_bytes(state.trainable), gpu=chip.is_gpu)
     updating |= job.fetched(state)
+    if replayed := job.replayed_bytes():
+        updating["experts of the step's tokens, replayed"] = replayed
     seconds = job.seconds(chip, sampler, cache, full=not config.lora.rank)
     return Plan(dict(mesh.shape), held, offloaded, sampling, updating, seconds, job.sampled)
 

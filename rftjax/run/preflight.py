@@ -17,7 +17,7 @@ from rftjax.models import remat
 from rftjax.monitor import reasons, rollout_files, transcripts
 from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
 from rftjax.monitor.step_metrics import rollout_metrics
-from rftjax.run import judging, memory
+from rftjax.run import arithmetic, judging, memory
 from rftjax.run.build import Parts, build, complete_config
 from rftjax.run.heldout import MAIN
 from rftjax.run.sampling import sampling_params
@@ -120,6 +120,14 @@ def _say_parts(parts: Parts, report: Report) -> None:
     again = {remat.PRODUCTS: ", what lies between products", remat.LAYER: ", each layer"}
     again = f"{again[found.remat]} computed again" if found.remat else ""
     report.say("rows", f"of {found.tokens} packed tokens in an update ({how}){again}")
+    if parts.config.grpo.routing_replay:
+        layers, chosen, _ = parts.policy.config.choices
+        size = arithmetic.token_choices(parts.policy.config)
+        report.say(
+            "replay",
+            f"{chosen} experts in each of {layers} layers: {size} bytes a token, in the cache, on the host and in an"
+            " update's batch",
+        )
     each = " a device" if jax.device_count() > 1 else ""
     for name, size in memory.estimate(parts).items():
         report.say("memory", f"{size / 2**30:7.2f} GiB{each}  {name}")

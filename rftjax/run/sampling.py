@@ -70,7 +70,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     slots = -(-section.slots // processes.count())
     waiting = -(-section.pool // processes.count())
     pool = waiting or slots * (2 if config.environment or config.agent else 1)
-    shape = model.config
+    shape = model.config.recording() if config.grpo.routing_replay else model.config
     if shape.attention == "cudnn" and model.mesh is not None and model.mesh.shape["tensor"] > 1:
         # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
         shape = dataclasses.replace(shape, attention="plain")

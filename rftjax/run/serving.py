@@ -49,7 +49,10 @@ def served_config(given: ConfigDict, flags: Mapping[str, Any], workdir: Path | N
             for field, value in flatten(flags).items():
                 assign(stored, field, expand_value(field, value))
         given = stored
-    return complete_config(given, needs=("model.path",))
+    config = complete_config(given, needs=("model.path",))
+    with config.unlocked():
+        config.grpo.routing_replay = False  # nothing is trained on what is served
+    return config
 
 
 @contextlib.contextmanager

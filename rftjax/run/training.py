@@ -85,6 +85,7 @@ def batch_shape(parts: Parts) -> dict[str, Any]:
         "mask_truncated": config.grpo.mask_truncated or config.rollout.truncated_turns == "mask",
         "temperature": config.sampler.temperature * own_temperatures,
         "by_turn": config.grpo.credit == credit.TURN,
+        "experts": parts.policy.config.choices if config.grpo.routing_replay else None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -20,13 +21,15 @@ FindStop = Callable[[list[int], int], int]
 @dataclasses.dataclass
 class SampledTurn:
     """One finished turn: token ids (what stopped it included), log-probabilities, and whether a stop token or a stop
-    string ended it; `stop_token` is the id that did, -1 for a stop string or a cut turn."""
+    string ended it; `stop_token` is the id that did, -1 for a stop string or a cut turn. `experts` are those of the
+    conversation so far, but for the last token, which no call has computed; None where none are recorded."""
 
     key: Key
     tokens: list[int]
     logprobs: list[float]
     stopped: bool
     stop_token: int = -1
+    experts: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(eq=False)

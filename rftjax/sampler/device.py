@@ -1,7 +1,8 @@
 """The sampler's jitted part: a KV cache of rows, chunked prefill, and many decode steps a dispatch.
 
 The cache is a list with a dict a layer, of the leaves that the family declares: keys and values, each (rows, K, S, C),
-as a rule. What a row holds of a token lies at the token's position, on the axis before the last.
+as a rule. What a row holds of a token lies at the token's position, on the axis before the last; where experts are
+recorded (`Routing.recorded`), those that the token chose are among it, and go with the row wherever it is copied.
 What a row computes depends on nothing but its own tokens: call shapes are constant, S only adds masked positions.
 On a mesh, each device of the axes data and fsdp has whole rows of its own and computes nothing for the others.
 """
@@ -17,13 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
-from rftjax.models import cache_leaves, decoder, logical_axes
+from rftjax.models import CHOSEN, cache_leaves, decoder, logical_axes
 from rftjax.models.block import Block
 from rftjax.models.cached import over
-from rftjax.models.config import Config
+from rftjax.models.config import CacheLeaf, Config
 from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
-from rftjax.models.experts import GATES
+from rftjax.models.experts import COLLECTION, GATES
 from rftjax.models.layers import Norm
 from rftjax.models.rotary import Turn, rotations
 from rftjax.types import Params
@@ -105,14 +106,12 @@ def new_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) 
 def abstract_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) -> Any:
     """Returns the shapes, dtypes and shardings of a cache."""
 
-    def leaf(shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        place = sharding.cache_sharding(mesh, shape, axes) if mesh is not None else None
-        whole = (rows, *shape[:-1], length, shape[-1])
-        return jax.ShapeDtypeStruct(whole, jnp.dtype(config.dtype), sharding=place)
+    def leaf(one: CacheLeaf) -> jax.ShapeDtypeStruct:
+        place = sharding.cache_sharding(mesh, one.shape, one.axes) if mesh is not None else None
+        whole = (rows, *one.shape[:-1], length, one.shape[-1])
+        return jax.ShapeDtypeStruct(whole, jnp.dtype(one.dtype or config.dtype), sharding=place)
 
-    return [
-        {name: leaf(shape, axes) for name, shape, axes in leaves} for leaves in cache_leaves(config)
-    ]
+    return [{one.name: leaf(one) for one in leaves} for leaves in cache_leaves(config)]
 
 
 def cache_length(cache: Cache) -> int:
@@ -208,6 +207,23 @@ def copy_rows(
     return _pin_cache(config, run(cache, source, to_B, from_B), mesh)
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def chosen_experts(leaves: list[jax.Array], row: jax.Array, *, mesh: Mesh | None = None) -> Any:
+    """Returns experts_SLU of what a row holds, of the leaves CHOSEN of each layer that has one."""
+    shards = sharding.row_multiple(mesh)
+
+    def run(leaves: list[jax.Array], row: jax.Array) -> jax.Array:
+        shard = jax.lax.axis_index(sharding.ROWS) if shards > 1 else 0
+        rows = leaves[0].shape[0]
+        taken = jnp.stack([leaf[row % rows] for leaf in leaves], axis=1)
+        if shards > 1:
+            taken = jnp.where(row // rows == shard, taken, 0).astype(jnp.int32)
+            taken = jax.lax.psum(taken, sharding.ROWS).astype(leaves[0].dtype)
+        return taken
+
+    return sharding.over_rows(mesh, run, (True, False), False)(leaves, row)
+
+
 def _layers(
     config: Config,
     params: Params,
@@ -243,11 +259,17 @@ def _layers(
             tree: Params, x_BTD: jax.Array, cached: dict, window: Any, turn: Turn, block=block
         ) -> tuple:
             def attend_cached(q: jax.Array, new: dict, *sinks: jax.Array) -> tuple:
-                written = {name: write(leaf, new[name]) for name, leaf in cached.items()}
+                written = {name: write(cached[name], one) for name, one in new.items()}
                 seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
                 return over(config.attention, q, seen, positions_BT, window, *sinks), written
 
-            return block.apply(tree, x_BTD, turn, attend_cached)
+            if CHOSEN not in cached:
+                return block.apply(tree, x_BTD, turn, attend_cached)
+            (x_BTD, kept), told = block.apply(
+                tree, x_BTD, turn, attend_cached, mutable=[COLLECTION]
+            )
+            chosen = told[COLLECTION]["mlp"]["chosen"][0].astype(cached[CHOSEN].dtype)
+            return x_BTD, kept | {CHOSEN: write(cached[CHOSEN], chosen)}
 
         for index in range(stack.first, stack.first + stack.count):
             window, turn = config.layer_windows[index], turns[config.rope_indices[index]]

@@ -106,6 +106,7 @@ class Engine:
         self._open: dict[Key, Conversation] = {}
         self._queue: list[Conversation] = []  # sorted by `order`
         self._last: Conversation | None = None  # opened last
+        self.recording = config.routing.recorded  # turns bring the experts of their tokens
         self._reset()
 
     def _reset(self) -> None:
@@ -447,6 +448,7 @@ class Engine:
         tokens_BT, logprobs_BT, steps = results
         self.counters.decode_steps += int(steps)
         self.counters.dispatches += 1
+        self._pool.arrived()
         turns = []
         for c, slot, number in flight.running:
             count = int((tokens_BT[slot] >= 0).sum())
@@ -454,8 +456,11 @@ class Engine:
             # conversation may be closed, or in its next turn.
             if count and self._open.get(c.key) is c and c.turn == number and c.budget > 0:
                 tokens = tokens_BT[slot, :count].tolist()
-                turns.append(self._take(c, tokens, logprobs_BT[slot, :count].tolist()))
-        return [turn for turn in turns if turn]
+                turn = self._take(c, tokens, logprobs_BT[slot, :count].tolist())
+                if turn is not None:
+                    turn.experts = self._pool.chosen(slot, c.cached) if self.recording else None
+                    turns.append(turn)
+        return turns
 
     def _take(
         self, c: Conversation, tokens: list[int], logprobs: list[float]

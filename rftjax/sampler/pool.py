@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 
 from rftjax.devices import sharding
 from rftjax.devices.compilation import Program
+from rftjax.models import CHOSEN
 from rftjax.models.config import Config
 from rftjax.sampler import device
+from rftjax.sampler.chosen import Chosen
 from rftjax.types import Params
 
 COPIES = 8  # rows a copying call moves; constant, so that it compiles once
@@ -67,6 +69,7 @@ class Pool:
         # Copies that wait for `settle`: of parked rows from decoding ones, then of decoding rows from parked ones.
         self._parking: dict[int, int] = {}
         self._unparking: dict[int, int] = {}
+        self._reading: list[Chosen] = []  # on their way to the host
 
     def prompt(self, tokens: Sequence[int]) -> Prompt:
         """Returns the digests of a prompt, by which rows that begin alike are found."""
@@ -188,12 +191,30 @@ class Pool:
             with jax.transfer_guard(sharding.GUARD):
                 self.cache = device.prefill(self.config, params, self.cache, *new, mesh=self.mesh)
 
+    def chosen(self, row: int, tokens: int) -> Chosen:
+        """Begins to bring the experts of a decoding row's first tokens to the host."""
+        with jax.transfer_guard(sharding.GUARD):
+            found = Chosen(self._chosen(self.cache, row).run(), tokens)
+        self._reading.append(found)
+        return found
+
+    def arrived(self) -> None:
+        """Frees the device's memory of what `chosen` began to bring, once that is done."""
+        for one in self._reading:
+            one.take()
+        self._reading.clear()
+
+    def _chosen(self, cache: Any, row: int) -> Program:
+        leaves = [layer[CHOSEN] for layer in cache if CHOSEN in layer]
+        place = sharding.replicate(self.mesh, np.int32(row))
+        return Program(device.chosen_experts, (leaves, place), {"mesh": self.mesh})
+
     def abstract_cache(self, tokens: int) -> Any:
         """Returns the abstract cache that `reserve` makes for so many tokens."""
         return device.abstract_cache(self.config, self.slots, cache_length(tokens), self.mesh)
 
     def programs(self, params: Params, cache: Any) -> list[Program]:
-        """Returns the calls that fill rows of such a cache and copy them."""
+        """Returns the calls that fill rows of such a cache, copy them, and read the experts of one."""
         B, settings = self.shards * self.rows, {"mesh": self.mesh}
         nothing_B = np.zeros(B, np.int32)
         tokens_BT = np.zeros((B, self.chunk), np.int32)
@@ -201,9 +222,11 @@ class Pool:
         filling = (self.config, params, cache, *new)
         pairs = sharding.replicate(self.mesh, (np.zeros(COPIES, np.int32),) * 2)
         copying = (self.config, cache, None, *pairs)
+        reading = [self._chosen(cache, 0)] if self.config.routing.recorded else []
         return [
             Program(device.prefill, filling, settings),
             Program(device.copy_rows, copying, settings),
+            *reading,
         ]
 
     def _sized(self, cache: device.Cache | None, rows: int, length: int) -> device.Cache:

@@ -103,6 +103,7 @@ class AgentRollout:
         episodes = ((draw, task, sample) for draw, task in draws for sample in range(group_size))
         finished: list[Trajectory] = []
         self.service.fault = None
+        self.engine.recording = stream == TRAIN and self.engine.config.routing.recorded
         try:
             while self._begin(episodes, params, stream) or self._running:
                 futures = {episode.future for episode in self._running.values()}

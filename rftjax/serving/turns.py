@@ -225,6 +225,7 @@ class Recording:
             self._cut, self.refused = True, "length"
         thread.sequence.extend(tokens)
         thread.sequence.extend(sampled.tokens, sampled.logprobs, self.policy_version)
+        thread.sequence.experts = sampled.experts
         message: Message = {"role": "assistant", "content": turn.answer.text}
         kept = message if sampled.stopped else message | {"truncated": True}
         last = _Sampled(list(messages), message, list(sampled.tokens), sampled.stop_token)

@@ -2,9 +2,11 @@
 
 `products`: a layer of experts, gradients included, beside a loop over the experts, each of which computes every token.
 `latent`: a decode step of one layer over a latent cache, beside one over expanded keys and values.
-`mismatch`: the log-probabilities of sampler and trainer of random models, in nats a sampled token.
+`mismatch`: the log-probabilities of sampler and trainer of random models, in nats a sampled token, also where the
+trainer replays the sampler's experts.
+`replay`: what recording experts costs a decode step, and replaying them an update.
 
-    python scripts/bench/experts.py --forms=products,latent,mismatch
+    python scripts/bench/experts.py --forms=products,latent,mismatch,replay
 """
 
 from __future__ import annotations
@@ -18,14 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import workload
 
+from rftjax import grpo
+from rftjax.learning import update
+from rftjax.learning.batching import make_batch
 from rftjax.models import cached, decoder
 from rftjax.models.config import FULL
 from rftjax.models.experts import GATES, Experts, route
 from rftjax.models.latent import LatentAttention
 from rftjax.models.rotary import rotations
-from rftjax.policy import Policy
+from rftjax.sampler import device
+from rftjax.sampler.engine import Engine, noise_key
+from rftjax.types import Batch, Sequence, Task, TrainState, Trajectory
 from rftjax.weights import hf
 
 
@@ -175,29 +183,89 @@ def latent(flags: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+PROMPT = 32  # tokens
+
+
+def opened(flags: argparse.Namespace, kind: str, dtype: str, *, record: bool) -> tuple[Engine, Any]:
+    """Returns a sampler of a random model, and the model's weights."""
+    config = hf.read_config(fields(flags, kind), dtype)
+    params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
+    shape = config.recording() if record else config
+    engine = Engine(shape, slots=flags.rows, max_length=PROMPT + flags.new)
+    engine.set_params(device.sampler_params(config, params))
+    return engine, params
+
+
+def sample(engine: Engine, flags: argparse.Namespace) -> list[Trajectory]:
+    """Samples a completion of a prompt of its own in each row."""
+    rng, sampled = np.random.default_rng(0), []
+    for row in range(flags.rows):
+        sequence = Sequence()
+        sequence.extend(rng.integers(0, 4096, PROMPT).tolist())
+        sampled.append(
+            Trajectory(Task("", []), row, 0, sequences=[sequence], advantage=1.0 - row % 2)
+        )
+        engine.open((row, 0), sequence.tokens, flags.new, noise_key(0, row, 0))
+    while engine.busy:
+        for turn in engine.step():
+            engine.close(turn.key)
+            sequence = sampled[turn.key[0]].sequences[0]
+            sequence.extend(turn.tokens, turn.logprobs, 0)
+            sequence.experts = turn.experts
+    return sampled
+
+
+def laid_out(sampled: list[Trajectory], engine: Engine, *, replay: bool) -> Batch:
+    """Returns the batch of an update."""
+    most, choices = engine.max_length, engine.config.choices if replay else None
+    shape = {"rows": len(sampled), "max_length": most, "pack_tokens": most}
+    return make_batch(sampled, **shape, experts=choices)
+
+
 def mismatch(flags: argparse.Namespace) -> dict[str, Any]:
     """Samples from random models and scores what they sampled, in both dtypes."""
     found: dict[str, Any] = {}
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 4096, 32).tolist() for _ in range(flags.rows)]
     for kind in ("qwen3", "qwen3_moe", "deepseek_v3"):
         for dtype in ("float32", "bfloat16"):
-            config = hf.read_config(fields(flags, kind), dtype)
-            params = jax.jit(decoder.init, static_argnums=0)(config, jax.random.key(0))
-            model = Policy("", config, params, fields(flags, kind))
-            sampled = model.sample(prompts, max_new_tokens=flags.new, stop=[])
-            gaps = []
-            for one in sampled:
-                sequence = one.sequences[0]
-                scored_BT = np.asarray(model.logprobs([sequence.tokens]))
-                drawn = np.asarray(sequence.sampled)
-                gaps.append(np.abs(scored_BT[0] - np.asarray(sequence.logprobs))[drawn])
-            gap = np.concatenate(gaps)
-            found[f"{kind}_{dtype}"] = {"mean": float(gap.mean()), "max": float(gap.max())}
+            sparse = kind != "qwen3"
+            engine, params = opened(flags, kind, dtype, record=sparse)
+            sampled = sample(engine, flags)
+            score = update.make_scorer(engine.config)
+            for replay in (False, True)[: sparse + 1]:
+                batch = laid_out(sampled, engine, replay=replay)
+                gap_BT = np.abs(score(params, None, batch) - batch.sampler_logprobs_BT)
+                gap = gap_BT[batch.sampled_BT]
+                name = f"{kind}_{dtype}{'_replayed' if replay else ''}"
+                found[name] = {"mean": float(gap.mean()), "max": float(gap.max())}
     return found
 
 
-FORMS = {"products": products, "latent": latent, "mismatch": mismatch}
+def replay(flags: argparse.Namespace) -> dict[str, Any]:
+    """Times sampling and an update, with and without the experts of each token."""
+    found: dict[str, Any] = {}
+    loss, optimizer = grpo.LossSettings.of(grpo.preset_fields("grpo")), optax.sgd(1e-3)
+    for record in (False, True):
+        engine, params = opened(flags, "qwen3_moe", flags.dtype, record=record)
+        sampled = sample(engine, flags)  # compiles
+        before = engine.counters.decode_steps
+        times = fastest(lambda engine=engine: sample(engine, flags), flags.repeats)
+        steps = (engine.counters.decode_steps - before) / (flags.repeats + 1)
+        batch = laid_out(sampled, engine, replay=record)
+        apply = update.make_update(engine.config, optimizer, loss, unroll=True)
+        state = [TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(params))]
+
+        def step(state: list = state, apply: Any = apply, batch: Batch = batch) -> Any:
+            state[0], told = apply(state[0], batch)
+            return told
+
+        each = {name: one / steps for name, one in times.items()}
+        name = "replayed" if record else "plain"
+        found[name] = {"decode_step": each, "update": fastest(step, flags.repeats)}
+    layers, chosen, dtype = engine.config.choices
+    return found | {"bytes_a_token": layers * chosen * np.dtype(dtype).itemsize}
+
+
+FORMS = {"products": products, "latent": latent, "mismatch": mismatch, "replay": replay}
 
 
 def main() -> None:
