@@ -217,9 +217,14 @@ def sample(engine: Engine, flags: argparse.Namespace) -> list[Trajectory]:
 
 def laid_out(sampled: list[Trajectory], engine: Engine, *, replay: bool) -> Batch:
     """Returns the batch of an update."""
-    most, choices = engine.max_length, engine.config.choices if replay else None
-    shape = {"rows": len(sampled), "max_length": most, "pack_tokens": most}
-    return make_batch(sampled, **shape, experts=choices)
+    most = engine.max_length
+    return make_batch(
+        sampled,
+        rows=len(sampled),
+        max_length=most,
+        pack_tokens=most,
+        experts=engine.config.choices if replay else None,
+    )
 
 
 def mismatch(flags: argparse.Namespace) -> dict[str, Any]:
