@@ -6,7 +6,7 @@ F feed-forward, H query heads, K key/value heads, C channels a head, O those of 
 vector, L layers, E experts, N micro-batches,
 R packed rows, X tokens of a packed row, M scored (sampled) positions, W tokens of a block of the vocabulary,
 U experts of a token, J pairs of a token and one of its experts, Z blocks of pairs of one expert,
-Y tiles of tokens.
+Y tiles of tokens, Q queries of a part of a packed row.
 
 This module imports neither JAX nor NumPy: worker processes that run user code load it.
 """

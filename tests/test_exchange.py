@@ -57,6 +57,7 @@ def test_rows_go_to_the_device_of_their_expert_and_back(sizes):
         ({"data": 2, "expert": 2, "tensor": 2}, {"bias": True}, 5, 1),
         ({"fsdp": 2, "expert": 4}, {"experts": 6}, 5, 1),  # which 4 devices do not divide
         ({"expert": 8}, {}, 176, 4),  # more than an expert needs at once
+        ({"expert": 2, "context": 4}, {}, 8, 1),
     ],
 )
 def test_experts_on_several_devices_change_neither_outputs_nor_gradients(

@@ -304,6 +304,28 @@ def two_steps(model: Policy, mesh: jax.sharding.Mesh) -> tuple[list[list[int]], 
     return [one.sequences[0].tokens for one in sampled], jax.device_get(state.trainable), losses
 
 
+CONTEXTS = [
+    {"context": 2},
+    {"context": 4},
+    {"context": 8},
+    {"fsdp": 2, "context": 2, "tensor": 2},
+    {"expert": 2, "context": 2, "tensor": 2},
+    {"data": 2, "expert": 2, "context": 2},
+]
+
+
+@pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_two_steps_with_divided_rows_are_those_of_one_device(models: dict[str, Policy], name: str):
+    alone = two_steps(models[name], mesh_of())
+    for sizes in CONTEXTS:
+        shared = two_steps(models[name], mesh_of(**sizes))
+        assert alone[0] == shared[0], sizes
+        np.testing.assert_allclose(alone[2], shared[2], atol=1e-5, err_msg=str(sizes))
+        for one, two in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(shared[1]), strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-5, err_msg=str(sizes))
+
+
 EXPERTS_DIVIDED = [
     {"expert": 2},
     {"expert": 4},

@@ -126,10 +126,29 @@ def test_weights_that_are_divided_cross_the_links(config):
     assert moved == pytest.approx(3 * -(-tokens // 2048) * ENTRIES * 2 / 2)
 
 
+def test_devices_of_a_context_keep_and_move_their_part_of_the_tokens(config):
+    config.rollout.max_length = config.batch.pack_tokens = 4096
+    one = planned(config, 1, "v5e")
+    config.mesh.fsdp, config.mesh.context = 1, 4
+    four = planned(config, 4, "v5e")
+    of_layers = "activations of {} tokens"
+    assert four.updating[of_layers.format(1024)] == one.updating[of_layers.format(4096)] / 4
+    keys = 4 * 4096 * 2 * 2 * 512
+    assert four.updating["keys and values of whole rows"] == keys
+    cache = f"cache of {config.sampler.slots} rows of 4096 tokens"
+    assert four.sampling[cache] == one.sampling[cache] / 4
+    assert four.held["trained parameters"] < 1.01 * one.held["trained parameters"] / 4
+    moved = four.seconds["links between devices"] * 0.7 * ACCELERATORS["v5e"].link
+    tokens = config.batch.prompts * (4096 - 256 + config.batch.group_size * 256)
+    weights = 3 * -(-tokens // 4096) * ENTRIES * 2 * 3 / 4
+    # Each of them gets what the three others have.
+    assert moved == pytest.approx(weights + 3 * 8 * 2 * 512 * 2 * tokens * 3 / 4)
+
+
 def test_the_fewest_devices_that_hold_the_job_are_found(config):
     lines = plan.report(config, "v5e", 0, 0.0)
     assert (
-        "mesh        data=1, fsdp=1, expert=1, tensor=1: 1 v5e (the fewest that hold it)"
+        "mesh        data=1, fsdp=1, expert=1, context=1, tensor=1: 1 v5e (the fewest that hold it)"
         in lines[1]
     )
     config.rollout.max_length, config.sampler.slots = 4096, 512

@@ -112,11 +112,21 @@ def test_a_turn_brings_the_experts_of_all_tokens_but_its_last(models: Any, name:
         np.testing.assert_array_equal(found, expected, err_msg=str(key))
 
 
-def test_each_device_records_its_own_rows(models: Any):
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({"data": 2, "expert": 2, "tensor": 2}, {"slots": 4}),
+        ({"expert": 2, "context": 2, "tensor": 2}, {"slots": 4}),
+        ({"context": 4}, {"slots": 2, "parked": 1}),  # whose rows go to the host's memory and back
+    ],
+)
+def test_each_device_records_its_own_rows_and_positions(
+    models: Any, sizes: dict[str, int], rows: dict[str, int]
+):
     config, params, alone = models("qwen3_moe")
-    mesh = mesh_of(data=2, expert=2, tensor=2)
+    mesh = mesh_of(**sizes)
     placed = sharding.shard_tree(mesh, logical_axes(config), params)
-    shared = converse(config, placed, mesh, slots=4)
+    shared = converse(config, placed, mesh, **rows)
     for key, one in alone.items():
         assert one.tokens == shared[key].tokens
         np.testing.assert_array_equal(one.experts, shared[key].experts)
@@ -247,15 +257,25 @@ def test_updates_with_replay_are_the_same_on_one_device_and_on_eight(models: Any
     config, params, sampled = models("qwen3_moe")
     other, made = perturbed(params), trajectories(sampled)
     alone, told = two_updates(config, other, made, mesh_of())
-    shared, told_shared = two_updates(config, other, made, mesh_of(data=2, expert=2, tensor=2))
-    for name, one in told.items():
-        assert told_shared[name] == pytest.approx(one, abs=1e-4), name
     assert told["experts/replay_changed_share"] > 0.2
-    for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
-        np.testing.assert_allclose(one, two, atol=2e-5)
+    for sizes in ({"data": 2, "tensor": 2}, {"context": 2, "tensor": 2}, {"context": 4}):
+        shared, told_shared = two_updates(config, other, made, mesh_of(expert=2, **sizes))
+        for name, one in told.items():
+            assert told_shared[name] == pytest.approx(one, abs=1e-4), (sizes, name)
+        for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-5, err_msg=str(sizes))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone, other)
     stack = next(stack.name for stack in config.stacks if stack.sparse)
     assert moved[stack]["mlp"]["router"]["weight"] > 1e-5  # the routers learn
+
+
+def test_each_device_of_a_context_gets_the_experts_of_its_tokens_and_none_for_what_fills_a_row():
+    made = make_batch([], rows=4, max_length=60, pack_tokens=60, pack_rows=2, pack_unit=8,
+                      experts=(3, 2, "int8"))  # fmt: skip
+    pack = sharding.put_batch(mesh_of(fsdp=2, context=4), made).pack
+    assert pack.experts_RXLU.shape == (2, 2, 64, 3, 2)
+    assert pack.experts_RXLU.sharding.shard_shape(pack.experts_RXLU.shape) == (2, 1, 16, 3, 2)
+    assert (np.asarray(pack.experts_RXLU) == -1).all()
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])

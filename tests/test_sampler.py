@@ -326,20 +326,22 @@ def test_parking_changes_no_bit(weights):
         assert tokens[start : start + len(alone[index])] == alone[index]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 2, 1, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_comes_back_from_the_hosts_memory_as_it_was(params, shape, dtype):
     prompts = random_prompts(12)
     config = dataclasses.replace(CONFIG, dtype=dtype)
     found = []
     for parked in (12, 0):
-        engine = engine_on(mesh_of(*shape), params, config, slots=4, parked=parked, stops=[STOP])
+        mesh = mesh_of(*shape[:3], context=(*shape, 1)[3])
+        engine = engine_on(mesh, params, config, slots=4, parked=parked, stops=[STOP])
         found.append(converse(engine, prompts, turns=3, delay=2))
         assert (engine.counters.evicted_rows > 0) == (parked == 0)
     assert found[0] == found[1]
 
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 1, 2), (2, 2, 2), (1, 2, 4)]
+PARTS = [(1, 1, 1, 4), (1, 2, 2, 2), (1, 1, 1, 3)]  # with the axis context
 
 
 def engine_on(mesh, params, config=CONFIG, **settings):
@@ -381,14 +383,15 @@ def test_the_calls_of_a_longer_cache_are_compiled_before_it_is_needed(weights):
     assert not [name for name in late if any(one in name for one in names)]
 
 
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("shape", MESHES + PARTS)
 def test_devices_share_out_the_rows_and_each_call_compiles_once(params, weights, shape):
+    *shape, parts = (*shape, 1)[:4]
     prompts = random_prompts(12)
     prompts[7] = prompts[2]  # a row that another device copies
     expected = converse(new_engine(weights, slots=6, parked=6, stops=[STOP]), prompts, turns=3)
     calls = (device.prefill, device.decode, device.copy_rows)  # the last within and between caches
     before = [call._cache_size() for call in calls]
-    engine = engine_on(mesh_of(*shape), params, stops=[STOP])
+    engine = engine_on(mesh_of(*shape, context=parts), params, stops=[STOP])
     found = converse(engine, prompts, turns=3)
     compiled = [call._cache_size() - size for call, size in zip(calls, before, strict=True)]
     assert compiled == [1, 1, 2]
@@ -401,7 +404,7 @@ def test_devices_share_out_the_rows_and_each_call_compiles_once(params, weights,
     keys = engine._pool.cache[0]["keys"]
     heads = CONFIG.kv_heads // 2 if shape[2] == 2 else CONFIG.kv_heads
     here = engine.slots // (shape[0] * shape[1])
-    assert keys.sharding.shard_shape(keys.shape)[:2] == (here, heads)
+    assert keys.sharding.shard_shape(keys.shape)[:3] == (here, heads, -(-128 // parts))
 
 
 def test_bfloat16_rows_are_copied_between_devices(params):

@@ -23,12 +23,14 @@ def test_one_axis_takes_the_devices_that_the_others_leave():
         "data": 4,
         "fsdp": 1,
         "expert": 1,
+        "context": 1,
         "tensor": 2,
     }
     assert dict(sharding.make_mesh(data=2, fsdp=-1).shape) == {
         "data": 2,
         "fsdp": 4,
         "expert": 1,
+        "context": 1,
         "tensor": 1,
     }
 
@@ -159,7 +161,9 @@ def test_packed_rows_are_divided_and_the_loss_arrays_are_not():
     mesh = mesh_of(2, 2, 2)
     batch = make_batch([], rows=4, max_length=8, pack_rows=sharding.row_multiple(mesh))
     placed = sharding.put_batch(mesh, batch)
-    assert {leaf.sharding.spec for leaf in placed.pack} == {PartitionSpec(None, sharding.ROWS)}
+    assert {leaf.sharding.spec for leaf in jax.tree.leaves(placed.pack)} == {
+        PartitionSpec(None, sharding.ROWS)
+    }
     assert placed.sampled_BT.sharding.is_fully_replicated
 
 

@@ -144,11 +144,27 @@ def test_the_number_of_micro_batches_does_not_change_the_gradient(params, uneven
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 4, 1), (2, 2, 2), (1, 1, 8)])
-def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, shape):
-    mesh = mesh_of(*shape)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2},
+        {"fsdp": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"tensor": 8},
+        {"context": 2},
+        {"context": 8},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+    ],
+)
+def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, sizes):
+    mesh = mesh_of(**sizes)
     # One row a device: the last of eight holds nothing but padding.
-    batch = batch_of(uneven, pack_rows=sharding.row_multiple(mesh), mask_truncated=True)
+    batch = batch_of(
+        uneven,
+        pack_rows=sharding.row_multiple(mesh),
+        pack_unit=sharding.context_shards(mesh),
+        mask_truncated=True,
+    )
     found, _ = gradient(params, batch, mesh=mesh)
     assert_close(found, expected)
 

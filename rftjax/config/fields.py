@@ -63,6 +63,7 @@ _SYNONYMS = {
     "checkpoint.keep": "save_total_limit max_to_keep keep_checkpoints",
     "logging.every": "logging_steps log_interval log_every",
     "mesh.tensor": "tensor_parallel_size tp tensor_parallel",
+    "mesh.context": "context_parallel_size cp context_parallel sequence_parallel",
     "mesh.fsdp": "fsdp_size zero_stage",
     "mesh.data": "data_parallel_size dp data_parallel",
 }
@@ -236,6 +237,7 @@ def base_config() -> ConfigDict:
                 "data": -1,
                 "fsdp": 1,
                 "expert": 1,
+                "context": 1,
                 "tensor": 1,
             },  # -1: the devices that the others leave
             "eval": {

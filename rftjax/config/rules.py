@@ -96,7 +96,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "must be at least 1, or -1 for the devices that the other axes leave",
         lambda value: value >= 1 or value == -1,
-        "mesh.data mesh.fsdp mesh.expert mesh.tensor",
+        "mesh.data mesh.fsdp mesh.expert mesh.context mesh.tensor",
     ),
 )
 _CHOICES = {
@@ -129,6 +129,7 @@ _CALLABLES = (
 )
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *_COMPRESSED)
+MESH = ("data", "fsdp", "expert", "context", "tensor")
 LOGGERS = ("wandb", "mlflow", "trackio")  # modules of rftjax.monitor.loggers
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, and eval/part/NAME
@@ -424,11 +425,11 @@ def _grpo_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 "overlap.max_staleness",
                 "must be 0 where grpo.tis_cap is 0.0: nothing would weigh samples of older weights; try 2.0",
             )
-        if any(values.get(f"mesh.{axis}") != 1 for axis in ("fsdp", "expert", "tensor")):
+        if any(values.get(f"mesh.{axis}") != 1 for axis in MESH[1:]):
             yield (
                 "overlap.max_staleness",
-                "must be 0 where mesh.fsdp, mesh.expert or mesh.tensor is not 1: two threads give their collectives no"
-                " common order",
+                "must be 0 where mesh.fsdp, mesh.expert, mesh.context or mesh.tensor is not 1: two threads give their"
+                " collectives no common order",
             )
         if values.get("grpo.dynamic_prompts"):
             yield (
@@ -466,7 +467,7 @@ def _partial_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _mesh_problems(
     values: Mapping[str, Any], devices: int, processes: int
 ) -> Iterator[tuple[str, str]]:
-    axes = {axis: values.get(f"mesh.{axis}", 0) for axis in ("data", "fsdp", "expert", "tensor")}
+    axes = {axis: values.get(f"mesh.{axis}", 0) for axis in MESH}
     rest = [axis for axis, size in axes.items() if size == -1]
     if len(rest) > 1:
         yield f"mesh.{rest[1]}", f"only one axis may be -1, and mesh.{rest[0]} is already"

@@ -12,34 +12,37 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rftjax.errors import UserError
-from rftjax.types import Batch, Params
+from rftjax.types import Batch, Pack, Params
 
 # For `jax.transfer_guard` around device work: an implicit transfer between host and devices would wait for them.
 GUARD = "disallow"
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 # The axes that share out rows: of a micro-batch, and of the sampler's cache.
 ROWS = ("data", "fsdp", "expert")
+# The axis that shares out the tokens of a packed row, and the positions of the sampler's cache.
+CONTEXT = "context"
 
 # What a family's file declares: the logical axes of each parameter, by the last two names of its path.
 LogicalAxes = Mapping[tuple[str, str], tuple[str, ...]]
 # The factors of a LoRA product: replicated, for they are small but for those of experts.
 ADAPTERS = ("a", "b")
 
-Rules = Mapping[str, str | None]
+Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "ffn": "tensor",
-    "width": "fsdp",
-    "rank": "fsdp",
-    "channels": None,
-    "experts": "expert",
-    "routes": None,  # of a router, to experts that lie anywhere
-    "gain": None,  # of a norm
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    # Devices of one context need the same weights, so they hold a part of them each, as those of fsdp do.
+    "width": ("fsdp", CONTEXT),
+    "rank": ("fsdp", CONTEXT),
+    "channels": (),
+    "experts": ("expert",),
+    "routes": (),  # of a router, to experts that lie anywhere
+    "gain": (),  # of a norm
 }
 # Decoding reads every weight in each of its steps: too often to gather them from other devices.
-DECODE_RULES: Rules = {**RULES, "width": None, "rank": None}
+DECODE_RULES: Rules = {**RULES, "width": (), "rank": ()}
 
 
 def make_mesh(
@@ -48,11 +51,12 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     expert: int = 1,
+    context: int = 1,
     tensor: int = 1,
 ) -> Mesh:
     """Returns a mesh of the devices (none: all), those of a process side by side; one axis may be -1 and takes what the
     others leave."""
-    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
     found = sorted(devices or jax.devices(), key=lambda one: one.process_index)
     _check_even(found)
     count = len(found)
@@ -86,13 +90,15 @@ def _check_even(devices: Sequence[Any]) -> None:
 
 
 def decode_mesh(mesh: Mesh) -> Mesh:
-    """Returns the mesh on which the sampler's weights are made: the same devices, no group of `tensor` or `expert` in
-    two processes."""
+    """Returns the mesh on which the sampler's weights are made: the same devices, no group of `tensor`, `context` or
+    `expert` in two processes."""
     if jax.process_count() == 1:
         return mesh
-    tensor = math.gcd(mesh.shape["tensor"], jax.local_device_count())
-    expert = math.gcd(mesh.shape["expert"], jax.local_device_count() // tensor)
-    return Mesh(mesh.devices.reshape(-1, 1, expert, tensor), AXES)
+    left, sizes = jax.local_device_count(), []
+    for axis in ("tensor", CONTEXT, "expert"):  # the innermost first
+        sizes.insert(0, math.gcd(mesh.shape[axis], left))
+        left //= sizes[0]
+    return Mesh(mesh.devices.reshape(-1, 1, *sizes), AXES)
 
 
 def local_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -135,11 +141,11 @@ def partition(
     return _spec([axis for axis, _ in _axes(mesh, logical, path, shape, rules)])
 
 
-def _spec(axes: list[Any]) -> PartitionSpec:
+def _spec(axes: list[tuple[str, ...]]) -> PartitionSpec:
     """Returns the shortest way to say a partition: two ways would compile a function twice."""
-    while axes and axes[-1] is None:
+    while axes and not axes[-1]:
         axes.pop()
-    return PartitionSpec(*axes)
+    return PartitionSpec(*(one if len(one) > 1 else one[0] if one else None for one in axes))
 
 
 def replicated_axes(mesh: Mesh, logical: LogicalAxes, params: Params) -> list[str]:
@@ -158,16 +164,29 @@ def _axes(
     path: tuple[str, ...],
     shape: tuple[int, ...],
     rules: Rules = RULES,
-) -> list[tuple[str | None, str]]:
-    """Returns for each axis of a parameter the mesh axis that divides it, and why there is none against the rules."""
-    axes: list[tuple[str | None, str]] = []
+) -> list[tuple[tuple[str, ...], str]]:
+    """Returns for each axis of a parameter the mesh axes that divide it, and why there are fewer than the rules say."""
+    axes: list[tuple[tuple[str, ...], str]] = []
     for name, size in zip(_logical(logical, path, shape), shape, strict=True):
-        axis = rules[name] if name else None
-        devices = mesh.shape[axis] if axis else 1
-        problem = ""
-        if size % devices:
-            problem = f"{size} {name} do not divide over mesh.{axis}={devices}; replicated"
-        axes.append((axis if devices > 1 and not problem else None, problem))
+        wanted = _present(mesh, rules[name] if name else ())
+        found, problem = _dividing(mesh, wanted, size), ""
+        if found != wanted:
+            over = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in wanted)
+            kept = f"divided over mesh.{found[0]} alone" if found else "replicated"
+            problem = f"{size} {name} do not divide over {over}; {kept}"
+        axes.append((found, problem))
+    return axes
+
+
+def _present(mesh: Mesh, axes: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of the axes that have more than one device."""
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
+def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Returns as many of the axes, from the first one on, as divide the size together."""
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
     return axes
 
 
@@ -257,12 +276,21 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Returns the batch on the mesh: packed rows over data, fsdp and expert, what the loss needs everywhere."""
-    rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    """Returns the batch on the mesh: packed rows as `pack_shardings` says, what the loss needs everywhere."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    pack = jax.tree.map(lambda leaf: put(leaf, rows), batch.pack)
+    pack = jax.tree.map(put, batch.pack, pack_shardings(mesh, batch.pack))
     rest = batch._replace(pack=None)
     return jax.tree.map(lambda leaf: put(leaf, everywhere), rest)._replace(pack=pack)
+
+
+def pack_shardings(mesh: Mesh, pack: Pack) -> Pack:
+    """Returns where packed rows with a leading axis of micro-batches lie: over ROWS, and the experts to replay, which
+    are many bytes a token, with the tokens over context."""
+    rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    places = jax.tree.map(lambda _: rows, pack)
+    if pack.experts_RXLU is None or context_shards(mesh, pack.experts_RXLU.shape[2]) == 1:
+        return places
+    return places._replace(experts_RXLU=NamedSharding(mesh, PartitionSpec(None, ROWS, CONTEXT)))
 
 
 def row_multiple(mesh: Mesh | None) -> int:
@@ -287,13 +315,23 @@ def device_size(params: Params, shardings: Params) -> int:
     return int(sum(jax.tree.leaves(sizes)))
 
 
-def row_sharding(mesh: Mesh, *others: str | None) -> NamedSharding:
+def context_shards(mesh: Mesh | None, tokens: int = 0) -> int:
+    """Returns how many devices so many tokens of a packed row are divided over; those of a cache are filled up."""
+    shards = mesh.shape[CONTEXT] if mesh is not None else 1
+    return 1 if tokens % shards else shards
+
+
+def row_sharding(mesh: Mesh, *others: tuple[str, ...]) -> NamedSharding:
     """Returns where an array with a first axis of rows lies, further axes as given."""
-    rows = tuple(axis for axis in ROWS if mesh.shape[axis] > 1)
-    return NamedSharding(mesh, _spec([rows[0] if len(rows) == 1 else rows or None, *others]))
+    return axes_sharding(mesh, ROWS, *others)
 
 
-def keep_rows(mesh: Mesh | None, array: jax.Array, *others: str | None) -> jax.Array:
+def axes_sharding(mesh: Mesh, *axes: tuple[str, ...]) -> NamedSharding:
+    """Returns where an array lies whose axes these of the mesh divide, the ones of an axis together."""
+    return NamedSharding(mesh, _spec([_present(mesh, one) for one in axes]))
+
+
+def keep_rows(mesh: Mesh | None, array: jax.Array, *others: tuple[str, ...]) -> jax.Array:
     """Keeps a first axis of rows over the axes ROWS inside a compiled function, further axes as given.
 
     Without it the compiler may rather divide the products of weights that lie over fsdp, and has every device compute,
@@ -306,10 +344,15 @@ def keep_rows(mesh: Mesh | None, array: jax.Array, *others: str | None) -> jax.A
 
 
 def vocab_axes(mesh: Mesh | None, vocab: int) -> tuple[str, ...]:
-    """Returns the axis that divides the vocabulary of logits, none where it does not: they lie as the head does."""
-    axis = RULES["vocab"]
-    shards = mesh.shape[axis] if mesh is not None and axis else 1
-    return (axis,) if axis and shards > 1 and vocab % shards == 0 else ()
+    """Returns the axes that divide the vocabulary of logits, none where they do not: they lie as the head does."""
+    return _dividing(mesh, _present(mesh, RULES["vocab"]), vocab) if mesh is not None else ()
+
+
+def keep_tokens(mesh: Mesh | None, x_RXD: jax.Array) -> jax.Array:
+    """Does what `keep_rows` does, and keeps the tokens of a row over the axis `context` if it divides them."""
+    if mesh is None or context_shards(mesh, x_RXD.shape[1]) == 1:
+        return keep_rows(mesh, x_RXD)
+    return jax.lax.with_sharding_constraint(x_RXD, row_sharding(mesh, (CONTEXT,)))
 
 
 def table_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
@@ -334,18 +377,21 @@ def columns(mesh: Mesh, x_BTD: jax.Array, table: NamedSharding) -> jax.Array:
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:
     """Returns where a leaf of the cache lies, which has a token's `shape` of these logical axes: rows over ROWS, heads
-    over tensor if it divides them.
+    over tensor if it divides them, positions over context.
 
     The positions lie before the last axis of the shape.
     """
 
-    def over(size: int, name: str) -> str | None:
-        axis = DECODE_RULES[name]
-        divided = axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
-        return axis if divided else None
+    def over(size: int, name: str) -> tuple[str, ...]:
+        return _dividing(mesh, _present(mesh, DECODE_RULES[name]), size)
 
     *lead, last = map(over, shape, axes)
-    return row_sharding(mesh, *lead, None, last)
+    return row_sharding(mesh, *lead, (CONTEXT,), last)
+
+
+def cache_specs(cache: Any) -> Any:
+    """Returns how the leaves of a cache are given to `over_rows`."""
+    return jax.tree.map(lambda leaf: PartitionSpec(ROWS, *[None] * (leaf.ndim - 3), CONTEXT), cache)
 
 
 def over_rows(
@@ -354,9 +400,9 @@ def over_rows(
     """Returns the function as each device runs it on its own rows; the axis `tensor` stays the compiler's.
 
     `inputs` and `outputs` say of each argument and result whether its first axis is one of rows; the others are the
-    same everywhere, but where a PartitionSpec says how they are divided (see `expert_specs`).
+    same everywhere, but where a PartitionSpec says how they are divided (see `expert_specs` and `cache_specs`).
     """
-    if row_multiple(mesh) == 1:
+    if row_multiple(mesh) * context_shards(mesh) == 1:
         return function
     specs = {True: PartitionSpec(ROWS), False: PartitionSpec()}
 
@@ -371,7 +417,7 @@ def over_rows(
         mesh=mesh,
         in_specs=jax.tree.map(spec, inputs, is_leaf=is_spec),
         out_specs=jax.tree.map(spec, outputs, is_leaf=is_spec),
-        axis_names=set(ROWS),
+        axis_names={*ROWS, CONTEXT},
         check_vma=False,
     )
 

@@ -57,6 +57,7 @@ def make_batch(
     pack_tokens: int = 512,
     pack_scored: int = 0,
     pack_rows: int = 1,
+    pack_unit: int = 1,
     share_prefix: bool = True,
     mask_truncated: bool = False,
     skip_zero: bool = False,
@@ -67,12 +68,13 @@ def make_batch(
 ) -> Batch:
     """Lays out the valid trajectories' sequences in `rows` loss rows of `max_length` tokens.
 
-    A packed row takes `pack_tokens` tokens, or the first of `widths` that holds the longest sequence, and `pack_scored`
-    of `pack_tokens` may be trained on (0: all; see `most_scored`); a micro-batch has `pack_rows` of them. Shapes depend
-    on the settings and the width alone, while there are no more sequences than `rows`. `longest` is a length that the
-    width holds whatever the sequences are. `mask_truncated` trains on nothing of a trajectory that a token limit cut.
-    `skip_zero` leaves sequences of advantage 0 out of the packed rows, as those without a token to train on always are:
-    they still count in the loss's denominators, which are taken from `sampled_BT`.
+    A packed row takes `pack_tokens` tokens, or the first of `widths` that holds the longest sequence, and
+    `pack_scored` of `pack_tokens` may be trained on (0: all; see `most_scored`); a micro-batch has `pack_rows` of
+    them. Its tokens are filled up to a multiple of `pack_unit`. Shapes depend on the settings and the width alone,
+    while there are no more sequences than `rows`. `longest` is a length that the width holds whatever the sequences
+    are. `mask_truncated` trains on nothing of a trajectory that a token limit cut. `skip_zero` leaves sequences of
+    advantage 0 out of the packed rows, as those without a token to train on always are: they still count in the
+    loss's denominators, which are taken from `sampled_BT`.
     `temperature` is that of tasks without one of their own; 0.0 where no task has any, and the batch then names none.
     `by_turn` gives every token the advantage of its turn. `experts` (`Config.choices`) are laid out to be replayed; a
     token of which a sequence has none gets -1, its last one among them, which the sampler has not computed.
@@ -112,7 +114,8 @@ def make_batch(
         advantages_B[index], weights_B[index] = advantages[index], weights[index]
     scored = sampled_BT.sum(axis=1).tolist()
     longest = max(longest, *(len(sequence.tokens) for _, sequence in used), 1)
-    room = _room(pack_tokens, pack_scored, max_length, _Room(longest, max(scored)))
+    lengths = widths(pack_tokens, max_length, pack_unit)
+    room = _room(lengths, pack_tokens, pack_scored, _Room(longest, max(scored)))
     packed = [
         (draw, _Row(index, sequence, scored[index]))
         for index, (draw, sequence) in enumerate(used)
@@ -148,22 +151,21 @@ def most_scored(pack_tokens: int, *, prompt: int, sampled: int) -> int:
     return -(-pack_tokens * sampled // (prompt + sampled))
 
 
-def widths(pack_tokens: int, max_length: int) -> list[int]:
+def widths(pack_tokens: int, max_length: int, pack_unit: int = 1) -> list[int]:
     """Returns the tokens that a packed row may have: doubled until a sequence of `max_length` fits, so that few shapes
-    serve all lengths."""
+    serve all lengths; multiples of `pack_unit`."""
     found = [pack_tokens]
     while found[-1] < max_length:
         found.append(min(2 * found[-1], -(-max_length // 128) * 128))
-    return found
+    return [width + -width % pack_unit for width in found]
 
 
-def _room(pack_tokens: int, pack_scored: int, max_length: int, needed: _Room) -> _Room:
+def _room(tokens: list[int], pack_tokens: int, pack_scored: int, needed: _Room) -> _Room:
     """Returns the smallest of the possible rooms that holds the need.
 
     All have the scored share of `pack_tokens`, but for a last one where every token may be scored: for sequences whose
     prompt is shorter than `most_scored` was told.
     """
-    tokens = widths(pack_tokens, max_length)
     scored = pack_scored or pack_tokens
     rooms = [_Room(width, min(width, -(-width * scored // pack_tokens))) for width in tokens]
     rooms.append(_Room(tokens[-1], tokens[-1]))

@@ -126,7 +126,8 @@ class Learner:
 
         The state may be abstract.
         """
-        widths = batching.widths(self.shape["pack_tokens"], self.shape["max_length"])
+        names = ("pack_tokens", "max_length", "pack_unit")
+        widths = batching.widths(*(self.shape[name] for name in names if name in self.shape))
         return [one for width in reversed(widths) for one in self._programs(state, width)]
 
     def _programs(self, state: TrainState, width: int) -> list[Program]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from rftjax import grpo
-from rftjax.devices import memories, sharding
+from rftjax.devices import context, memories, sharding
 from rftjax.learning import merging, pieces, rounding
 from rftjax.models import decoder, experts, wide
 from rftjax.models.config import Config
@@ -22,7 +22,9 @@ from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
 # A micro-batch's logits of up to so many bytes are computed at once and kept for the backward pass.
 HEAD_BYTES = 1 << 28
-HEAD_CHUNK = 256  # larger ones: scored positions a packed row whose logits exist at once
+HEAD_CHUNK = (
+    256  # larger ones: a device's scored positions of a packed row whose logits exist at once
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -91,36 +93,53 @@ def scores(
     )
     used_RM = pack.places_RM != NOWHERE
     filtered = top_p < 1 or top_k > 0
+    shards = sharding.context_shards(mesh, x_RXD.shape[1])
 
     def score(
         sources_RM: jax.Array, targets_RM: jax.Array, temperatures_RM: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        x_RMD = jnp.take_along_axis(x_RXD, sources_RM[..., None], axis=1)
-        x_BD = sharding.keep_rows(mesh, x_RMD.reshape(-1, config.width))
-        logits_BV = decoder.logits(config, params, x_BD)
-        logits_BV = sharding.keep_rows(mesh, logits_BV, *sharding.vocab_axes(mesh, config.vocab))
-        targets_B = targets_RM.reshape(-1)
+        x_BD = context.taken(mesh, x_RXD, sources_RM)
+        divided = sharding.vocab_axes(mesh, config.vocab)
+        logits_BV = context.keep_flat(mesh, shards, decoder.logits(config, params, x_BD), divided)
+        targets_B = context.flat(mesh, shards, targets_RM)
         ones_B = jnp.ones(targets_B.shape)
-        own = temperature if temperatures_RM is None else temperatures_RM.reshape(-1)
+        own = temperature
+        if temperatures_RM is not None:
+            own = context.flat(mesh, shards, temperatures_RM)
         settings = RowSettings(
             own * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
         )
         adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit, keep_B=targets_B)
         logprobs_B, entropies_B = log_likelihood(adjusted_BV, targets_B)
-        return logprobs_B.reshape(sources_RM.shape), entropies_B.reshape(sources_RM.shape)
+        M = sources_RM.shape[1]
+        both = (context.unflat(mesh, shards, values_B, M) for values_B in (logprobs_B, entropies_B))
+        return next(both), next(both)
 
     whole = 4 * pack.sources_RM.size * config.vocab <= HEAD_BYTES
-    scored = score if whole and remat != LAYER else _chunked(score, used_RM)
+    at_once = _padded(score, shards) if shards > 1 else score
+    scored = at_once if whole and remat != LAYER else _chunked(score, used_RM, shards)
     own = () if temperatures_RM is None else (temperatures_RM,)
     logprobs_RM, entropies_RM = scored(pack.sources_RM, pack.targets_RM, *own)
     balance = experts.balance(config.routing, routed, pack.groups_RX > 0)
     return jnp.where(used_RM, logprobs_RM, 0.0), jnp.where(used_RM, entropies_RM, 0.0), balance
 
 
-def _chunked(score: Callable[..., tuple], used_RM: jax.Array) -> Callable[..., tuple]:
-    """Returns `score` in chunks of HEAD_CHUNK positions: skips unused ones, recomputes each in the backward pass."""
+def _padded(score: Callable[..., tuple], shards: int) -> Callable[..., tuple]:
+    """Returns `score` for any number of positions, which it is given a multiple of `shards` of."""
+
+    def scored(*arrays_RM: jax.Array) -> tuple[jax.Array, ...]:
+        M = arrays_RM[0].shape[1]
+        results = score(*(jnp.pad(one, ((0, 0), (0, -M % shards))) for one in arrays_RM))
+        return tuple(values[:, :M] for values in results)
+
+    return scored
+
+
+def _chunked(score: Callable[..., tuple], used_RM: jax.Array, shards: int) -> Callable[..., tuple]:
+    """Returns `score` in chunks of HEAD_CHUNK positions a device: skips unused ones, recomputes each in the backward
+    pass."""
     R, M = used_RM.shape
-    chunk = min(HEAD_CHUNK, M)
+    chunk = min(HEAD_CHUNK * shards, M + -M % shards)
     spare = ((0, 0), (0, -M % chunk))
 
     def split(values_RM: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
-from rftjax.models.layout import Layout
+from rftjax.models.layout import Layout, Part
 from rftjax.models.remat import kept
-from rftjax.models.splash import splash
+from rftjax.models.splash import TILE, splash
 from rftjax.models.tiled import FLOOR, tiled
 
 BLOCK = 128  # queries of a block, and at most BLOCKS of them
@@ -42,8 +42,32 @@ def attend(
     if form in ("tiled", "splash"):
         run = sharding.over_heads(mesh, tiled if form == "tiled" else splash, k_BTKC.shape[2])
         return run(q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H)
-    form_of = {"blocked": blocked, "plain": plain, "cudnn": cudnn}
-    return form_of[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window), sinks_H)
+    return FORM_OF[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window), sinks_H)
+
+
+def row_unit(form: str, mesh: Mesh | None) -> int:
+    """Returns what the tokens of a packed row are a multiple of, so that each device of a context has as many, in the
+    pieces that a form takes."""
+    shards = sharding.context_shards(mesh)
+    return shards * {"splash": TILE, "cudnn": PAIR}.get(form, 1) if shards > 1 else 1
+
+
+def of_part(
+    form: str,
+    q_BQHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    layout: Layout,
+    window: Any,
+    sinks_H: jax.Array | None,
+    part: Part,
+) -> jax.Array:
+    """Returns what `attend` does for the queries of a part of the layout, on the device that has them; `tiled` is
+    `blocked` here."""
+    if form == "splash":
+        return splash(q_BQHC, k_BSKC, v_BSKC, layout, window, sinks_H, part)
+    run = FORM_OF["blocked" if form == "tiled" else form]
+    return run(q_BQHC, k_BSKC, v_BSKC, layout.mask(window, part), sinks_H)
 
 
 def _suits_tiles(T: int, mesh: Mesh | None) -> bool:
@@ -106,23 +130,24 @@ def softmax(scores_BKGTS: jax.Array, sinks_H: jax.Array | None) -> jax.Array:
 @jax.custom_vjp
 def blocked(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    mask_BTT: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask_BTS: jax.Array,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns what `plain` does where the mask lets no token see a later one.
+    """Returns what `plain` does where the mask lets no token see a later one, or for a part of the queries.
 
-    A block of queries computes no score beyond its end, and the backward pass computes the weights again from the
-    logarithm of their sum (Dao et al. 2022).
+    A block of queries computes no score beyond its end where all queries are there, and the backward pass computes the
+    weights again from the logarithm of their sum (Dao et al. 2022).
     """
-    return _forward(q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H)[0]
+    return _forward(q_BTHC, k_BSKC, v_BSKC, mask_BTS, sinks_H)[0]
 
 
-def _blocks(T: int) -> list[tuple[int, int]]:
-    """Returns the first query of each block and the one behind its last."""
+def _blocks(T: int, S: int) -> list[tuple[int, int, int]]:
+    """Returns the first query of each block, the one behind its last, and the keys that it looks at."""
     count = max(1, min(BLOCKS, T // BLOCK))
-    return [(T * index // count, T * (index + 1) // count) for index in range(count)]
+    bounds = [(T * index // count, T * (index + 1) // count) for index in range(count)]
+    return [(start, end, end if T == S else S) for start, end in bounds]
 
 
 def _by_head(x_BTHC: jax.Array, K: int) -> jax.Array:
@@ -142,25 +167,25 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 def _forward(
     q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
-    mask_BTT: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
+    mask_BTS: jax.Array,
     sinks_H: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple]:
     B, T, H, C = q_BTHC.shape
-    K = k_BTKC.shape[2]
+    S, K = k_BSKC.shape[1:3]
     G = H // K
-    q_BKGTC, k_BKCT, v_BKTC = (
+    q_BKGTC, k_BKCS, v_BKSC = (
         _by_head(q_BTHC, K),
-        k_BTKC.transpose(0, 2, 3, 1),
-        v_BTKC.swapaxes(1, 2),
+        k_BSKC.transpose(0, 2, 3, 1),
+        v_BSKC.swapaxes(1, 2),
     )
     outputs, totals = [], []
-    for start, end in _blocks(T):
+    for start, end, seen in _blocks(T, S):
         q = q_BKGTC[:, :, :, start:end].reshape(B, K, -1, C)
-        scores = _product("BKNC,BKCS->BKNS", q, k_BKCT[..., :end])
-        scores = scores.reshape(B, K, G, -1, end) * (C**-0.5)
-        scores = jnp.where(mask_BTT[:, None, None, start:end, :end], scores, FLOOR)
+        scores = _product("BKNC,BKCS->BKNS", q, k_BKCS[..., :seen])
+        scores = scores.reshape(B, K, G, -1, seen) * (C**-0.5)
+        scores = jnp.where(mask_BTS[:, None, None, start:end, :seen], scores, FLOOR)
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks_H is not None:
             top = jnp.maximum(top, sinks_H.reshape(1, K, G, 1, 1))
@@ -168,47 +193,50 @@ def _forward(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sinks_H is not None:
             total = total + jnp.exp(sinks_H.reshape(1, K, G, 1, 1) - top)
-        weights = weights.astype(v_BTKC.dtype).reshape(B, K, -1, end)
-        values = _product("BKNS,BKSC->BKNC", weights, v_BKTC[:, :, :end])
+        weights = weights.astype(v_BSKC.dtype).reshape(B, K, -1, seen)
+        values = _product("BKNS,BKSC->BKNC", weights, v_BKSC[:, :, :seen])
         outputs.append((values.reshape(B, K, G, -1, C) / total).astype(q_BTHC.dtype))
         totals.append(top + jnp.log(total))
     output, total = kept(jnp.concatenate(outputs, axis=3)), kept(jnp.concatenate(totals, axis=3))
-    return _by_token(output), (q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H, output, total)
+    return _by_token(output), (q_BTHC, k_BSKC, v_BSKC, mask_BTS, sinks_H, output, total)
 
 
 def _backward(saved: tuple, d_BTHC: jax.Array) -> tuple:
-    q_BTHC, k_BTKC, v_BTKC, mask_BTT, sinks_H, output_BKGTC, total_BKGT1 = saved
+    q_BTHC, k_BSKC, v_BSKC, mask_BTS, sinks_H, output_BKGTC, total_BKGT1 = saved
     B, T, H, C = q_BTHC.shape
-    K = k_BTKC.shape[2]
+    S, K = k_BSKC.shape[1:3]
     G, dtype = H // K, q_BTHC.dtype
     q_BKGTC, d_BKGTC = _by_head(q_BTHC, K), _by_head(d_BTHC, K)
-    k_BKCT, v_BKCT = k_BTKC.transpose(0, 2, 3, 1), v_BTKC.transpose(0, 2, 3, 1)
-    k_BKTC = k_BTKC.swapaxes(1, 2)
+    k_BKCS, v_BKCS = k_BSKC.transpose(0, 2, 3, 1), v_BSKC.transpose(0, 2, 3, 1)
+    k_BKSC = k_BSKC.swapaxes(1, 2)
     products = d_BKGTC.astype(jnp.float32) * output_BKGTC.astype(jnp.float32)
     inner_BKGT1 = jnp.sum(products, axis=-1, keepdims=True)
-    dk_BKTC = dv_BKTC = jnp.zeros((B, K, T, C), jnp.float32)
+    dk_BKSC = dv_BKSC = jnp.zeros((B, K, S, C), jnp.float32)
     dq = []
-    for start, end in _blocks(T):
+    for start, end, seen in _blocks(T, S):
         q = q_BKGTC[:, :, :, start:end].reshape(B, K, -1, C)
         d = d_BKGTC[:, :, :, start:end].reshape(B, K, -1, C)
-        shape = (B, K, G, end - start, end)
-        scores = _product("BKNC,BKCS->BKNS", q, k_BKCT[..., :end]).reshape(shape) * (C**-0.5)
+        shape = (B, K, G, end - start, seen)
+        scores = _product("BKNC,BKCS->BKNS", q, k_BKCS[..., :seen]).reshape(shape) * (C**-0.5)
         scores = scores - total_BKGT1[:, :, :, start:end]
-        weights = jnp.exp(jnp.where(mask_BTT[:, None, None, start:end, :end], scores, FLOOR))
-        dweights = _product("BKNC,BKCS->BKNS", d, v_BKCT[..., :end]).reshape(shape)
+        weights = jnp.exp(jnp.where(mask_BTS[:, None, None, start:end, :seen], scores, FLOOR))
+        dweights = _product("BKNC,BKCS->BKNS", d, v_BKCS[..., :seen]).reshape(shape)
         dscores = weights * (dweights - inner_BKGT1[:, :, :, start:end]) * (C**-0.5)
-        weights = weights.astype(dtype).reshape(B, K, -1, end)
-        dscores = dscores.astype(dtype).reshape(B, K, -1, end)
-        dv_BKTC = dv_BKTC.at[:, :, :end].add(_product("BKNS,BKNC->BKSC", weights, d))
-        dk_BKTC = dk_BKTC.at[:, :, :end].add(_product("BKNS,BKNC->BKSC", dscores, q))
-        dq.append(_product("BKNS,BKSC->BKNC", dscores, k_BKTC[:, :, :end]).reshape(B, K, G, -1, C))
+        weights = weights.astype(dtype).reshape(B, K, -1, seen)
+        dscores = dscores.astype(dtype).reshape(B, K, -1, seen)
+        dv_BKSC = dv_BKSC.at[:, :, :seen].add(_product("BKNS,BKNC->BKSC", weights, d))
+        dk_BKSC = dk_BKSC.at[:, :, :seen].add(_product("BKNS,BKNC->BKSC", dscores, q))
+        dq.append(_product("BKNS,BKSC->BKNC", dscores, k_BKSC[:, :, :seen]).reshape(B, K, G, -1, C))
     dq_BTHC = _by_token(jnp.concatenate(dq, axis=3)).astype(dtype)
-    dk_BTKC, dv_BTKC = (grad.swapaxes(1, 2).astype(dtype) for grad in (dk_BKTC, dv_BKTC))
+    dk_BSKC, dv_BSKC = (grad.swapaxes(1, 2).astype(dtype) for grad in (dk_BKSC, dv_BKSC))
     if sinks_H is None:
-        return dq_BTHC, dk_BTKC, dv_BTKC, None, None
+        return dq_BTHC, dk_BSKC, dv_BSKC, None, None
     weight_BKGT1 = jnp.exp(sinks_H.reshape(1, K, G, 1, 1) - total_BKGT1)
     dsinks_H = -jnp.sum(weight_BKGT1 * inner_BKGT1, axis=(0, 3, 4)).reshape(H)
-    return dq_BTHC, dk_BTKC, dv_BTKC, None, dsinks_H.astype(sinks_H.dtype)
+    return dq_BTHC, dk_BSKC, dv_BSKC, None, dsinks_H.astype(sinks_H.dtype)
 
 
 blocked.defvjp(_forward, _backward)
+
+
+FORM_OF: dict[str, Any] = {"blocked": blocked, "plain": plain, "cudnn": cudnn}  # of a mask

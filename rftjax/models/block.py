@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rftjax.models.across import Expansion, keys_and_values
 from rftjax.models.attention import plain
 from rftjax.models.config import Config, Stack
 from rftjax.models.experts import ROWS, Experts
@@ -57,8 +58,10 @@ class Block(nn.Module):
         return x_BTD + (self.mlp_output_norm(added_BTD) if after else added_BTD), kept
 
 
-def causal(q_BTHC: jax.Array, new: dict[str, jax.Array], *sinks: Any) -> tuple[jax.Array, None]:
+def causal(
+    q_BTHC: jax.Array, new: dict[str, jax.Array], *sinks: Any, expansion: Expansion | None = None
+) -> tuple[jax.Array, None]:
     """Attends among the new tokens alone, each to those before it (used to make initial parameters)."""
     T = q_BTHC.shape[1]
     mask_BTT = jnp.tril(jnp.ones((q_BTHC.shape[0], T, T), bool))
-    return plain(q_BTHC, new["keys"], new["values"], mask_BTT, *sinks), None
+    return plain(q_BTHC, *keys_and_values(new, expansion), mask_BTT, *sinks), None

@@ -1,4 +1,8 @@
-"""Attention of new tokens over a KV cache: plain, or on NVIDIA GPUs cuDNN's for prompts and a kernel for decoding."""
+"""Attention of new tokens over a KV cache: plain, or on NVIDIA GPUs cuDNN's for prompts and a kernel for decoding.
+
+Where `shards` devices divide the cache (mesh axis `context`), position p of a row lies on device p % shards, at place
+p // shards: a longer cache moves nothing between devices, and a short row is everybody's work.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rftjax.devices.sharding import CONTEXT
 from rftjax.models import attention
 
 TILE = 64  # cache positions that the kernel looks at together
@@ -21,11 +26,43 @@ def over(
     positions_BT: jax.Array,
     window: Any,
     sinks_H: jax.Array | None = None,
+    shards: int = 1,
 ) -> jax.Array:
     """Returns what `attend` does for the leaves of one layer's cache, or `latent` where there are no keys."""
     if "latent" in seen:
-        return latent(q_BTHC, seen["latent"], seen["rotated"], positions_BT, window)
-    return attend(form, q_BTHC, seen["keys"], seen["values"], positions_BT, window, sinks_H)
+        return latent(q_BTHC, seen["latent"], seen["rotated"], positions_BT, window, shards)
+    return attend(form, q_BTHC, seen["keys"], seen["values"], positions_BT, window, sinks_H, shards)
+
+
+def own_places(positions_BT: jax.Array, S: int, shards: int) -> jax.Array:
+    """Returns where positions lie on this device, S for those of other devices and beyond the cache."""
+    if shards == 1:
+        return positions_BT
+    mine_BT = positions_BT % shards == jax.lax.axis_index(CONTEXT)
+    return jnp.where(mine_BT, positions_BT // shards, S)
+
+
+def _visible(positions_BT: jax.Array, S: int, window: Any, shards: int) -> jax.Array:
+    """Returns mask_BTS of the places of this device."""
+    places_S = jnp.arange(S)
+    if shards > 1:
+        places_S = places_S * shards + jax.lax.axis_index(CONTEXT)
+    back_BTS = positions_BT[:, :, None] - places_S[None, None, :]
+    return (back_BTS >= 0) & (back_BTS < window)
+
+
+def _joined(scores: jax.Array, values_of: Any, sinks: jax.Array | None = None) -> jax.Array:
+    """Returns the values of a softmax over scores (..., S) of which each device has its own; the largest score, the sum
+    and the weighted values go over all of them, the scores and the cache over none."""
+    top = jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), CONTEXT)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks)
+    weights = jnp.exp(scores - top)
+    values = values_of(weights).astype(jnp.float32)
+    total, values = jax.lax.psum((jnp.sum(weights, axis=-1, keepdims=True), values), CONTEXT)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    return values / total
 
 
 def attend(
@@ -36,16 +73,18 @@ def attend(
     positions_BT: jax.Array,
     window: Any,
     sinks_H: jax.Array | None = None,
+    shards: int = 1,
 ) -> jax.Array:
     """Returns attended values (B, T, H, C): a token at position p sees those of its row from p - window + 1 to p.
 
-    `form` is one of `attention.FORMS`; all but cudnn are the same here. What a token beyond the cache gets is not used.
+    `form` is one of `attention.FORMS`; all but cudnn are the same here, and that one too where several devices divide
+    the cache. What a token beyond the cache gets is not used.
     """
+    form = form if shards == 1 else "plain"
     if form == "cudnn" and q_BTHC.shape[1] == 1 and suits(keys_BKSC):
         one = q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window, sinks_H
         return single(*one)[:, None]
-    back_BTS = positions_BT[:, :, None] - jnp.arange(keys_BKSC.shape[2])[None, None, :]
-    mask_BTS = (back_BTS >= 0) & (back_BTS < window)
+    mask_BTS = _visible(positions_BT, keys_BKSC.shape[2], window, shards)
     if form == "cudnn":
         return attention.cudnn(
             q_BTHC, keys_BKSC.swapaxes(1, 2), values_BKSC.swapaxes(1, 2), mask_BTS, sinks_H
@@ -53,8 +92,8 @@ def attend(
     if lonely(q_BTHC, keys_BKSC):
         twice = jnp.repeat(q_BTHC, 2, axis=2)
         sinks = None if sinks_H is None else jnp.repeat(sinks_H, 2)
-        return plain(twice, keys_BKSC, values_BKSC, mask_BTS, sinks)[:, :, ::2]
-    return plain(q_BTHC, keys_BKSC, values_BKSC, mask_BTS, sinks_H)
+        return plain(twice, keys_BKSC, values_BKSC, mask_BTS, sinks, shards)[:, :, ::2]
+    return plain(q_BTHC, keys_BKSC, values_BKSC, mask_BTS, sinks_H, shards)
 
 
 def lonely(q_BTHC: jax.Array, keys_BKSC: jax.Array) -> bool:
@@ -69,6 +108,7 @@ def latent(
     rotated: jax.Array,
     positions_BT: jax.Array,
     window: Any,
+    shards: int = 1,
 ) -> jax.Array:
     """Returns attended latent vectors (B, T, H, I) of scaled queries that were absorbed: `latent` is key and value of
     all heads, to which `rotated` (B, S, channels that turn) adds its part of the scores (see `models.latent`)."""
@@ -76,11 +116,15 @@ def latent(
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scores_BTHS = product("BTHI,BSI->BTHS", q_BTHI, latent_BSI)
     scores_BTHS += product("BTHp,BSp->BTHS", q_rotated, rotated)
-    back_BTS = positions_BT[:, :, None] - jnp.arange(latent_BSI.shape[1])[None, None, :]
-    mask_BTS = (back_BTS >= 0) & (back_BTS < window)
+    mask_BTS = _visible(positions_BT, latent_BSI.shape[1], window, shards)
     scores_BTHS = jnp.where(mask_BTS[:, :, None], scores_BTHS, attention.FLOOR)
-    weights_BTHS = jax.nn.softmax(scores_BTHS, axis=-1).astype(latent_BSI.dtype)
-    return jnp.einsum("BTHS,BSI->BTHI", weights_BTHS, latent_BSI)
+
+    def attended(weights_BTHS: jax.Array) -> jax.Array:
+        return jnp.einsum("BTHS,BSI->BTHI", weights_BTHS.astype(latent_BSI.dtype), latent_BSI)
+
+    if shards > 1:
+        return _joined(scores_BTHS, attended).astype(latent_BSI.dtype)
+    return attended(jax.nn.softmax(scores_BTHS, axis=-1))
 
 
 def plain(
@@ -89,6 +133,7 @@ def plain(
     values_BKSC: jax.Array,
     mask_BTS: jax.Array,
     sinks_H: jax.Array | None = None,
+    shards: int = 1,
 ) -> jax.Array:
     """Returns attended values by two products, the form that the others are compared with."""
     B, T, H, C = q_BTHC.shape
@@ -96,8 +141,15 @@ def plain(
     q_BKGTC = (q_BTHC.reshape(B, T, K, H // K, C) * (C**-0.5)).transpose(0, 2, 3, 1, 4)
     scores = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, keys_BKSC, preferred_element_type=jnp.float32)
     scores = jnp.where(mask_BTS[:, None, None], scores, attention.FLOOR)
-    weights = attention.softmax(scores, sinks_H).astype(values_BKSC.dtype)
-    attended = jnp.einsum("BKGTS,BKSC->BKGTC", weights, values_BKSC)
+
+    def values_of(weights: jax.Array) -> jax.Array:
+        return jnp.einsum("BKGTS,BKSC->BKGTC", weights.astype(values_BKSC.dtype), values_BKSC)
+
+    if shards > 1:
+        sinks = None if sinks_H is None else sinks_H.reshape(1, K, H // K, 1, 1)
+        attended = _joined(scores, values_of, sinks).astype(values_BKSC.dtype)
+    else:
+        attended = values_of(attention.softmax(scores, sinks_H))
     return attended.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
 
 

@@ -30,9 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rftjax.devices import memories, sharding
-from rftjax.models import wide
-from rftjax.models.attention import attend
+from rftjax.devices import context, memories, sharding
+from rftjax.models import across, wide
 from rftjax.models.block import Block, causal
 from rftjax.models.config import FULL, Config, Rope, Stack
 from rftjax.models.experts import COLLECTION
@@ -102,7 +101,8 @@ def embed(
 ) -> jax.Array:
     """Returns x_BTD in the compute dtype; where the table lies over the mesh, so does its gradient."""
     table_VD = params["embed"]["embedding"]
-    if mesh is not None and sharding.shares(mesh, "fsdp") > 1:
+    by_rows = sharding.context_shards(mesh) == 1
+    if mesh is not None and sharding.shares(mesh, "fsdp") > 1 and by_rows:
         x_BTD = looked_up(table_VD, tokens_BT, config.dtype, mesh)
     else:
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype)
@@ -184,13 +184,10 @@ def walk(
         def layer(x_RXD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
             tree, window, turn, experts_RXU = inputs
             tree = tree | {"params": opened(tree["params"])}
-            x_RXD = sharding.keep_rows(mesh, x_RXD)
+            x_RXD = sharding.keep_tokens(mesh, x_RXD)
             limit = window if config.windowed else None
 
-            def among(q: jax.Array, new: dict, *sinks: jax.Array) -> tuple[jax.Array, None]:
-                keys, values = new["keys"], new["values"]
-                return attend(config.attention, q, keys, values, layout, limit, mesh, *sinks), None
-
+            among = across.among(config, layout, limit, mesh, remat)
             (x_RXD, _), told = block.apply(
                 tree, x_RXD, turn, among, experts_RXU, mutable=[COLLECTION]
             )
@@ -221,7 +218,7 @@ def walk(
             told.append(one)
         return x_RXD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)
 
-    x_RXD = embed(config, params, tokens_RX, mesh)
+    x_RXD = context.spread(mesh, embed(config, params, tokens_RX, mesh))
     routed, seen = [], 0
     for stack in config.stacks:
         own = None
@@ -230,7 +227,7 @@ def walk(
             seen += stack.count
         x_RXD, told = run(stack, x_RXD, own)
         routed += [told] if stack.sparse else []
-    x_RXD = sharding.keep_rows(mesh, x_RXD)
+    x_RXD = sharding.keep_tokens(mesh, x_RXD)
     return final_norm.apply({"params": params["final_norm"]}, x_RXD), routed
 
 

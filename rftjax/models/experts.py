@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
-from rftjax.devices import sharding
+from rftjax.devices import context, sharding
 from rftjax.models import exchange, triton
 from rftjax.models.config import Config, Routing
 from rftjax.models.layers import gated
@@ -324,7 +324,8 @@ class Experts(nn.Module):
         routing = self.config.routing
         shards = sharding.expert_shards(self.mesh, routing.experts)
         tensor = sharding.shares(self.mesh, "tensor")
-        if ROWS not in self.inside and sharding.row_multiple(self.mesh) > 1:
+        several = sharding.row_multiple(self.mesh) * sharding.context_shards(self.mesh) > 1
+        if ROWS not in self.inside and several:
             return self._on_each_device(given)
         if TENSOR not in self.inside and tensor > 1 and routing.ffn % tensor == 0:
             return self._over_tensor(given)
@@ -385,10 +386,12 @@ class Experts(nn.Module):
         return kept(exchange.move(unsorted(y, order, place), to.back, rows.shape[0]))
 
     def _on_each_device(self, given: tuple[jax.Array, ...]) -> jax.Array:
-        """Returns the layer's output for x with a first axis of rows, which lie on the mesh."""
+        """Returns the layer's output for x with first axes of rows and tokens, which lie on the mesh."""
         tree, run = self._apart(ROWS)
         specs = sharding.expert_specs(self.mesh, tree, GATES, self.config.routing.experts)
-        each = sharding.over_rows(self.mesh, run, (specs, True), (True, True))
+        parted = sharding.context_shards(self.mesh, given[0].shape[1]) > 1
+        place: Any = context.PARTS if parted else True
+        each = sharding.over_rows(self.mesh, run, (specs, place), (place, place))
         return self._told(*each(tree, given))
 
     def _over_tensor(self, given: tuple[jax.Array, ...]) -> jax.Array:

@@ -14,6 +14,7 @@ vectors by the two halves of `expand` in place of them (absorbed).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,8 +22,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rftjax.models.across import Expansion, Stays
 from rftjax.models.config import CacheLeaf, Config, Stack
-from rftjax.models.layers import Attend, Linear, Norm
+from rftjax.models.layers import Attend, Linear, Norm, mapped
 from rftjax.models.rotary import Turn, rotate
 
 NORM_EPS = 1e-6  # of the norms inside, whatever the config's is
@@ -46,6 +48,16 @@ def scaled(plain: jax.Array, turned: jax.Array, scale: float) -> jax.Array:
 def widened(x: jax.Array, size: int) -> jax.Array:
     """Returns x with zeros behind its channels."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+
+
+def expanded(
+    plain: int, size: int, weights: dict[str, jax.Array], new: dict[str, jax.Array], stays: Stays
+) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values of `size` channels from latent vectors; the first `plain` ones of a key do not turn."""
+    keys, values = jnp.split(stays(mapped(new["latent"], weights)), [plain], axis=-1)
+    rotated = new["rotated"]
+    shared = jnp.broadcast_to(rotated[:, :, None], (*keys.shape[:-1], rotated.shape[-1]))
+    return widened(jnp.concatenate([keys, shared], axis=-1), size), widened(values, size)
 
 
 class LatentAttention(nn.Module):
@@ -81,20 +93,21 @@ class LatentAttention(nn.Module):
         both = self.latent(x_BTD)
         latent_BTI = self.latent_norm(both[..., : latent.rank])
         key = rotate(self._paired(both[..., None, latent.rank :]), turn)
+        new = {"latent": latent_BTI, "rotated": key[:, :, 0]}
+        if self.is_initializing():
+            self.expand(latent_BTI)
+        kernel = self.expand.get_variable("params", "kernel")
         if not self.absorbed:
-            keys, values = jnp.split(self.expand(latent_BTI), [plain], axis=-1)
-            shared = jnp.broadcast_to(key, (*keys.shape[:-1], latent.rotated))
-            keys = jnp.concatenate([keys, shared], axis=-1)
             # Forms of attention take keys and values of one width, and divide by its root.
             size = max(c.channels, latent.values)
             queries = scaled(q_plain, q_turned, c.query_scale * math.sqrt(size))
-            new = {"keys": widened(keys, size), "values": widened(values, size)}
-            attended, kept = attend(widened(queries, size), new)
+            weights = {"kernel": kernel} | self.expand.adapter()
+            expansion = Expansion(weights, functools.partial(expanded, plain, size))
+            attended, kept = attend(widened(queries, size), new, expansion=expansion)
             return self.output(attended[..., : latent.values]), kept
-        kernel = self.expand.get_variable("params", "kernel").astype(x_BTD.dtype)
+        kernel = kernel.astype(x_BTD.dtype)
         to_key, to_value = kernel[..., :plain], kernel[..., plain:]
         queries = scaled(jnp.einsum("BTHc,IHc->BTHI", q_plain, to_key), q_turned, c.query_scale)
-        new = {"latent": latent_BTI, "rotated": key[:, :, 0]}
         attended, kept = attend(queries, new)
         return self.output(jnp.einsum("BTHI,IHO->BTHO", attended, to_value)), kept
 

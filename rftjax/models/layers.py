@@ -18,7 +18,8 @@ from rftjax.models.rotary import Turn, rotate
 
 # What a layer calls with the queries and with what the cache holds of its new tokens, by the names that the family
 # declares, each (B, T, ...); returns attended values (B, T, H, C) and whatever the caller wants to keep.
-# A third argument are the sinks_H of attention that has any.
+# A third argument are the sinks_H of attention that has any; `expansion=` says how keys and values come from what the
+# cache holds, where these are something else (see `across.Expansion`).
 Attend = Callable[..., tuple[jax.Array, Any]]
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
@@ -42,18 +43,29 @@ class Linear(nn.Module):
         inputs = x.shape[-self.axes :]
         init = nn.initializers.normal(self.config.init_std)
         kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        y: Any = linear(x, kernel, self.axes)
-        if self.has_variable("lora", "a"):
-            a, b = narrow(self.get_variable("lora", "a")), self.get_variable("lora", "b")
-            flat = x.reshape(*x.shape[: x.ndim - self.axes], math.prod(inputs))
-            added: Any = linear(linear(flat, a, 1), b, 1)
-            y = y + added.reshape(y.shape)
+        y = mapped(x, {"kernel": kernel} | self.adapter(), self.axes)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
             y = y + bias.astype(y.dtype).reshape(
                 (1,) * (y.ndim - len(self.features)) + self.features
             )
         return kept(y)
+
+    def adapter(self) -> dict[str, jax.Array]:
+        """Returns the factors of the LoRA path, of which the second has the features' axes."""
+        if not self.has_variable("lora", "a"):
+            return {}
+        a, b = narrow(self.get_variable("lora", "a")), self.get_variable("lora", "b")
+        return {"a": a, "b": b.reshape(-1, *self.features)}
+
+
+def mapped(x: jax.Array, weights: dict[str, jax.Array], axes: int = 1) -> jax.Array:
+    """Returns the product of the trailing `axes` axes with a kernel, plus that of the adapter where there is one."""
+    y: Any = linear(x, weights["kernel"], axes)
+    if "a" in weights:
+        flat = x.reshape(*x.shape[: x.ndim - axes], -1)
+        y = y + linear(linear(flat, weights["a"], 1), weights["b"], 1)
+    return y
 
 
 class Norm(nn.Module):

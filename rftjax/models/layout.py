@@ -10,6 +10,18 @@ import jax.numpy as jnp
 NONE = 1 << 30  # beyond every run, group and position
 
 
+class Part(NamedTuple):
+    """Tokens that lie side by side in each packed row, from place `first` on."""
+
+    first: Any
+    tokens: int
+
+    def of(self, array: Any, axis: int = 1, unit: int = 1) -> jax.Array:
+        """Returns these tokens of an array with such an axis, or those tiles of `unit` tokens that they fill."""
+        first, tokens = self.first // unit, self.tokens // unit
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(array), first, tokens, axis)
+
+
 class Layout(NamedTuple):
     """Groups, segments and positions of packed tokens, as `types.Pack` defines them."""
 
@@ -17,17 +29,20 @@ class Layout(NamedTuple):
     segments_BT: Any
     positions_BT: Any
 
-    def mask(self, window: Any = None) -> jax.Array:
-        """Returns mask_BTT, true where a token attends, at most `window` - 1 positions back (None: no limit)."""
-        groups_BT, segments_BT, positions_BT = self
-        mine_BT1, own_BT1 = groups_BT[:, :, None], segments_BT[:, :, None]
-        theirs_B1T, other_B1T = groups_BT[:, None], segments_BT[:, None]
-        mask_BTT = (mine_BT1 == theirs_B1T) & (mine_BT1 > 0)
-        mask_BTT &= (own_BT1 == other_B1T) | (other_B1T == 0)
-        mask_BTT &= jnp.tril(jnp.ones(mask_BTT.shape[1:], bool))[None]
+    def mask(self, window: Any = None, part: Part | None = None) -> jax.Array:
+        """Returns mask_BTT, true where a token attends, at most `window` - 1 positions back (None: no limit); of a part
+        of the queries alone (B, tokens of the part, T)."""
+        T = self.groups_BT.shape[1]
+        part = part or Part(0, T)
+        groups, segments, positions = (part.of(array_BT) for array_BT in self)
+        theirs_B1T, other_B1T, far_B1T = (array_BT[:, None] for array_BT in self)
+        mask = (groups[:, :, None] == theirs_B1T) & (groups > 0)[:, :, None]
+        mask &= (segments[:, :, None] == other_B1T) | (other_B1T == 0)
+        places_T = jnp.arange(T)
+        mask &= (part.of(places_T, axis=0)[:, None] >= places_T[None])[None]
         if window is None:
-            return mask_BTT
-        return mask_BTT & (positions_BT[:, :, None] - positions_BT[:, None] < window)
+            return mask
+        return mask & (positions[:, :, None] - far_B1T < window)
 
     def padded(self, multiple: int) -> Layout:
         """Returns the layout with padding up to a multiple of so many tokens."""

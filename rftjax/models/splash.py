@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rftjax.errors import UserError
-from rftjax.models.layout import Layout
+from rftjax.models.layout import Layout, Part
 from rftjax.models.remat import KEPT
 
 TILE = 128  # tokens; T is rounded up to a multiple
@@ -51,36 +51,41 @@ def numbered(layout: Layout) -> jax.Array:
 
 
 def splash(
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    q_BQHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKC: jax.Array,
     layout: Layout,
     window: Any = None,
     sinks_H: jax.Array | None = None,
+    part: Part | None = None,
 ) -> jax.Array:
-    """Returns what `attention.plain` does, for tokens that attend to any.
+    """Returns what `attention.plain` does, for tokens that attend to any; of a part of the queries, whole tiles, alone.
 
     Empty tiles of the mask cost nothing, so a completion does not pay for its neighbours.
     """
-    B, T, H, C = q_BTHC.shape
-    if T > MOST:
+    B, Q, H, C = q_BQHC.shape
+    K, S = k_BSKC.shape[2], k_BSKC.shape[1]
+    if S > MOST:
         raise UserError(
-            f"model.attention='splash': packed rows of {T:,} tokens, at most {MOST:,}; lower batch.pack_tokens and"
+            f"model.attention='splash': packed rows of {S:,} tokens, at most {MOST:,}; lower batch.pack_tokens and"
             " rollout.max_length, or set model.attention='blocked'"
         )
-    K, tile = k_BTKC.shape[2], LARGE if T >= LONG else TILE
-    X = T + -T % tile
+    tile = LARGE if S >= LONG and (part is None or Q % LARGE == 0) else TILE
+    assert part is None or Q % tile == 0, (Q, tile)  # `row_unit`
+    X = Q + -Q % tile
 
     def pad(x_BTHC: jax.Array) -> jax.Array:
-        return jnp.pad(x_BTHC, ((0, 0), (0, X - T), (0, 0), (0, 0))).swapaxes(1, 2)
+        spare = -x_BTHC.shape[1] % tile
+        return jnp.pad(x_BTHC, ((0, 0), (0, spare), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    q_BHXC, keys, values = pad(q_BTHC * (C**-0.5)), pad(k_BTKC), pad(v_BTKC)
+    q_BHXC, keys, values = pad(q_BQHC * (C**-0.5)), pad(k_BSKC), pad(v_BSKC)
     q_BKGXC = q_BHXC.reshape(B, K, H // K, X, C)
+    part = part or Part(0, X)
     if window is None:
         keys, values = (jnp.concatenate([x, x], axis=2) for x in (keys, values))
-        kernels = _by_ids(layout.padded(tile), tile)
+        kernels = _by_ids(layout.padded(tile), tile, part)
     else:
-        kernels = _by_mask(layout.padded(tile), tile, window)
+        kernels = _by_mask(layout.padded(tile), tile, part, window)
     sinks = () if sinks_H is None else (sinks_H.reshape(K, H // K),)
 
     def run(kernel: Any, ids: Any, *heads: jax.Array) -> jax.Array:
@@ -90,10 +95,10 @@ def splash(
         run(*kernel, q_BKGXC[row], keys[row], values[row], *sinks)
         for row, kernel in enumerate(kernels)
     ]
-    return jnp.stack(rows).reshape(B, H, X, C).swapaxes(1, 2)[:, :T]
+    return jnp.stack(rows).reshape(B, H, X, C).swapaxes(1, 2)[:, :Q]
 
 
-def _by_ids(layout: Layout, tile: int) -> list[tuple[Any, Any]]:
+def _by_ids(layout: Layout, tile: int, part: Part) -> list[tuple[Any, Any]]:
     """Returns a kernel and ids a row for keys that lie twice behind one another."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
@@ -101,29 +106,27 @@ def _by_ids(layout: Layout, tile: int) -> list[tuple[Any, Any]]:
     own_BYY, prefix_BYY = layout.parts(tile)
     # The kernel gives NaN for what attends to nothing: padding sees itself.
     own_BYY |= jnp.eye(X // tile, dtype=bool)[None]
-    visible_BYS = jnp.concatenate([own_BYY, prefix_BYY], axis=2)
+    visible_BNS = part.of(jnp.concatenate([own_BYY, prefix_BYY], axis=2), unit=tile)
     shared_BT = (layout.segments_BT == 0) & (layout.groups_BT > 0)
     prefixes_BT = jnp.where(shared_BT, layout.groups_BT, -1)
-    numbers_BT = numbered(layout)
+    numbers, groups = part.of(numbered(layout)), part.of(layout.groups_BT)
 
     def row(at: int) -> tuple[Any, Any]:
-        ids = kernels.SegmentIds(
-            q=layout.groups_BT[at],
-            kv=jnp.concatenate([layout.groups_BT[at], prefixes_BT[at]]),
-        )
-        return _kernel(visible_BYS[at], tile, Visible(X), q_sequence=numbers_BT[at]), ids
+        both = jnp.concatenate([layout.groups_BT[at], prefixes_BT[at]])
+        ids = kernels.SegmentIds(q=groups[at], kv=both)
+        return _kernel(visible_BNS[at], tile, Visible(X), q_sequence=numbers[at]), ids
 
     return [row(at) for at in range(B)]
 
 
-def _by_mask(layout: Layout, tile: int, window: Any) -> list[tuple[Any, Any]]:
+def _by_mask(layout: Layout, tile: int, part: Part, window: Any) -> list[tuple[Any, Any]]:
     """Returns a kernel a row, which needs no ids, for keys that lie once, from a mask of all pairs."""
     B, X = layout.groups_BT.shape
-    mask_BTT = layout.mask(window) | jnp.eye(X, dtype=bool)[None]
-    tiles = mask_BTT.reshape(B, X // tile, tile, X // tile, tile).swapaxes(2, 3)
-    visible_BYY, blocks = jnp.any(tiles, axis=(3, 4)), tiles.reshape(B, -1, tile, tile)
+    mask_BQX = layout.mask(window, part) | part.of(jnp.eye(X, dtype=bool), axis=0)[None]
+    tiles = mask_BQX.reshape(B, -1, tile, X // tile, tile).swapaxes(2, 3)
+    visible_BNY, blocks = jnp.any(tiles, axis=(3, 4)), tiles.reshape(B, -1, tile, tile)
     return [
-        (_kernel(visible_BYY[at], tile, None, partial_mask_blocks=blocks[at]), None)
+        (_kernel(visible_BNY[at], tile, None, partial_mask_blocks=blocks[at]), None)
         for at in range(B)
     ]
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rftjax.devices import memories, sharding
 from rftjax.devices.accelerators import Accelerator
 from rftjax.learning import row_length, update
-from rftjax.models import exchange, logical_axes, remat
+from rftjax.models import attention, cache_leaves, exchange, logical_axes, remat
 from rftjax.models.config import Config, Stack
 from rftjax.types import TrainState
 from rftjax.weights import hf
@@ -31,6 +31,9 @@ KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
+KEYS_FORMS = (
+    4.0  # of the keys and values that a device of a context has of others' tokens; not yet compared
+)
 TPU_LANES = 128
 
 
@@ -40,6 +43,9 @@ class Job:
     def __init__(self, config: ConfigDict, model: Config, mesh: Any) -> None:
         self.config, self.model, self.mesh = config, model, mesh
         self.shards = sharding.row_multiple(mesh)
+        self.context = sharding.context_shards(mesh)
+        # Devices that hold parts of one weight, but for those of heads and experts.
+        self.weight_shards = mesh.shape["fsdp"] * self.context
         self.expert_shards = sharding.expert_shards(mesh, model.routing.experts or 1)
         self.slots = config.sampler.slots
         pool = config.sampler.pool or self.slots * (2 if config.environment else 1)
@@ -53,7 +59,10 @@ class Job:
         self.item = np.dtype("float32").itemsize if model.dtype == "float32" else 2
         # Rows whose length a job chooses are at least so long, and longer only where memory is left.
         least = config.batch.pack_tokens or row_length.ENOUGH
-        self.row_tokens = max(least, self.length) * config.batch.pack_rows
+        unit = attention.row_unit(model.attention, mesh)
+        self.row_tokens = -(-max(least, self.length) // unit) * unit * config.batch.pack_rows
+        # Those of them that one device has.
+        self.own_tokens = self.row_tokens // self.context
 
     @property
     def matrices(self) -> int:
@@ -68,10 +77,11 @@ class Job:
         head = self.head_bytes(GPU_LOGITS, 2) - trained if gpu else self.head_bytes(TPU_LOGITS, 1)
         return {
             GRADIENT: 2 * trained,
-            f"activations of {self.row_tokens} tokens": kept,
+            f"activations of {self.own_tokens} tokens": kept,
+            "keys and values of whole rows": self._keys_gathered(),
             "logits, or a layer and its gathered weights": max(head, work),
             "experts, as they are gathered": self._experts_again() if gpu else 0.0,
-            ROOM: self.rooms(self.row_tokens),
+            ROOM: self.rooms(self.own_tokens),
         }
 
     def rooms(self, tokens: int) -> float:
@@ -107,13 +117,13 @@ class Job:
         if not self.config.grpo.routing_replay:
             return 0.0
         tokens = self.conversations * self.row_tokens / self.config.batch.pack_rows
-        return token_choices(self.model) * tokens / self.shards
+        return token_choices(self.model) * tokens / self.shards / self.context
 
     def kept(self) -> float:
         """Bytes that one micro-batch's rows keep for the backward pass on a device."""
         c, again = self.model, self.config.model.remat
         if again == remat.LAYER:
-            return float(self.row_tokens * self.item * c.width * c.layers)
+            return float(self.own_tokens * self.item * c.width * c.layers)
         layers = sum(self._layer(stack) * stack.count for stack in c.stacks)
         if again == remat.PRODUCTS:
             return layers * row_length.token_bytes(c, again) / row_length.token_bytes(c, remat.ALL)
@@ -121,7 +131,7 @@ class Job:
 
     def _gathered(self, stack: Stack) -> float:
         """Bytes of one layer's weights, of which those of the next layer are gathered too, and of their gradient."""
-        if self.mesh.shape["fsdp"] == 1:
+        if self.weight_shards == 1:
             return 0.0
         axes, one = logical_axes(self.model), 0.0
         params = hf.abstract_params(self.model)[stack.name]
@@ -133,9 +143,9 @@ class Job:
 
     def _experts_again(self) -> float:
         """Bytes of a device's part of the experts, which XLA for GPUs turns over before it gathers from it."""
-        fsdp, tensor = self.mesh.shape["fsdp"], self.mesh.shape["tensor"]
-        own = _matrices(self.model)[1] / self.expert_shards / tensor / fsdp
-        return own * self.item if fsdp > 1 else 0.0
+        shards = self.weight_shards
+        own = _matrices(self.model)[1] / self.expert_shards / self.mesh.shape["tensor"] / shards
+        return own * self.item if shards > 1 else 0.0
 
     def _layer(self, stack: Stack) -> float:
         """Bytes of one layer's activations: what XLA keeps of attention, norms (in float32) and the feed-forward part,
@@ -143,15 +153,23 @@ class Job:
         c, routing, tensor = self.model, self.model.routing, self.mesh.shape["tensor"]
         ffn = routing.chosen * routing.ffn + routing.shared if stack.sparse else c.ffn
         shared = 2 * (2 * c.heads + 2 * c.kv_heads) * c.channels + 8 * ffn
-        return self.row_tokens * self.item * (16 * c.width + shared / tensor)
+        return self.own_tokens * self.item * (16 * c.width + shared / tensor)
+
+    def _keys_gathered(self) -> float:
+        """Bytes of one layer's keys and values of all tokens of a device's rows, and of their gradients, where these
+        tokens lie on several devices."""
+        if self.context == 1:
+            return 0.0
+        numbers = 2 * self.model.kv_heads * self.model.channels / self.mesh.shape["tensor"]
+        return KEYS_FORMS * self.row_tokens * self.item * numbers
 
     def head_bytes(self, logits: float, copies: int) -> float:
         """Bytes of the float32 logits that exist at once in so many forms, the head, gathered, and its gradient; where
         it is trained, of so many copies."""
-        scored = min(self.row_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
+        scored = min(self.own_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
         chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
-        one = 4.0 * (scored if chunked else self.row_tokens) * self.model.vocab
+        one = 4.0 * (scored if chunked else self.own_tokens) * self.model.vocab
         forms = self.item if self.config.lora.rank else copies * self.item + 4
         head = self.model.vocab * self.model.width * forms
         return (logits * one + head) / self.mesh.shape["tensor"]
@@ -168,7 +186,9 @@ class Job:
         head = c.width * c.vocab
         prompts = self.config.batch.prompts
         pairs = self._pairs()
-        prefill = 2 * self.matrices * prompts * self.prompt + 4 * pairs["prompt"] * self._pair_width
+        # Devices of a context compute the same products of prompts.
+        prefill = 2 * self.matrices * prompts * self.prompt * self.context
+        prefill += 4 * pairs["prompt"] * self._pair_width
         steps = math.ceil(self.sampled / max(min(self.slots, self.conversations), 1))
         read = weights * read_share(c, self.slots / self.shards)
         step_reads = (read + cache * self._used_share()) / reading
@@ -207,19 +227,23 @@ class Job:
     def _moved(self, tokens: int, *, full: bool) -> float:
         """Bytes that each device sends in the update's passes over its micro-batches: weights that are gathered twice,
         gradients that are scattered or summed (of full fine-tuning), sums over `tensor` twice a layer in each pass,
-        rows of experts that lie on other devices there and back."""
-        fsdp, tensor = (self.mesh.shape[axis] for axis in ("fsdp", "tensor"))
+        rows of experts that lie on other devices there and back, what keys and values of other devices' tokens are made
+        of in two passes, and its gradient."""
+        fsdp, tensor = self.weight_shards, self.mesh.shape["tensor"]
         batches = math.ceil(tokens / self.row_tokens / self.shards)
         experts, moved = _matrices(self.model)[1], 0.0
         for whole, shards in ((entries(self.model) - experts, 1), (experts, self.expert_shards)):
             shard = whole * self.item / fsdp / tensor / shards
-            copies = self.shards / fsdp / shards
+            copies = self.shards * self.context / fsdp / shards
             moved += batches * shard * (fsdp - 1) * (3 if full else 2)
             if full:
                 moved += batches * 2 * shard * (copies - 1) / copies
-        moved += self._exchanged() * tokens / self.shards
+        own = tokens / self.shards / self.context
+        moved += self._exchanged() * own
+        cached = sum(math.prod(one.shape) for layer in cache_leaves(self.model) for one in layer)
+        moved += 3 * cached * self.item * (self.context - 1) * own
         a_token = 4 * self.model.layers * self.model.width * self.item
-        return moved + 2 * a_token * (tensor - 1) / tensor * tokens / self.shards
+        return moved + 2 * a_token * (tensor - 1) / tensor * own
 
     def _exchanged(self) -> float:
         """Bytes of one token that leave its device for those of its experts, there and back in each pass."""

@@ -22,7 +22,7 @@ from rftjax import grpo
 from rftjax.devices import sharding
 from rftjax.learning import row_length, update
 from rftjax.learning.batching import make_batch
-from rftjax.models import logical_axes
+from rftjax.models import attention, logical_axes
 from rftjax.models.config import Config
 from rftjax.policy import Policy
 from rftjax.run.build import lora_scale
@@ -103,9 +103,12 @@ def _update(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
         max_length=config.rollout.max_length,
         pack_tokens=max(section.pack_tokens or row_length.ENOUGH, config.rollout.max_length),
         pack_rows=section.pack_rows * sharding.row_multiple(mesh),
+        pack_unit=attention.row_unit(model.config.attention, mesh),
         experts=model.config.choices if config.grpo.routing_replay else None,
     )
-    packed = _abstract(NamedSharding(mesh, PartitionSpec(None, sharding.ROWS)), batch.pack)
+    packed = jax.tree.map(
+        lambda leaf, at: _abstract(at, leaf), batch.pack, sharding.pack_shardings(mesh, batch.pack)
+    )
     rest = _abstract(NamedSharding(mesh, PartitionSpec()), batch._replace(pack=None))
     step = update.make_update(
         model.config,

@@ -31,6 +31,7 @@ from rftjax.weights import hf
 USABLE = 0.92  # of a device's memory: the rest is the runtime's and lost between arrays
 MOST_DEVICES = 1 << 13
 GIB = 2**30
+INNER = ("expert", "context", "tensor")  # axes that a larger mesh.fsdp leaves as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +252,8 @@ def _remedies(config: ConfigDict, model: Policy, chip: Accelerator, found: Plan)
         ("batch.pack_tokens", max((section.pack_tokens or row_length.ENOUGH) // 2, 1)),
         ("batch.pack_rows", 1),
         ("rollout.max_length", max(config.rollout.max_length // 2, 2)),
-        ("mesh.fsdp", found.devices // (found.mesh["tensor"] * found.mesh["expert"])),
+        ("mesh.fsdp", found.devices // math.prod(found.mesh[axis] for axis in INNER)),
+        ("mesh.context", found.devices // (found.mesh["tensor"] * found.mesh["expert"])),
         ("mesh.tensor", min(8, model.config.kv_heads)),
     ]
     room, tried = chip.memory * USABLE, []
@@ -297,7 +299,7 @@ def _changed(
         if other[part][name] == value or (field == "lora.rank" and config.lora.rank):
             return None
         other[part][name] = value
-    if -1 not in other.mesh.values() and {"mesh.tensor", "mesh.fsdp"} & set(fields):
+    if -1 not in other.mesh.values() and any(field.startswith("mesh.") for field in fields):
         other.mesh.data = -1
     known = math.prod(other.mesh[axis] for axis in sharding.AXES if other.mesh[axis] != -1)
     return other, -(-devices // known) * known

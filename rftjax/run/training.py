@@ -15,6 +15,7 @@ from rftjax import grpo
 from rftjax.devices import processes, sharding
 from rftjax.learning import batching, credit, custom, row_length, update
 from rftjax.learning.learner import Learner
+from rftjax.models import attention
 from rftjax.run.build import Parts, lora_scale
 from rftjax.run.sampling import sampling_params
 from rftjax.text import chat
@@ -82,6 +83,7 @@ def batch_shape(parts: Parts) -> dict[str, Any]:
             pack_tokens, prompt=min(parts.prompt_tokens, default=1), sampled=sampled
         ),
         "pack_rows": section.pack_rows * sharding.row_multiple(parts.mesh),
+        "pack_unit": attention.row_unit(parts.policy.config.attention, parts.mesh),
         "mask_truncated": config.grpo.mask_truncated or config.rollout.truncated_turns == "mask",
         "temperature": config.sampler.temperature * own_temperatures,
         "by_turn": config.grpo.credit == credit.TURN,

@@ -4,7 +4,8 @@ The cache is a list with a dict a layer, of the leaves that the family declares:
 as a rule. What a row holds of a token lies at the token's position, on the axis before the last; where experts are
 recorded (`Routing.recorded`), those that the token chose are among it, and go with the row wherever it is copied.
 What a row computes depends on nothing but its own tokens: call shapes are constant, S only adds masked positions.
-On a mesh, each device of the axes data and fsdp has whole rows of its own and computes nothing for the others.
+On a mesh, the devices share out the rows (`sharding.ROWS`) and compute nothing for those of others; those of a context
+have the same rows, and each a part of their positions (see `models.cached`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from rftjax.devices import sharding
 from rftjax.models import CHOSEN, cache_leaves, decoder, logical_axes
 from rftjax.models.block import Block
-from rftjax.models.cached import over
+from rftjax.models.cached import over, own_places
 from rftjax.models.config import CacheLeaf, Config
 from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
@@ -104,7 +105,8 @@ def new_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) 
 
 
 def abstract_cache(config: Config, rows: int, length: int, mesh: Mesh | None = None) -> Any:
-    """Returns the shapes, dtypes and shardings of a cache."""
+    """Returns the shapes, dtypes and shardings of a cache, its length rounded up to what the mesh divides."""
+    length += -length % sharding.context_shards(mesh)
 
     def leaf(one: CacheLeaf) -> jax.ShapeDtypeStruct:
         place = sharding.cache_sharding(mesh, one.shape, one.axes) if mesh is not None else None
@@ -115,7 +117,7 @@ def abstract_cache(config: Config, rows: int, length: int, mesh: Mesh | None = N
 
 
 def cache_length(cache: Cache) -> int:
-    """Returns the positions of a row."""
+    """Returns the positions of a row, of the device's own part where the caller is one that each device runs."""
     return jax.tree.leaves(cache)[0].shape[-2]
 
 
@@ -164,12 +166,15 @@ def _pin_rows(rows: Rows, mesh: Mesh | None) -> Rows:
 @functools.partial(jax.jit, static_argnames=("config", "length", "mesh"))
 def grow(config: Config, cache: Cache, *, length: int, mesh: Mesh | None = None) -> Cache:
     """Returns the cache with room for `length` positions."""
+    own = -(-length // sharding.context_shards(mesh))
 
     def longer(leaf: jax.Array) -> jax.Array:
         before = [(0, 0)] * (leaf.ndim - 2)
-        return jnp.pad(leaf, (*before, (0, length - leaf.shape[-2]), (0, 0)))
+        return jnp.pad(leaf, (*before, (0, own - leaf.shape[-2]), (0, 0)))
 
-    return _pin_cache(config, jax.tree.map(longer, cache), mesh)
+    specs = sharding.cache_specs(cache)
+    run = sharding.over_rows(mesh, lambda cache: jax.tree.map(longer, cache), (specs,), specs)
+    return _pin_cache(config, run(cache), mesh)
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "mesh"))
@@ -203,14 +208,17 @@ def copy_rows(
 
         return jax.tree.map(copy_leaf, cache, cache if source is None else source)
 
-    run = sharding.over_rows(mesh, copy, (True, True, False, False), True)
+    specs = sharding.cache_specs(cache)
+    given: Any = True if source is None else sharding.cache_specs(source)
+    run = sharding.over_rows(mesh, copy, (specs, given, False, False), specs)
     return _pin_cache(config, run(cache, source, to_B, from_B), mesh)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def chosen_experts(leaves: list[jax.Array], row: jax.Array, *, mesh: Mesh | None = None) -> Any:
-    """Returns experts_SLU of what a row holds, of the leaves CHOSEN of each layer that has one."""
-    shards = sharding.row_multiple(mesh)
+    """Returns experts_SLU of what a row holds, in the order of positions, of the leaves CHOSEN of each layer that has
+    one."""
+    shards, parts = sharding.row_multiple(mesh), sharding.context_shards(mesh)
 
     def run(leaves: list[jax.Array], row: jax.Array) -> jax.Array:
         shard = jax.lax.axis_index(sharding.ROWS) if shards > 1 else 0
@@ -219,9 +227,14 @@ def chosen_experts(leaves: list[jax.Array], row: jax.Array, *, mesh: Mesh | None
         if shards > 1:
             taken = jnp.where(row // rows == shard, taken, 0).astype(jnp.int32)
             taken = jax.lax.psum(taken, sharding.ROWS).astype(leaves[0].dtype)
+        if parts > 1:
+            # Position p is the one at place p // parts of device p % parts.
+            apart = jax.lax.all_gather(taken, sharding.CONTEXT, axis=1)
+            taken = apart.reshape(-1, *taken.shape[1:])
         return taken
 
-    return sharding.over_rows(mesh, run, (True, False), False)(leaves, row)
+    specs = sharding.cache_specs(leaves)
+    return sharding.over_rows(mesh, run, (specs, False), False)(leaves, row)
 
 
 def _layers(
@@ -240,14 +253,16 @@ def _layers(
     turns = rotations(config, positions_BT)
     x_BTD = embed(config, params, tokens_BT)
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
+    shards = sharding.context_shards(mesh)
+    places_BT = own_places(positions_BT, cache_length(cache), shards)
 
     def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
         if leaf.ndim == 3:  # no heads
-            return leaf.at[at_B[:, None], positions_BT].set(new, mode="drop")
+            return leaf.at[at_B[:, None], places_BT].set(new, mode="drop")
         # Heads are named rather than sliced: for a slice of several heads XLA's TPU compiler chooses a layout of the
         # whole leaf that attention does not read, and copies it back and forth in each step.
         heads = jnp.arange(leaf.shape[1])[None, None, :]
-        place = at_B[:, None, None], heads, positions_BT[:, :, None]
+        place = at_B[:, None, None], heads, places_BT[:, :, None]
         return leaf.at[place].set(new, mode="drop")
 
     written: Cache = []
@@ -261,7 +276,9 @@ def _layers(
             def attend_cached(q: jax.Array, new: dict, *sinks: jax.Array) -> tuple:
                 written = {name: write(cached[name], one) for name, one in new.items()}
                 seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
-                return over(config.attention, q, seen, positions_BT, window, *sinks), written
+                sunk = sinks[0] if sinks else None
+                form = config.attention
+                return over(form, q, seen, positions_BT, window, sunk, shards), written
 
             if CHOSEN not in cached:
                 return block.apply(tree, x_BTD, turn, attend_cached)
@@ -303,12 +320,12 @@ def prefill(
 
     def run(params, cache, rows_B, tokens_BT, start_B, count_B) -> Cache:
         steps_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-        far = cache_length(cache)
+        far = cache_length(cache) * sharding.context_shards(mesh)
         positions_BT = jnp.where(steps_BT < count_B[:, None], start_B[:, None] + steps_BT, far)
         return _layers(config, params, cache, tokens_BT, positions_BT, rows_B, mesh)[1]
 
-    specs = _specs(config, params, mesh)
-    run = sharding.over_rows(mesh, run, (specs, True, True, True, True, True), True)
+    specs, cached = _specs(config, params, mesh), sharding.cache_specs(cache)
+    run = sharding.over_rows(mesh, run, (specs, cached, True, True, True, True), cached)
     return _pin_cache(config, run(params, cache, rows_B, tokens_BT, start_B, count_B), mesh)
 
 
@@ -353,11 +370,12 @@ def decode(
             steps=steps, filtered=filtered, limit=limit, mesh=mesh,
         )  # fmt: skip
 
+    cached = sharding.cache_specs(cache)
     run = sharding.over_rows(
         mesh,
         run,
-        (_specs(config, params, mesh), True, True, True, False, False, False),
-        (True, True, True, True, False),
+        (_specs(config, params, mesh), cached, True, True, False, False, False),
+        (cached, True, True, True, False),
     )
     cache, rows, tokens_BT, logprobs_BT, taken = run(
         params, cache, rows, given_B9, stops_E, seed, bounds_2
@@ -383,7 +401,7 @@ def _decode(
 ) -> tuple[Cache, Rows, jax.Array, jax.Array, jax.Array]:
     """Runs the loop over steps, on a mesh for the rows of one device; all of them take the same number of steps."""
     B = rows.token_B.shape[0]
-    far = cache_length(cache)
+    far = cache_length(cache) * sharding.context_shards(mesh)
     final_norm: Any = Norm(config)
 
     def count(budget_B: jax.Array) -> jax.Array:
