@@ -31,9 +31,7 @@ KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
-KEYS_FORMS = (
-    4.0  # of the keys and values that a device of a context has of others' tokens; not yet compared
-)
+KEYS_FORMS = 4.0  # of the keys and values that a device of a context has of others' tokens, a guess
 TPU_LANES = 128
 
 
