@@ -10,6 +10,7 @@ from absl import app
 from rftjax import compare
 from rftjax.config import specs
 from rftjax.config.flags import WITHOUT_SPEC
+from rftjax.devices import huge_pages
 from rftjax.weights import fetch_model
 
 USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE]
@@ -55,5 +56,11 @@ def _model_or_run(command: str, place: str) -> str:
     return f"--config.model.path={place}"
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """Runs the command as a program of its own, in huge pages."""
+    huge_pages.start_again()
     run()
+
+
+if __name__ == "__main__":
+    program()

@@ -88,8 +88,6 @@ def main(argv: list[str]) -> None:
                 f"error: --{flag.name}={flag.value}: is what --mode=plan plans with; leave it out"
             )
     _check_processes()
-    if MODE.value != "plan":
-        huge_pages.start_again()
     logging.set_verbosity(logging.WARNING)
     import jax
 
@@ -159,4 +157,5 @@ def _check_processes() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()
     app.run(main, flags_parser=parse_flags)

@@ -20,7 +20,8 @@ ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kf
 
 
 def start_again() -> None:
-    """Starts this program again in the same process, with huge pages, where that helps and the user has not chosen.
+    """Starts this program again in the same process, with huge pages, where that helps and the user has not chosen: for
+    programs of rftjax's own, at their beginning.
 
     glibc reads its tunables only when a program starts. Costs some 0.2 seconds where JAX is not yet imported. What
     GLIBC_TUNABLES has stays as it is.

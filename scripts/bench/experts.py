@@ -27,6 +27,7 @@ from rftjax import grpo
 from rftjax.learning import update
 from rftjax.learning.batching import make_batch
 from rftjax.models import cached, decoder
+from rftjax.models.across import keys_and_values
 from rftjax.models.config import FULL
 from rftjax.models.experts import GATES, Experts, route
 from rftjax.models.latent import LatentAttention
@@ -126,9 +127,11 @@ def latent(flags: argparse.Namespace) -> dict[str, Any]:
     positions_BT = jnp.full((B, 1), S - 1)
     x_BTD = jax.random.normal(jax.random.key(0), (B, 1, flags.width), config.dtype)
     turn = rotations(config, positions_BT)[0]
-    tree = LatentAttention(config).init(
-        jax.random.key(1), x_BTD, turn, lambda q, new: (new["values"], None)
-    )
+
+    def values(q: jax.Array, new: dict[str, jax.Array], expansion: Any = None) -> tuple:
+        return keys_and_values(new, expansion)[1], None
+
+    tree = LatentAttention(config).init(jax.random.key(1), x_BTD, turn, values)
 
     def over_latent(q: jax.Array, seen: dict[str, jax.Array]) -> jax.Array:
         return cached.over("plain", q, seen, positions_BT, FULL)
@@ -142,12 +145,13 @@ def latent(flags: argparse.Namespace) -> dict[str, Any]:
 
         @functools.partial(jax.jit, donate_argnums=1)
         def step(tree: Any, cache: Any) -> Any:
-            def attend(q: jax.Array, new: dict[str, jax.Array]) -> tuple:
+            def attend(q: jax.Array, new: dict[str, jax.Array], expansion: Any = None) -> tuple:
                 if absorbed:
                     seen = {
                         name: leaf.at[:, -1].set(new[name][:, 0]) for name, leaf in cache.items()
                     }
                     return over_latent(q, seen), seen
+                new = dict(zip(cache, keys_and_values(new, expansion), strict=True))
                 seen = {
                     name: leaf.at[:, :, -1].set(new[name][:, 0, :, : leaf.shape[-1]])
                     for name, leaf in cache.items()

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the flags of every benchmark, which then runs in huge pages as `rftjax.main` does."""
-    huge_pages.start_again()
+    """Returns a parser with the flags of every benchmark; one that is the program runs in huge pages, as a job does."""
+    if Path(*sys.orig_argv[1:2]).resolve().parent == Path(__file__).resolve().parent:
+        huge_pages.start_again()
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
