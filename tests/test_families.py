@@ -314,18 +314,6 @@ CONTEXTS = [
 ]
 
 
-@pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_two_steps_with_divided_rows_are_those_of_one_device(models: dict[str, Policy], name: str):
-    alone = two_steps(models[name], mesh_of())
-    for sizes in CONTEXTS:
-        shared = two_steps(models[name], mesh_of(**sizes))
-        assert alone[0] == shared[0], sizes
-        np.testing.assert_allclose(alone[2], shared[2], atol=1e-5, err_msg=str(sizes))
-        for one, two in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(shared[1]), strict=True):
-            np.testing.assert_allclose(one, two, atol=2e-5, err_msg=str(sizes))
-
-
 EXPERTS_DIVIDED = [
     {"expert": 2},
     {"expert": 4},
@@ -336,13 +324,19 @@ EXPERTS_DIVIDED = [
 ]
 
 
+DIVIDED = [
+    *((name, CONTEXTS) for name in ("qwen3", "gemma3", "gpt_oss", "qwen3_moe", "deepseek_v3")),
+    *((name, EXPERTS_DIVIDED) for name in ("smollm3", "gpt_oss", "qwen3_moe", "deepseek_v3")),
+]
+
+
 @pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)
-@pytest.mark.parametrize("name", ["smollm3", "gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_two_steps_with_divided_experts_are_those_of_one_device(
-    models: dict[str, Policy], name: str
+@pytest.mark.parametrize(("name", "meshes"), DIVIDED)
+def test_two_steps_with_divided_rows_or_experts_are_those_of_one_device(
+    models: dict[str, Policy], name: str, meshes: list[dict[str, int]]
 ):
     alone = two_steps(models[name], mesh_of())
-    for sizes in EXPERTS_DIVIDED:
+    for sizes in meshes:
         shared = two_steps(models[name], mesh_of(**sizes))
         assert alone[0] == shared[0], sizes
         np.testing.assert_allclose(alone[2], shared[2], atol=1e-5, err_msg=str(sizes))

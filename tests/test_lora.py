@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jobs import tiny_job
 
 import rftjax
-from rftjax import config as configs
 from rftjax import modes, policy
 from rftjax.learning import update
 from rftjax.models import decoder
@@ -292,30 +292,12 @@ def test_adapters_of_another_rank_are_refused(model, peft_dir):
 
 # ---- Whole runs
 
-EVALUATOR = """
-def evaluate(task, trajectory):
-    return len(set(trajectory.completion.split())) / 8
-"""
-
 
 @pytest.fixture(scope="module")
 def spec(tiny_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("job")
-    rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(10)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "evaluator.py").write_text(EVALUATOR)
-    config = configs.base_config()
-    config.steps = 2
-    config.model.path = str(tiny_dir)
-    config.tasks.train = str(folder / "train.jsonl")
-    config.evaluator = f"{folder / 'evaluator.py'}:evaluate"
-    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 2, 4, 128
-    config.sampler.max_new_tokens, config.sampler.slots = 6, 8
-    config.rollout.max_length = 16
-    config.scoring.workers = 1
-    config.optim.lr = 1e-2
-    config.eval.every, config.checkpoint.every = 0, 1
-    config.lora.rank = 2
+    config = tiny_job(tiny_dir, tmp_path_factory.mktemp("job"), rows=10)
+    config.batch.prompts, config.batch.group_size = 2, 4
+    config.checkpoint.every, config.lora.rank = 1, 2
     return config
 
 

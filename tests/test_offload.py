@@ -2,18 +2,17 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jobs import tiny_job
 from meshes import mesh_of
 from test_train import assert_equal, last_state, lines_of
 from test_update import CONFIG, LOGICAL, LOSS, batch_of, trajectories
 
-from rftjax import config as configs
 from rftjax import modes
 from rftjax.devices import memories, sharding
 from rftjax.errors import UserError
@@ -195,28 +194,12 @@ def test_updates_below_half_a_unit_of_the_last_place_are_not_lost():
     assert np.asarray(kept, np.float32).mean() == pytest.approx(1.0 - 400 * 2**-12, abs=2e-3)
 
 
-EVALUATOR = """
-def evaluate(task, trajectory):
-    return len(set(trajectory.completion.split())) / 8
-"""
-
-
 @pytest.fixture(scope="module")
 def spec(tiny_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("job")
-    rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(16)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "evaluator.py").write_text(EVALUATOR)
-    config = configs.base_config()
+    config = tiny_job(tiny_dir, tmp_path_factory.mktemp("job"))
     config.steps, config.export = 4, False
-    config.model.path, config.tasks.train = str(tiny_dir), str(folder / "train.jsonl")
     config.model.dtype = "bfloat16"
-    config.evaluator = f"{folder / 'evaluator.py'}:evaluate"
-    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 2, 128
-    config.sampler.max_new_tokens, config.sampler.slots = 6, 8
-    config.rollout.max_length, config.scoring.workers = 16, 1
-    config.optim.lr, config.mesh.data, config.mesh.fsdp = 1e-2, 4, 2
-    config.eval.every = 0
+    config.mesh.data, config.mesh.fsdp = 4, 2
     return config
 
 

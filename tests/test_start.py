@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jobs import tiny_job
 
 import rftjax
-from rftjax import config as configs
 from rftjax import modes
 from rftjax.run import build as job
 from rftjax.run.checkpoint import Checkpoints
@@ -18,27 +18,11 @@ from rftjax.sampler import device
 from rftjax.tasks import TaskStream
 from rftjax.weights import lora
 
-EVALUATOR = """
-def evaluate(task, trajectory):
-    return len(set(trajectory.completion.split())) / 8
-"""
-
 
 @pytest.fixture(scope="module")
 def spec(tiny_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("job")
-    rows = [{"prompt": f"w{i} w{i + 7} w{i % 5}"} for i in range(16)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "evaluator.py").write_text(EVALUATOR)
-    config = configs.base_config()
-    config.steps, config.export = 2, False
-    config.model.path, config.tasks.train = str(tiny_dir), str(folder / "train.jsonl")
-    config.evaluator = f"{folder / 'evaluator.py'}:evaluate"
-    config.batch.prompts, config.batch.group_size, config.batch.pack_tokens = 4, 2, 128
-    config.sampler.max_new_tokens, config.sampler.slots = 6, 8
-    config.rollout.max_length, config.scoring.workers = 16, 1
-    config.optim.lr, config.mesh.data = 1e-2, 8
-    config.eval.every = 0
+    config = tiny_job(tiny_dir, tmp_path_factory.mktemp("job"))
+    config.export, config.mesh.data = False, 8
     return config
 
 

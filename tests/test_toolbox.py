@@ -31,13 +31,19 @@ class Own:
     pass
 
 
+# Defaults that people write in their tools, and that linters dislike.
+NO_TAGS: list[str] = []
+NO_ROWS: list[dict[str, int]] = []
+NO_SPARE: dict[str, int] = {}
+
+
 def weather(
     city: str,
     unit: Unit,
     scale: Literal["c", "f"],
     days: int | None = None,
-    tags: list[str] = [],  # noqa: B006
-    rows: list[dict[str, int]] = [],  # noqa: B006
+    tags: list[str] = NO_TAGS,
+    rows: list[dict[str, int]] = NO_ROWS,
     where: Place | None = None,
     near: Annotated[float, pydantic.Field(description="in km", ge=0)] = 0.0,
     free: Any = None,
@@ -97,7 +103,9 @@ class Size(enum.IntEnum):
     LARGE = 2
 
 
-def order(size: Size, count: Literal[1, 2], items: list[int], spare: dict[str, int] = {}) -> str:  # noqa: B006
+def order(
+    size: Size, count: Literal[1, 2], items: list[int], spare: dict[str, int] = NO_SPARE
+) -> str:
     """Orders."""
     return repr((size, count, items, spare))
 
