@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -5,10 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from rftjax.models import attention, splash
+from rftjax.models import attention, flash, splash
 from rftjax.models.layout import Layout
 from rftjax.models.tiled import TILE, tiled
+
+# The kernel for NVIDIA GPUs step by step on the CPU, where it cannot be compiled.
+stepwise = functools.partial(flash.flash, interpret=True)
 
 
 def packed(T: int, rows: int = 2, cuts: int = 8):
@@ -155,9 +160,10 @@ def test_long_rows_on_a_cpu_keep_nothing_of_rows_by_rows():
     assert f"bool[1,{short},{short}]" in program(short)
 
 
-@pytest.mark.parametrize("form", ["blocked", "tiled", "splash", "cudnn"])
+@pytest.mark.parametrize("form", ["blocked", "tiled", "splash", "triton", "cudnn"])
 def test_sinks_take_weight_from_the_keys_in_every_form(form, splash_on_cpu, monkeypatch):
     monkeypatch.setattr(attention, "CUDNN", "xla")  # the same call as on a GPU
+    monkeypatch.setattr(attention, "flash", stepwise)
     q, k, v, mask = inputs(300, rows=1)
     layout = packed(300, rows=1)
     used = jnp.any(mask, axis=-1)[:, :, None, None]
@@ -187,16 +193,18 @@ def test_sinks_take_weight_from_the_keys_in_every_form(form, splash_on_cpu, monk
         np.testing.assert_allclose(one, two, atol=2e-5)
 
 
+@pytest.mark.parametrize("kernel", ["for TPUs", "for GPUs"])
 @pytest.mark.parametrize(("T", "window"), [(300, None), (300, 40)])
-def test_the_kernel_for_tpus_gives_the_values_and_gradients_of_the_plain_form(
-    T, window, splash_on_cpu
+def test_the_kernels_give_the_values_and_gradients_of_the_plain_form(
+    kernel, T, window, splash_on_cpu
 ):
     q, k, v, _ = inputs(T, rows=1)
     layout = packed(T, rows=1)
     mask = layout.mask(window)
 
     def form(q, k, v, _):
-        return attention.splash(q, k, v, layout, window)
+        run = attention.splash if kernel == "for TPUs" else stepwise
+        return run(q, k, v, layout, window)
 
     used = np.asarray(jnp.any(mask, axis=-1))
     found, grads = np.asarray(jax.jit(form)(q, k, v, mask)), gradients(form, q, k, v, mask)
@@ -232,3 +240,21 @@ def test_the_kernel_for_tpus_compiles_for_them(channels, dtype):
     grad = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
     text = export.export(grad, platforms=["tpu"])(q, k, k, layout).mlir_module()
     assert text.count("tpu_custom_call") >= 3  # forward, queries, and keys with values
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+@pytest.mark.parametrize(("T", "channels"), [(500, 80), (2048, 256)])
+def test_the_kernel_for_gpus_is_three_programs_and_holds_nothing_of_rows_by_rows(T, channels):
+    device = AbstractDevice("NVIDIA H100", None, "gpu")
+    mesh = AbstractMesh((1,), ("one",), abstract_device=device)
+    q, k = (jax.ShapeDtypeStruct((2, T, heads, channels), "bfloat16") for heads in (6, 2))
+    layout = Layout(*[jax.ShapeDtypeStruct((2, T), "int32")] * 3)
+
+    def total(q, k, v, layout):
+        return jnp.sum(flash.flash(q, k, v, layout).astype(jnp.float32))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, layout)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 3
+    assert f"{T}x{T}x" not in text and "stablehlo.dot_general" not in text

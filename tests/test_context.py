@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from meshes import mesh_of
-from test_attention import packed
+from test_attention import packed, stepwise
 
 from rftjax.devices import context, sharding
 from rftjax.learning import batching, update
@@ -49,13 +49,15 @@ def value_and_gradients(call, q, new, weights, sinks, used):
         ("plain", {"fsdp": 2, "context": 2, "tensor": 2}, False, 5, True),
         ("blocked", {"context": 4, "tensor": 2}, True, None, False),
         ("cudnn", {"context": 2}, False, 5, False),
+        ("triton", {"context": 2, "tensor": 2}, False, 5, True),
     ],
 )
 def test_attention_over_parts_of_a_row_is_that_over_the_whole(
     form, sizes, latent, window, sunk, monkeypatch
 ):
     monkeypatch.setattr(attention, "CUDNN", "xla")  # the same call as on a GPU
-    mesh, T = mesh_of(**sizes), 64
+    monkeypatch.setattr(attention, "flash", stepwise)
+    mesh, T = mesh_of(**sizes), 128 if form == "triton" else 64
     layout = packed(T)
     config = dataclasses.replace(CONFIG, attention=form, kv_heads=4 if latent else 2)
     q, keys, values, latents, rotated, kernel, a, b = arrays(

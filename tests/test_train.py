@@ -425,7 +425,11 @@ def test_attention_that_the_devices_do_not_have_is_refused(config, tmp_path):
     ):
         modes.run("train", config, {}, tmp_path, 0)
     config.model.dtype = "bfloat16"
-    for form, needed in (("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")):
+    for form, needed in (
+        ("cudnn", "an NVIDIA GPU"),
+        ("triton", "an NVIDIA GPU"),
+        ("splash", "a TPU"),
+    ):
         config.model.attention = form
         with pytest.raises(ValueError, match=f"needs {needed}, there is cpu; set it to 'blocked'"):
             modes.run("train", config, {}, tmp_path / form, 0)

@@ -100,7 +100,7 @@ def base_config() -> ConfigDict:
                 "path": "",  # directory, .gguf file or hub name; required
                 "dtype": "float32",  # of the computation; trained weights are float32, see optim.rounding
                 "init": "pretrained",  # or "random", from a config.json alone
-                "attention": "blocked",  # or "tiled", "plain"; "cudnn" on NVIDIA GPUs in bfloat16, "splash" on TPUs
+                "attention": "blocked",  # or "tiled", "plain"; "cudnn", "triton" on NVIDIA GPUs, "splash" on TPUs
                 "remat": "",  # computed again for the backward pass: "products" what lies between, "layer" all; "" none
             },
             "tasks": {

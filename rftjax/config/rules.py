@@ -101,7 +101,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 _CHOICES = {
     "export_step": ("best", "last"),
-    "model.attention": ("blocked", "tiled", "plain", "cudnn", "splash"),
+    "model.attention": ("blocked", "tiled", "plain", "cudnn", "triton", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("", "products", "layer"),
     "grpo.credit": ("trajectory", "turn"),

@@ -1,4 +1,4 @@
-"""Attention of packed rows: plain, in causal blocks of queries, over visible tiles, cuDNN's or for TPUs."""
+"""Attention of packed rows: plain, in causal blocks of queries, over visible tiles (also for GPUs or TPUs), cuDNN's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
+from rftjax.models.flash import TILE as GPU_TILE
+from rftjax.models.flash import flash
 from rftjax.models.layout import Layout, Part
 from rftjax.models.remat import kept
 from rftjax.models.splash import TILE, splash
@@ -20,7 +22,7 @@ BLOCKS = 8
 LONG = 512  # tokens of a row from which on `tiled` is faster than `blocked` on a CPU
 CUDNN = "cudnn"  # as JAX names it
 PAIR, EIGHT = 2, 8  # its keys come in pairs, its channels in eights
-FORMS = ("blocked", "tiled", "plain", "cudnn", "splash")
+FORMS = ("blocked", "tiled", "plain", "cudnn", "triton", "splash")
 
 
 def attend(
@@ -33,14 +35,16 @@ def attend(
     mesh: Mesh | None = None,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `splash` on TPUs only.
+    """Returns what `plain` does by one of FORMS; `cudnn` runs on NVIDIA GPUs only, in bfloat16, `triton` on such GPUs
+    and `splash` on TPUs only.
 
     `blocked` is `tiled` for long rows on one CPU device. `window` limits how many positions back a token sees, itself
     included. On a mesh, B lies over data, fsdp and expert and is a multiple of their devices.
     """
     form = "tiled" if form == "blocked" and _suits_tiles(q_BTHC.shape[1], mesh) else form
-    if form in ("tiled", "splash"):
-        run = sharding.over_heads(mesh, tiled if form == "tiled" else splash, k_BTKC.shape[2])
+    if form in ("tiled", "triton", "splash"):
+        kernel = {"tiled": tiled, "triton": flash, "splash": splash}[form]
+        run = sharding.over_heads(mesh, kernel, k_BTKC.shape[2])
         return run(q_BTHC, k_BTKC, v_BTKC, layout, window, sinks_H)
     return FORM_OF[form](q_BTHC, k_BTKC, v_BTKC, layout.mask(window), sinks_H)
 
@@ -49,7 +53,11 @@ def row_unit(form: str, mesh: Mesh | None) -> int:
     """Returns what the tokens of a packed row are a multiple of, so that each device of a context has as many, in the
     pieces that a form takes."""
     shards = sharding.context_shards(mesh)
-    return shards * {"splash": TILE, "cudnn": PAIR}.get(form, 1) if shards > 1 else 1
+    return (
+        shards * {"splash": TILE, "triton": GPU_TILE, "cudnn": PAIR}.get(form, 1)
+        if shards > 1
+        else 1
+    )
 
 
 def of_part(
@@ -64,8 +72,9 @@ def of_part(
 ) -> jax.Array:
     """Returns what `attend` does for the queries of a part of the layout, on the device that has them; `tiled` is
     `blocked` here."""
-    if form == "splash":
-        return splash(q_BQHC, k_BSKC, v_BSKC, layout, window, sinks_H, part)
+    if form in ("triton", "splash"):
+        kernel = flash if form == "triton" else splash
+        return kernel(q_BQHC, k_BSKC, v_BSKC, layout, window, sinks_H, part)
     run = FORM_OF["blocked" if form == "tiled" else form]
     return run(q_BQHC, k_BSKC, v_BSKC, layout.mask(window, part), sinks_H)
 

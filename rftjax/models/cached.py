@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rftjax.devices.sharding import CONTEXT
 from rftjax.models import attention
 
 TILE = 64  # cache positions that the kernel looks at together
 LEAST = 16  # query heads a product takes at least
+KERNELS = ("cudnn", "triton")  # the forms with a kernel for decoding
 
 
 def over(
@@ -32,6 +34,13 @@ def over(
     if "latent" in seen:
         return latent(q_BTHC, seen["latent"], seen["rotated"], positions_BT, window, shards)
     return attend(form, q_BTHC, seen["keys"], seen["values"], positions_BT, window, sinks_H, shards)
+
+
+def form_on(form: str, mesh: Mesh | None) -> str:
+    """Returns the form for a sampler on a mesh: heads over `tensor` are the compiler's to share out, which it cannot do
+    to a kernel."""
+    divided = mesh is not None and mesh.shape["tensor"] > 1
+    return "plain" if divided and form in KERNELS else form
 
 
 def own_places(positions_BT: jax.Array, S: int, shards: int) -> jax.Array:
@@ -77,11 +86,11 @@ def attend(
 ) -> jax.Array:
     """Returns attended values (B, T, H, C): a token at position p sees those of its row from p - window + 1 to p.
 
-    `form` is one of `attention.FORMS`; all but cudnn are the same here, and that one too where several devices divide
-    the cache. What a token beyond the cache gets is not used.
+    `form` is one of `attention.FORMS`; all but `cudnn` and `triton` are the same here, and those too where several
+    devices divide the cache. What a token beyond the cache gets is not used.
     """
     form = form if shards == 1 else "plain"
-    if form == "cudnn" and q_BTHC.shape[1] == 1 and suits(keys_BKSC):
+    if form in KERNELS and q_BTHC.shape[1] == 1 and suits(keys_BKSC):
         one = q_BTHC[:, 0], keys_BKSC, values_BKSC, positions_BT[:, 0], window, sinks_H
         return single(*one)[:, None]
     mask_BTS = _visible(positions_BT, keys_BKSC.shape[2], window, shards)

@@ -87,7 +87,7 @@ def _product(
     def add(at: jax.Array, total: jax.Array) -> jax.Array:
         part = pallas.ds(at * STEP, STEP)
         left = triton.load(x.at[rows, part], mask=own, other=0.0)
-        return total + _dot(left, kernel[expert[0], part, columns])
+        return total + dot(left, kernel[expert[0], part, columns])
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((BLOCK, width), jnp.float32))
     triton.store(y.at[rows, columns], total.astype(y.dtype), mask=own)
@@ -132,13 +132,14 @@ def _gradient(first: Any, last: Any, x: Any, dy: Any, found: Any, *, deep: int, 
         row = first[0] + at * STEP
         rows, own = pallas.ds(row, STEP), (row + jnp.arange(STEP) < last[0])[:, None]
         left = triton.load(x.at[rows, depths], mask=own, other=0.0)
-        return total + _dot(left.T, triton.load(dy.at[rows, columns], mask=own, other=0.0))
+        return total + dot(left.T, triton.load(dy.at[rows, columns], mask=own, other=0.0))
 
     steps = (last[0] - first[0] + STEP - 1) // STEP
     found[...] = jax.lax.fori_loop(0, steps, add, jnp.zeros((deep, wide), jnp.float32))
 
 
-def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
+def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns a float32 product inside a kernel, exact where both are float32."""
     from jax.experimental.pallas import triton
 
     exact = left.dtype == jnp.float32

@@ -39,7 +39,8 @@ def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
 def check_attention(config: ConfigDict) -> None:
     """Raises ValueError where the devices have no such attention."""
     form = config.model.attention
-    needed = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}.get(form)
+    gpu, tpu = ("gpu", "an NVIDIA GPU"), ("tpu", "a TPU")
+    needed = {"cudnn": gpu, "triton": gpu, "splash": tpu}.get(form)
     if needed and jax.default_backend() != needed[0]:
         raise UserError(
             f"model.attention={form!r}: needs {needed[1]}, there is {jax.devices()[0].platform}; set it to 'blocked'"

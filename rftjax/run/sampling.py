@@ -17,6 +17,7 @@ from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
 from rftjax.errors import UserError
 from rftjax.learning import update
+from rftjax.models import cached
 from rftjax.models.config import Config
 from rftjax.rollout import Rollout, Sampling
 from rftjax.sampler import device
@@ -71,9 +72,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     waiting = -(-section.pool // processes.count())
     pool = waiting or slots * (2 if config.environment or config.agent else 1)
     shape = model.config.recording() if config.grpo.routing_replay else model.config
-    if shape.attention == "cudnn" and model.mesh is not None and model.mesh.shape["tensor"] > 1:
-        # The sampler's heads are the compiler's to share out, which it cannot do to a kernel.
-        shape = dataclasses.replace(shape, attention="plain")
+    shape = dataclasses.replace(shape, attention=cached.form_on(shape.attention, model.mesh))
     bridge = section.bridge_steps
     if bridge < 0:
         bridge = 0 if jax.default_backend() == "cpu" else section.dispatch_steps // 4

@@ -5,7 +5,7 @@
 #   PYTHON     interpreter with rftjax and an accelerator's JAX (.venv/bin/python)
 #   BANDWIDTH  bytes a second that the memory reaches (4.3e12, an H200; H100 SXM: 3.0e12; 0: measured by a copy)
 #   PEAK       dense bfloat16 operations a second (790e12, H100 and H200; 0: measured by a product)
-#   FORMS      of attention beside the blocked one: in the update, and in the sampler, where all but cudnn are one (plain cudnn)
+#   FORMS      of attention beside the blocked one: in the update, and in the sampler, where all but cudnn and triton are one (plain cudnn triton)
 #   MODELS, SLOTS, TRAINED, LENGTH  what is sampled, rows at once, what is trained, tokens of prompt and completion
 #   PEER, PEER_MODEL  a peer's command for a whole step, run in turn with ours on the Hugging Face directory PEER_MODEL:
 #     PEER="peer/bin/python trl_grpo.py MODEL_DIR 4 8 8 64 64 bfloat16" PEER_MODEL=MODEL_DIR
@@ -40,8 +40,8 @@ for model in $models; do
 done
 for model in $trained; do
   bench update "$model" "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}"
-  # cuDNN's attention beside ours: the same loss and gradient norm, and which one is faster. It runs on NVIDIA GPUs only.
-  for form in ${FORMS:-plain cudnn}; do
+  # Kernels for NVIDIA GPUs beside ours: the same loss and gradient norm, and which one is faster. They run nowhere else.
+  for form in ${FORMS:-plain cudnn triton}; do
     bench update "$model" "--attention=$form" --forms=packed "--peak=${PEAK:-790e12}" "--peak_size=${PEAK_SIZE:-8192}" ||
       echo "attention $form: failed" >&2
   done
