@@ -77,6 +77,13 @@ def test_a_gain_over_a_changed_evaluator_is_marked(runs, field, own, told):
     assert "\n".join(results.held_out(run, "heldout")).count(note) == told
 
 
+def test_a_part_or_metric_called_reward_is_no_held_out_set(tmp_path):
+    run = make_run(tmp_path / "run", 0.1, [[0], [1]])
+    for line in run.lines:
+        line.update({"eval/part/reward": 0.5, "eval/metric/reward": 2.0})
+    assert run.streams() == ["heldout"]
+
+
 def test_a_gain_without_the_rollouts_of_both_evaluations_adds_the_errors(runs):
     (runs[0].path / "rollouts" / "heldout_000000.jsonl").unlink()
     assert compare.gain(runs[0], "heldout")[2:4] == ["+0.500 ± 0.141", "unpaired"]

@@ -154,6 +154,11 @@ def test_ids_that_repeat_are_numbered_and_stay_different():
     assert names[:4] == ["x", "x-2", "x-2-2", "x-3"] and len(set(names)) == 6
 
 
+def test_a_field_that_no_process_can_be_sent_is_refused_by_name():
+    told = faults({"prompt": "What?", "answer": "5", "check": lambda said: said == "5"})
+    assert len(told) == 1 and "check: cannot be sent to an evaluator, is a function" in told[0]
+
+
 def test_a_row_nested_too_deep_to_be_sent_is_refused():
     deep = []
     for _ in range(200):

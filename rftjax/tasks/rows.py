@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import numbers
+import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -63,6 +64,8 @@ class Checker:
             )
         if _deeper(row, MAX_DEPTH):
             problems.append(f"row: is nested more than {MAX_DEPTH} levels deep; make it flatter")
+        else:
+            problems += _pickling_problems(row)
         if problems:
             return None, problems
         data = {key: value for key, value in row.items() if key not in ("messages", "prompt")}
@@ -280,6 +283,24 @@ def _deeper(value: Any, limit: int) -> bool:
             for one in (found.values() if isinstance(found, dict) else found)
         ]
     return bool(level)
+
+
+def _pickling_problems(row: Mapping[Any, Any]) -> list[str]:
+    """Names the fields that cannot be sent to the worker processes of evaluators and environments."""
+    try:
+        pickle.dumps(row)
+    except Exception:
+        return [fault for name, value in row.items() if (fault := _pickling_problem(name, value))]
+    return []
+
+
+def _pickling_problem(name: Any, value: Any) -> str:
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        kind = _kind(value)
+        return f"{name}: cannot be sent to an evaluator, is a {kind} ({error}); write plain data"
+    return ""
 
 
 def _kind(value: Any) -> str:
