@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seeded
 
 from rftjax.config import embedded_model
 from rftjax.models import FAMILIES, decoder
-from rftjax.models.rope import read_rope
+from rftjax.models.rope import read_rope, rope_fields
 from rftjax.weights import hf
 
 DATA = Path(__file__).parent / "data"
@@ -79,6 +80,18 @@ def test_old_and_new_rope_fields_say_the_same():
     old = {"rope_theta": 500.0, "rope_scaling": settings | {"type": "yarn"}}
     new = {"rope_parameters": settings | {"rope_theta": 500.0, "rope_type": "yarn"}}
     assert read_rope(old) == read_rope(new)
+
+
+def test_rope_settings_that_a_family_takes_by_default_are_written_whole():
+    fields = seeded.CONFIGS["gpt_oss"] | {"rope_theta": 500.0}
+    fields = {
+        name: one for name, one in fields.items() if name not in ("rope_parameters", "rope_scaling")
+    }
+    config = hf.read_config(fields)
+    assert config.rope.kind == "yarn"
+    written = rope_fields(fields, config)
+    for name in ("rope_parameters", "rope_scaling"):
+        assert read_rope({name: written[name], "rope_theta": 500.0}) == config.rope
 
 
 @pytest.mark.parametrize(

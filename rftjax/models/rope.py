@@ -28,6 +28,8 @@ FIELDS = {
         "truncate",
     },
 }
+# Fields that `Rope` calls otherwise.
+ATTRIBUTES = {"original_max_position_embeddings": "original_max_positions"}
 
 
 def read_rope(fields: dict[str, Any], default_theta: float = 10000.0) -> Rope:
@@ -126,6 +128,11 @@ def rope_fields(fields: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _section(given: dict[str, Any], rope: Rope) -> dict[str, Any]:
-    """Returns settings in new names, as they were given."""
+    """Returns settings in new names, as they were given; where none were, those that the family takes then."""
     own = {name: value for name, value in given.items() if name not in ("rope_theta", *TEXTS)}
+    if not own and rope.kind in FIELDS:
+        found = {
+            name: getattr(rope, ATTRIBUTES.get(name, name)) for name in sorted(FIELDS[rope.kind])
+        }
+        own = {name: value for name, value in found.items() if value or value is False}
     return {"rope_type": rope.kind} | own | {"rope_theta": rope.theta}
