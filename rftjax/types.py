@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as in OpenAI's chat format
 Params = Any  # a nested dict of arrays
+# What begins and what ends a model's thinking, as chat templates mark it.
+_THINKING = ("<think>", "[THINK]", "<|channel|>analysis")
+_THOUGHT = ("</think>", "[/THINK]", "<|channel|>final<|message|>")
 NOWHERE = 2**31 - 1  # an index beyond every array, which a scatter drops
 
 
@@ -167,6 +170,15 @@ class Trajectory:
             if message.get("role") == "assistant":
                 return message.get("content") or ""
         return ""
+
+    @property
+    def answer(self) -> str:
+        """`completion` without the thinking before it; empty where a thinking that is marked has not ended."""
+        text = self.completion
+        ends = [text.rfind(mark) + len(mark) for mark in _THOUGHT if mark in text]
+        if ends:
+            return text[max(ends) :]
+        return "" if text.lstrip().startswith(_THINKING) else text
 
     @property
     def unanswered(self) -> bool:

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from rftjax.environments.calls import tool_calls
+from rftjax.environments.calls import before_calls, tool_calls
 
 NAMES = ("add", "search")
 ONE = {"name": "add", "arguments": {"a": 1, "b": "x\ny"}}
@@ -133,6 +133,18 @@ def test_an_answer_without_marks_that_is_not_calls_alone_is_an_answer(text):
 def test_a_malformed_call_says_what_is_wrong(text, problem):
     [call] = calls(text)
     assert re.search(problem, call["problem"]) and "arguments" not in call
+
+
+def test_a_call_that_is_thought_about_is_not_made():
+    thought = f"I could say {FORMATS['hermes']}, or not.\n</think>\n\n"
+    for begin in ("<think>\n", ""):
+        assert calls(begin + thought + "No.") == []
+        assert calls(begin + thought + FORMATS["hermes"]) == [ONE, TWO]
+        said = begin + thought + "I add.\n"
+        assert before_calls(f"{said}<tool_call>{ONE_WHOLE}</tool_call>") == said
+    assert calls(f"<think>\nI could say {FORMATS['hermes']}") == []
+    quoted = '<tool_call>{"name": "add", "arguments": {"a": "</think>"}}</tool_call>'
+    assert calls(quoted) == [{"name": "add", "arguments": {"a": "</think>"}}]
 
 
 def test_given_tool_calls_win_over_the_text():

@@ -399,6 +399,33 @@ def test_length_falls_outside_of_its_bounds():
         reward(length, "", min_words=4, max_words=3)
 
 
+THOUGHTS = (
+    ("<think>\n", "\n</think>\n"),
+    ("", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "thought", "said", "row"),
+    [
+        (exact_match, "Eve", "Ada", {"answer": "Ada"}),
+        (contains, "Eve", "It is Ada.", {"answer": "Ada"}),
+        (number, "The answer is 9", "8", {"answer": 8}),
+        (choice, "The answer is B", "A", {"answer": "A"}),
+        (json_record, "{}", '{"a": 1}', {"record": {"a": 1}}),
+        (function_call, '<tool_call>{"name": "g"}</tool_call>', '<tool_call>{"name": "f"}</tool_call>',
+         {"calls": [{"name": "f"}]}),
+    ],
+)  # fmt: skip
+def test_what_is_thought_is_no_answer(module, thought, said, row):
+    for begin, end in THOUGHTS:
+        assert reward(module, begin + thought + end + said, **row) == 1.0
+        assert reward(module, begin + said + end + thought, **row) == 0.0
+    assert reward(module, "<think>" + said, **row) == 0.0  # cut before it answered
+
+
 def test_repetition_is_the_share_of_distinct_groups_of_words():
     assert reward(repetition, "one two three four") == 1.0
     assert reward(repetition, "a b c a b c") == pytest.approx(3 / 4)

@@ -110,6 +110,19 @@ def order(
     return repr((size, count, items, spare))
 
 
+def test_records_that_a_tool_returns_are_shown_as_json():
+    @dataclasses.dataclass
+    class Row:
+        place: Place
+        unit: Unit
+
+    def found() -> list[Row]:
+        return [Row(Place("a"), Unit.CELSIUS)]
+
+    assert json.loads(answer(found))[0]["unit"] == "celsius"
+    assert json.loads(answer(found))[0]["place"]["title"] == "a"
+
+
 def test_values_written_as_texts_arrive_in_the_annotated_types():
     got = answer(order, size="2", count="1", items="[3, 4]", spare='{"a": "5"}')
     assert got == repr((Size.LARGE, 1, [3, 4], {"a": 5}))

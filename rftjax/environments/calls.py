@@ -41,6 +41,8 @@ _ESCAPED = re.compile(r"(?:<escape>(.*?)<escape>|<\|\"\|>(.*?)<\|\"\|>)", re.DOT
 _KEY = re.compile(r"(?<=[{,])\s*([A-Za-z_][\w.-]*)\s*:")
 
 
+# What begins and what ends thinking.
+_THINKING, _THOUGHT = ("<think>", "[THINK]"), ("</think>", "[/THINK]")
 # What stands before calls, apart from those without any mark.
 STARTS = (
     "<tool_call>",
@@ -61,16 +63,28 @@ STARTS = (
 def before_calls(text: str) -> str:
     """Returns what a text says before anything that may be a call: nothing of one that begins like a call without any
     mark."""
-    if text.lstrip()[:1] in ("{", "["):
-        return ""
-    starts = [at for mark in STARTS if (at := text.find(mark)) >= 0]
+    begin = _thought(text)
+    if text[begin:].lstrip()[:1] in ("{", "["):
+        return text[:begin]
+    starts = [at for mark in STARTS if (at := text.find(mark, begin)) >= 0]
     return text[: min(starts)] if starts else text
+
+
+def _thought(text: str) -> int:
+    """Returns where the text begins behind thinking: a call that is thought about is not made. Thinking that has not
+    ended takes all of it; a text that begins with a call has none."""
+    first = text.lstrip()
+    if first.startswith(STARTS) or (first[:1] in ("{", "[") and not first.startswith(_THINKING)):
+        return 0
+    ends = [at + len(mark) for mark in _THOUGHT if (at := text.find(mark)) >= 0]
+    return min(ends, default=len(text) if first.startswith(_THINKING) else 0)
 
 
 def tool_calls(message: Message, names: Collection[str] = ()) -> list[Call]:
     """Returns the calls in a message's `tool_calls`, else in its text; `names` are those of the tools that exist.
 
-    A malformed call has `problem`, which says what is wrong, in place of `arguments`.
+    What stands in the thinking is no call. A malformed call has `problem`, which says what is wrong, in place of
+    `arguments`.
     """
     calls = []
     for given in message.get("tool_calls") or []:
@@ -80,6 +94,7 @@ def tool_calls(message: Message, names: Collection[str] = ()) -> list[Call]:
     if calls:
         return calls
     text = message.get("content") or ""
+    text = text[_thought(text) :]
     for pattern, read in _FORMATS:
         if found := list(pattern.finditer(text)):
             return [call for match in found for call in _attempt(read, match)]

@@ -72,7 +72,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
     """
     choices = _choices(task)
     wanted = _wanted(task, choices)
-    got = _chosen(trajectory.completion, choices)
+    got = _chosen(trajectory.answer, choices)
     reason = "" if got else "no label found, or several"
     return Score(float(got == wanted), {"format": float(bool(got))}, reason=reason)
 
@@ -219,7 +219,7 @@ def _letter(found: re.Match[str]) -> str:
 
 def _plain(text: str) -> str:
     r"""The text without LaTeX and Markdown around letters: "**B**" and "\text{B}" become "(B)" and "B"."""
-    text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2]).replace("\u2019", "'")
+    text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm|mbox|textrm|bf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"[*_`\"']{1,3}\(?([A-Z])[).:]?\)?[*_`\"']{1,3}", r"(\1)", text)
     return re.sub(r"\*\*|__|[$`]|\\[()\[\]]", "", text)

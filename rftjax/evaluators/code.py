@@ -40,8 +40,8 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
     metric `passed` is the share of them; the part `format` is 1.0 for a fenced block.
     """
     tests, limits = _tests(task), _limits(task)
-    blocks = BLOCK.findall(trajectory.completion)
-    answers = blocks or [trajectory.completion]
+    blocks = BLOCK.findall(trajectory.answer)
+    answers = blocks or [trajectory.answer]
     sources = [test for test in tests if isinstance(test, str)]
     passed, reasons = _run_sources("\n".join(answers), sources, limits) if sources else (0, [])
     for test in tests:

@@ -20,7 +20,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> float:
         raise ValueError(
             f"task {task.id!r}: field 'answer' is {answer!r}; contains needs a text, not empty"
         )
-    text = _folded(trajectory.completion)
+    text = _folded(trajectory.answer)
     return float(any(_stands(one, text) for one in wanted))
 
 

@@ -11,7 +11,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> float:
     if answer is None or answer in ([], ()):
         raise ValueError(f"task {task.id!r} has no field 'answer', which exact_match compares with")
     accepted = answer if isinstance(answer, (list, tuple)) else [answer]
-    return float(_squeezed(trajectory.completion) in [_squeezed(str(one)) for one in accepted])
+    return float(_squeezed(trajectory.answer) in [_squeezed(str(one)) for one in accepted])
 
 
 def _squeezed(text: str) -> str:

@@ -40,7 +40,7 @@ def _made(trajectory: Trajectory) -> list[Any]:
     said = [one for one in trajectory.messages if one.get("role") == "assistant"]
     if said and said[-1].get("tool_calls"):
         return list(said[-1]["tool_calls"])
-    text = trajectory.completion
+    text = trajectory.answer
     if tagged := _TAGGED.findall(text):
         return [_json(one) for one in tagged]
     fenced = _FENCED.fullmatch(text.strip())

@@ -27,7 +27,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
         raise ValueError(
             f"task {task.id!r}: field 'min_similarity' is {least!r}; it must be a number from 0.0 to 1.0"
         )
-    text = _folded(trajectory.completion)
+    text = _folded(trajectory.answer)
     near = max(_package().Indel.normalized_similarity(text, one) for one in wanted)
     return Score(near if near >= least else 0.0, {"exact": float(text in wanted)})
 

@@ -22,7 +22,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
             f"task {task.id!r}: field 'record' is {task.data.get('record')!r}; "
             "it must be a JSON object"
         )
-    got = _parsed(trajectory.completion)
+    got = _parsed(trajectory.answer)
     if not isinstance(got, dict):
         return Score(0.0, {"format": 0.0, "keys": 0.0, "fields": 0.0}, reason="not one JSON object")
     names = wanted.keys() | got.keys()

@@ -25,7 +25,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
             f"task {task.id!r}: field 'schema' is {str(given)[:200]!r}, which is no JSON Schema: {error}"
         ) from None
     try:
-        value = json.loads(trajectory.completion, parse_constant=_refused)
+        value = json.loads(trajectory.answer, parse_constant=_refused)
     except (ValueError, RecursionError) as error:
         return Score(0.0, {"format": 0.0, "schema": 0.0}, reason=f"not JSON: {error}"[:200])
     first = next(validator.iter_errors(value), None)

@@ -22,9 +22,9 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
         raise ValueError(
             f"task {task.id!r}: field 'language' is {given!r}; it must be one of {', '.join(sorted(known))}"
         )
-    if not any(letter.isalpha() for letter in trajectory.completion):
+    if not any(letter.isalpha() for letter in trajectory.answer):
         return Score(0.0, reason="no text")
-    found = str(package.classify(trajectory.completion)[0])
+    found = str(package.classify(trajectory.answer)[0])
     return Score(float(found in wanted), reason=found)
 
 

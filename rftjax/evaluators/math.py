@@ -24,7 +24,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
         raise ValueError(
             f"task {task.id!r}: field 'answer' is {task.data.get('answer')!r}; it must be a mathematical expression"
         )
-    got = _parsed(trajectory.completion)
+    got = _parsed(trajectory.answer)
     equal = bool(got) and _package().verify(list(gold), got, timeout_seconds=_limit_s())
     reason = "" if got else "no mathematical expression found"
     return Score(float(equal), {"format": float(bool(got))}, reason=reason)

@@ -63,7 +63,7 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
             f"task {task.id!r}: field 'answer' is {task.data.get('answer')!r}; it must be one number, or mark it "
             "as in '#### 42'; for units and expressions use evaluator='rftjax.evaluators.math:evaluate'"
         )
-    got = _final(trajectory.completion)
+    got = _final(trajectory.answer)
     reason = "" if got is not None else "the final answer is no single number"
     return Score(float(got == wanted), {"format": float(got is not None)}, reason=reason)
 
@@ -108,8 +108,7 @@ def _first(text: str) -> Fraction | None:
 
 
 def _plain(text: str) -> str:
-    """The text after the thinking, without LaTeX and Markdown around numbers."""
-    text = text.rpartition("</think>")[2]
+    """The text without LaTeX and Markdown around numbers."""
     text = text.replace("\u2212", "-").replace("\u2044", "/").replace("\u00f7", "/")
     text = re.sub(r"(?<=[0-9)])\*\*(?=[0-9(])", "^", text)
     text = re.sub(r"\*\*|__|\\[!,;]|\\left|\\right|`", "", text).replace("{,}", ",")

@@ -27,8 +27,8 @@ def evaluate(task: Task, trajectory: Trajectory) -> Score:
             f"task {task.id!r} has no 'entry' of reasoning-gym whose metadata "
             "name its 'source_dataset'"
         )
-    tagged = _ANSWER.findall(trajectory.completion)
-    answer = (tagged[-1] if tagged else trajectory.completion).strip()
+    tagged = _ANSWER.findall(trajectory.answer)
+    answer = (tagged[-1] if tagged else trajectory.answer).strip()
     reward = _verifier(name)(answer, entry)
     return Score(float(reward), {"solved": float(reward == 1.0), "tagged": float(bool(tagged))})
 

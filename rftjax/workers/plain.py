@@ -5,6 +5,8 @@ Worker processes import this module: standard library only.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import json
 from typing import Any
 
@@ -17,7 +19,8 @@ FLOAT32_MAX = (
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Copies a value as plain data: arrays become lists, objects of other classes their repr."""
+    """Copies a value as plain data: arrays become lists, records of dataclasses and Pydantic dicts, objects of other
+    classes their repr."""
     return _copy(value, "", depth, lambda other, _: repr(other))
 
 
@@ -29,7 +32,8 @@ def scalar(value: Any) -> Any:
 def checked(value: Any, name: str, limit_bytes: int) -> Any:
     """Copies plain data; raises UserError for an object of another class and for more than `limit_bytes` as JSON.
 
-    Tuples, sets, NumPy arrays and scalars count as plain, and keys become text. `name` is what the message calls it.
+    Tuples, sets, NumPy arrays and scalars, enumerations, dataclasses and models of Pydantic count as plain, and keys
+    become text. `name` is what the message calls it.
     """
 
     def refuse(other: Any, place: str) -> Any:
@@ -60,6 +64,8 @@ def _copy(value: Any, place: str, depth: int, other: Any) -> Any:
         return [
             _copy(part, f"{place}[{index}]", depth + 1, other) for index, part in enumerate(value)
         ]
+    if isinstance(value, enum.Enum):
+        return _copy(value.value, place, depth + 1, other)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -67,4 +73,9 @@ def _copy(value: Any, place: str, depth: int, other: Any) -> Any:
         return None
     if hasattr(value, "tolist"):
         return _copy(value.tolist(), place, depth + 1, other)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+        return _copy(fields, place, depth + 1, other)
+    if hasattr(value, "model_dump") and not isinstance(value, type):
+        return _copy(value.model_dump(mode="json"), place, depth + 1, other)
     return other(value, place)

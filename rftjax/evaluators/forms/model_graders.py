@@ -67,7 +67,7 @@ def ranking(grader: Mapping[str, Any]) -> Form:
 
     async def rate(trajectories: Sequence[Trajectory]) -> list[Score]:
         first = trajectories[0]
-        texts = sorted({one.completion for one in trajectories})
+        texts = sorted({one.answer for one in trajectories})
         random.Random(f"{first.task.id} {first.draw}").shuffle(texts)
         if len(texts) == 1:
             return [Score(0.5) for _ in trajectories]
@@ -90,7 +90,7 @@ def ranking(grader: Mapping[str, Any]) -> Form:
             for place, number in enumerate(order)
         }
         each = {name: value / len(trajectories) for name, value in answer.metrics.items()}
-        return [Score(rewards[one.completion], metrics=dict(each)) for one in trajectories]
+        return [Score(rewards[one.answer], metrics=dict(each)) for one in trajectories]
 
     return Form("ranking by a model", rate, GROUP, concurrent=True)
 

@@ -30,11 +30,11 @@ def sample_of(trajectory: Trajectory) -> Values:
     said = [one for one in trajectory.messages if one.get("role") == "assistant"]
     last = said[-1] if said else {}
     try:
-        parsed = json.loads(trajectory.completion)
+        parsed = json.loads(trajectory.answer)
     except ValueError:
         parsed = None
     return {
-        "output_text": trajectory.completion,
+        "output_text": trajectory.answer,
         "output_json": parsed if isinstance(parsed, dict) else {},
         "output_tools": last.get("tool_calls") or [],
         "choices": [{"index": 0, "finish_reason": trajectory.finish_reason, "message": dict(last)}],
