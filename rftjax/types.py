@@ -173,12 +173,8 @@ class Trajectory:
 
     @property
     def answer(self) -> str:
-        """`completion` without the thinking before it; empty where a thinking that is marked has not ended."""
-        text = self.completion
-        ends = [text.rfind(mark) + len(mark) for mark in _THOUGHT if mark in text]
-        if ends:
-            return text[max(ends) :]
-        return "" if text.lstrip().startswith(_THINKING) else text
+        """`completion` without the thinking before it, as `answer_of` finds it."""
+        return answer_of(self.completion)
 
     @property
     def unanswered(self) -> bool:
@@ -200,6 +196,14 @@ class Trajectory:
     def turns(self) -> int:
         """Number of turns that the policy took."""
         return len(self.turn_rewards)
+
+
+def answer_of(text: str) -> str:
+    """Returns what a turn says after its thinking, "" where a thinking that is marked has not ended."""
+    ends = [text.rfind(mark) + len(mark) for mark in _THOUGHT if mark in text]
+    if ends:
+        return text[max(ends) :]
+    return "" if text.lstrip().startswith(_THINKING) else text
 
 
 class TrainState(NamedTuple):

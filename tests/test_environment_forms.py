@@ -219,6 +219,7 @@ def test_gymnasium_without_numbered_actions_takes_texts_or_json(play: Play, user
     played = play(f"{user}:words")
     assert played.first == ["speak"]
     assert played.say(" hello ") == ('["hello", 5]', 1.0, False)
+    assert played.say("<think>Or stop?</think>\n hello ") == ('["hello", 5]', 1.0, False)
     assert played.say("stop")[2]
     played = play(f"{user}:Plane")
     assert played.say("[1, 2.5]") == ("[2.0, 5.0]", 0.0, False)

@@ -8,7 +8,7 @@ from rftjax.errors import UserError
 from rftjax.models.config import Config, Rope
 
 TEXTS = ("rope_type", "type")
-FIELDS = {
+FIELDS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {

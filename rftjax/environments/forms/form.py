@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from rftjax.types import Message, Task
+from rftjax.types import Message, Task, answer_of
 from rftjax.workers.plain import plain
 
 Action = Callable[[str], Any]
@@ -42,8 +42,8 @@ def number_of(reward: Any) -> float:
 
 
 def said(message: Message) -> str:
-    """Returns the text of the model's message without white space around it."""
-    return str(message.get("content") or "").strip()
+    """Returns what the model's message says after its thinking, without white space around it."""
+    return answer_of(str(message.get("content") or "")).strip()
 
 
 def user(text: str) -> list[Message]:
