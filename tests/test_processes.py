@@ -30,15 +30,18 @@ def hook(step, metrics, trajectories, state):
 """
 # What each of two processes runs: the same calls, in the same order.
 PROGRAM = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import jax
+import test_partial, test_rollout
 from rftjax import config as configs, modes
 from rftjax.devices import processes
 from rftjax.errors import NotFinite
 from rftjax.run.interruption import Interrupted
 from rftjax.run.shares import scored_by_all
 from rftjax.run.training import device_bytes
+from rftjax.models import decoder
+from rftjax.sampler import device
 from rftjax.scoring import Scorer
 from rftjax.types import Task, Trajectory
 
@@ -67,6 +70,22 @@ def score_all_at_once():
         found = scored_by_all(scorer, own)
         print("scored", [(one.draw, one.score.reward) for one in found], len(scorer._pending))
 
+def carry_what_is_not_complete(folder):
+    tokenizer = test_rollout.ambiguous_tokenizer(folder)
+    made = (decoder.init(test_rollout.CONFIG, jax.random.key(seed)) for seed in range(2))
+    weights = [device.sampler_params(test_rollout.CONFIG, one) for one in made]
+    whole, resumed = (test_partial.Sampling(weights, tokenizer) for _ in range(2))
+    taken = [whole.take(step) for step in range(3)]
+    stored = json.dumps(whole.partial.position())
+    resumed.partial.restore(json.loads(stored))
+    assert json.dumps(resumed.partial.position()) == stored
+    for step in range(3, 6):
+        taken.append(whole.take(step))
+        assert test_partial.facts(resumed.take(step)) == test_partial.facts(taken[-1])
+    draws = [sorted({one.draw for one in batch}) for batch in taken]
+    ages = [len({*one.sequences[0].policy_version}) - 1 for batch in taken for one in batch]
+    print("carried", json.dumps([draws, ages, stored, json.dumps(whole.partial.position())]))
+
 if __name__ == "__main__":
     address, workdir = sys.argv[1:]
     processes.HEARTBEAT_S = 240  # on a busy machine; a death shows in the connection before
@@ -75,6 +94,7 @@ if __name__ == "__main__":
     fail_in_one()
     measure_memory()
     score_all_at_once()
+    carry_what_is_not_complete(Path(workdir) / f"tokenizer{processes.index()}")
     config = configs.from_json((Path(workdir) / "given.json").read_text())
     for _ in range(2):
         try:
@@ -134,7 +154,7 @@ def two(config, tmp_path_factory):
     command = [sys.executable, str(workdir / "program.py"), address, str(workdir)]
     xla = "--xla_force_host_platform_device_count=4"
     xla += " --xla_cpu_collective_call_terminate_timeout_seconds=240"
-    flags = {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
+    flags = {"XLA_FLAGS": xla, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     started = [
         subprocess.Popen(
             command,
@@ -240,9 +260,28 @@ def test_one_process_takes_all_and_exchanges_nothing():
         raise KeyError
 
 
-def test_processes_that_carry_unfinished_answers_are_refused(config):
+def test_each_process_goes_on_with_its_own_unfinished_answers(two):
+    told = []
+    for said, errors, _ in two[1]:
+        lines = [line for line in said.splitlines() if line.startswith("carried ")]
+        assert lines, errors
+        told.append(json.loads(lines[0].removeprefix("carried ")))
+    (left, ages, *stored), (right, more_ages, *others) = told
+    assert stored == others  # the whole position in each
+    assert all(len(draws) == 1 for draws in left + right)  # of two groups a step
+    for position, steps in zip(map(json.loads, stored), (3, 6), strict=True):
+        taken = [draw for draws in left[:steps] + right[:steps] for draw in draws]
+        under_way = position["carried"]["draws"]
+        assert sorted(taken + under_way) == list(range(position["draw"]))
+        assert len(under_way) == 3
+        assert {turn["draw"] for turn in position["carried"]["turns"]} <= {*under_way}
+    assert max(ages + more_ages) >= 2
+
+
+def test_processes_that_sample_ahead_are_refused(config):
     config = config.copy_and_resolve_references()
-    config.rollout.partial, config.eval.every = 2, 0
+    config.overlap.max_staleness, config.grpo.tis_cap = 1, 2.0
+    config.mesh.data, config.mesh.fsdp = 8, 1
     configs.check(job.complete_config(config), devices=8, processes=1)
-    with pytest.raises(ValueError, match="rollout.partial=2: must be 0 with several processes"):
+    with pytest.raises(ValueError, match="overlap.max_staleness=1: must be 0 with several proc"):
         configs.check(job.complete_config(config), devices=jax.device_count(), processes=2)

@@ -483,9 +483,11 @@ def _mesh_problems(
             "change the sizes, or set one to -1 for the rest",
         )
         return
-    for field in ("rollout.partial", "overlap.max_staleness"):
-        if processes > 1 and values.get(field):
-            yield field, "must be 0 with several processes, which sample and update in one order"
+    if processes > 1 and values.get("overlap.max_staleness"):
+        yield (
+            "overlap.max_staleness",
+            "must be 0 with several processes, which sample and update in one order",
+        )
     prompts = values.get("batch.prompts", processes)
     if prompts % processes:
         yield (
