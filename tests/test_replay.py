@@ -41,17 +41,25 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 SAID = [7, 8, 9]  # by the environment, between two turns
 NEW, MOST = 6, 64
+# For meshes, where every kind of layer costs a compilation: two layers of one kind.
+PLAIN = dataclasses.replace(
+    CONFIG, family="qwen3_moe", vocab=48, layers=2, heads=4, kv_heads=2,
+    routing=Routing(experts=8, chosen=2, ffn=16), split=(Stack("layers", 0, 2, True),),
+)  # fmt: skip
 
 
 @functools.cache
 def model(name: str, folder: Path) -> tuple[Config, Any, dict[tuple[int, int], Sequence]]:
-    config, params, _ = hf.load(seeded.checkpoint(folder / name, name))
+    if name == "plain":
+        config, params = PLAIN, decoder.init(PLAIN, jax.random.key(0))
+    else:
+        config, params, _ = hf.load(seeded.checkpoint(folder / name, name))
     return config, params, converse(config, params, slots=2, parked=1)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Config, weights and what was sampled from them, by the name of a family."""
+    """Config, weights and what was sampled from them, by the name of a family, or "plain"."""
     return functools.partial(model, folder=tmp_path_factory.mktemp("models"))
 
 
@@ -123,7 +131,7 @@ def test_a_turn_brings_the_experts_of_all_tokens_but_its_last(models: Any, name:
 def test_each_device_records_its_own_rows_and_positions(
     models: Any, sizes: dict[str, int], rows: dict[str, int]
 ):
-    config, params, alone = models("qwen3_moe")
+    config, params, alone = models("plain")
     mesh = mesh_of(**sizes)
     placed = sharding.shard_tree(mesh, logical_axes(config), params)
     shared = converse(config, placed, mesh, **rows)
@@ -254,7 +262,7 @@ def two_updates(
 
 
 def test_updates_with_replay_are_the_same_on_one_device_and_on_eight(models: Any):
-    config, params, sampled = models("qwen3_moe")
+    config, params, sampled = models("plain")
     other, made = perturbed(params), trajectories(sampled)
     alone, told = two_updates(config, other, made, mesh_of())
     assert told["experts/replay_changed_share"] > 0.2
