@@ -10,7 +10,7 @@ import pytest
 
 from rftjax.config.fields import base_config, expand_home
 from rftjax.config.stored import from_json, to_json
-from rftjax.models import decoder
+from rftjax.models import decoder, layers
 from rftjax.models.config import Routing, Stack
 from rftjax.models.decoder import Config, Rope
 from rftjax.models.remat import ALL, LAYER, PRODUCTS
@@ -109,3 +109,13 @@ def test_recomputation_was_true_or_false_in_runs_and_flags_of_before():
     for old, now in ((True, LAYER), (False, ALL)):
         text = to_json(config).replace('"remat": "products"', f'"remat": {str(old).lower()}')
         assert text != to_json(config) and from_json(text).model.remat == now
+
+
+def test_a_gate_in_bfloat16_is_rounded_once_and_keeps_its_two_inputs_alone():
+    gate, up = jax.random.normal(jax.random.key(0), (2, 64, 32), jnp.bfloat16)
+    found, backward = jax.vjp(functools.partial(layers.gated, CONFIG), gate, up)
+    wide = gate.astype(jnp.float32)
+    wanted = (wide * jax.nn.sigmoid(wide) * up.astype(jnp.float32)).astype(jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16 and (found == wanted).all()
+    held = [leaf for leaf in jax.tree.leaves(backward) if leaf.size > 1]
+    assert [(leaf.shape, leaf.dtype) for leaf in held] == [((64, 32), jnp.bfloat16)] * 2

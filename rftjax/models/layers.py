@@ -117,14 +117,30 @@ class Attention(nn.Module):
         return self.output(attended_BTHC), held
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(config: Config, gate: jax.Array, up: jax.Array) -> jax.Array:
     """Returns the inner vectors of a gated feed-forward layer (Shazeer 2020); with a `gate_limit`, of gpt-oss's form:
-    both sides clipped, a sigmoid of `gate_gain` times the gate, and one added to `up` (Agarwal et al. 2025)."""
+    both sides clipped, a sigmoid of `gate_gain` times the gate, and one added to `up` (Agarwal et al. 2025).
+
+    Computed in float32 and rounded once; gate and up alone stay for the backward pass.
+    """
+    wide, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     limit = config.gate_limit
     if not limit:
-        return ACTIVATIONS[config.activation](gate) * up
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return gate * jax.nn.sigmoid(gate * config.gate_gain) * (up + 1)
+        return (ACTIVATIONS[config.activation](wide) * up).astype(gate.dtype)
+    wide, up = jnp.minimum(wide, limit), jnp.clip(up, -limit, limit)
+    return (wide * jax.nn.sigmoid(wide * config.gate_gain) * (up + 1)).astype(gate.dtype)
+
+
+def _gated_forward(config: Config, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple]:
+    return gated(config, gate, up), (gate, up)
+
+
+def _gated_backward(config: Config, saved: tuple, gradient: jax.Array) -> tuple:
+    return jax.vjp(functools.partial(gated.fun, config), *saved)[1](gradient)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 class Mlp(nn.Module):

@@ -34,6 +34,6 @@ def rematerialized(
 
 def _not_widened(primitive: Any, *inputs: Any, **settings: Any) -> bool:
     """Whether a result stays: all but the float32 form of a parameter, as `wide` opens it."""
-    narrow_first = len(inputs) == 2 and inputs[0].dtype == jnp.bfloat16
-    opens = primitive.name == "custom_vjp_call" and narrow_first
+    dtypes = [x.dtype for x in inputs]
+    opens = primitive.name == "custom_vjp_call" and dtypes == [jnp.bfloat16, jnp.float32]
     return not (opens and inputs[0].shape == inputs[1].shape)
