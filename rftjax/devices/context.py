@@ -3,7 +3,7 @@ place, and with rows and tokens in one axis."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,22 @@ def spread(mesh: Mesh | None, x_RXD: jax.Array) -> jax.Array:
         place = sharding.row_sharding(mesh, (), (CONTEXT,))
         x_RXD = jax.lax.with_sharding_constraint(x_RXD, place)
     return sharding.keep_tokens(mesh, x_RXD)
+
+
+def columns(mesh: Mesh, x: jax.Array, divided: Sequence[str]) -> jax.Array:
+    """Returns x (rows, tokens, ...) with those of all devices, in one order for all x, inside a function that each
+    device runs; of a third axis the part that is the device's own where these axes of the mesh divide it.
+
+    Their devices exchange such parts before the others' are gathered, which are as much smaller then.
+    """
+    others = [axis for axis in (*ROWS, CONTEXT) if axis not in divided]
+    for axis in (*divided, *others):
+        at = 1 if axis == CONTEXT else 0
+        if mesh.shape[axis] > 1 and axis in divided and x.ndim == 3:
+            x = jax.lax.all_to_all(x, axis, 2, at, tiled=True)
+        elif mesh.shape[axis] > 1:
+            x = jax.lax.all_gather(x, axis, axis=at, tiled=True)
+    return x
 
 
 def over_heads(

@@ -361,18 +361,10 @@ def table_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return of_parameter(mesh, {path: ("vocab", "width")}, path, shape)
 
 
-def columns(mesh: Mesh, x_BTD: jax.Array, table: NamedSharding) -> jax.Array:
-    """Returns all rows, on each device the columns of its part of a table, with one axis for each of ROWS before B.
-
-    The devices of the table's own axis exchange columns first, so that what is gathered is as much smaller.
-    """
-    width = table.spec[1] if len(table.spec) > 1 else None
-    sizes = [mesh.shape[axis] for axis in ROWS]
-    apart = x_BTD.reshape(*sizes, -1, *x_BTD.shape[1:])
-    for rows in ([None if axis == width else axis for axis in ROWS], [None] * len(ROWS)):
-        spec = PartitionSpec(*rows, None, None, width)
-        apart = jax.lax.with_sharding_constraint(apart, NamedSharding(mesh, spec))
-    return apart
+def column_axes(table: NamedSharding) -> tuple[str, ...]:
+    """Returns the axes that divide the columns of a table, the outer one first."""
+    axes = table.spec[1] if len(table.spec) > 1 else None
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], axes: tuple[str, ...]) -> NamedSharding:

@@ -99,10 +99,9 @@ def joined(config: Config, params: Params, zeros: Params) -> Params:
 def embed(
     config: Config, params: Params, tokens_BT: jax.Array, mesh: Mesh | None = None
 ) -> jax.Array:
-    """Returns x_BTD in the compute dtype; where the table lies over the mesh, so does its gradient."""
+    """Returns x_BTD in the compute dtype; where the table's columns lie over the mesh, so do its gradient's."""
     table_VD = params["embed"]["embedding"]
-    by_rows = sharding.context_shards(mesh) == 1
-    if mesh is not None and sharding.shares(mesh, "fsdp") > 1 and by_rows:
+    if mesh is not None and _lies_over(mesh, table_VD, tokens_BT):
         x_BTD = looked_up(table_VD, tokens_BT, config.dtype, mesh)
     else:
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(config.dtype)
@@ -111,13 +110,20 @@ def embed(
     )
 
 
+def _lies_over(mesh: Mesh, table_VD: jax.Array, tokens_BT: jax.Array) -> bool:
+    """Whether devices have parts of the table's columns, and each its own tokens."""
+    tokens = tokens_BT.shape[1]
+    apart = sharding.context_shards(mesh, tokens) == sharding.context_shards(mesh)
+    return apart and bool(sharding.column_axes(sharding.table_sharding(mesh, table_VD.shape)))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str, mesh: Mesh) -> jax.Array:
     """Returns the rows of the table, of whose float32 gradient each device adds up its own columns.
 
     Otherwise XLA hands each device all columns, in float32, of the rows of all devices.
     """
-    return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+    return context.spread(mesh, jnp.take(table_VD, tokens_BT, axis=0).astype(dtype))
 
 
 def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str, mesh: Mesh) -> tuple:
@@ -127,12 +133,24 @@ def _looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str, mesh: Mesh
 def _looked_up_gradient(dtype: str, mesh: Mesh, saved: tuple, dx_BTD: jax.Array) -> tuple:
     table_VD, tokens_BT = saved
     place = sharding.table_sharding(mesh, table_VD.shape)
-    keep = jax.lax.with_sharding_constraint
-    zeros_VD = keep(jnp.zeros(table_VD.shape, jnp.float32), place)
-    dx = sharding.columns(mesh, dx_BTD, place)
-    tokens = tokens_BT.reshape(dx.shape[:-1])
-    added_VD = zeros_VD.at[tokens].add(dx.astype(jnp.float32), mode="drop")
-    return keep(added_VD, place).astype(table_VD.dtype), None
+    rows, own = place.shard_shape(table_VD.shape)
+    divided = sharding.column_axes(place)
+
+    def added(tokens_BT: jax.Array, dx_BTD: jax.Array) -> jax.Array:
+        tokens, dx = (context.columns(mesh, one, divided) for one in (tokens_BT, dx_BTD))
+        first = jax.lax.axis_index("tensor") * rows if rows < table_VD.shape[0] else 0
+        places = jnp.where(tokens < first, rows, tokens - first)  # none for other devices' rows
+        zeros = jnp.zeros((rows, own), jnp.float32)
+        return zeros.at[places].add(dx.astype(jnp.float32), mode="drop")
+
+    run = jax.shard_map(
+        added,
+        mesh=mesh,
+        in_specs=(context.PARTS, context.PARTS),
+        out_specs=place.spec,
+        check_vma=False,
+    )
+    return run(tokens_BT, dx_BTD).astype(table_VD.dtype), None
 
 
 looked_up.defvjp(_looked_up, _looked_up_gradient)
@@ -218,7 +236,7 @@ def walk(
             told.append(one)
         return x_RXD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *told)
 
-    x_RXD = context.spread(mesh, embed(config, params, tokens_RX, mesh))
+    x_RXD = embed(config, params, tokens_RX, mesh)
     routed, seen = [], 0
     for stack in config.stacks:
         own = None
