@@ -103,13 +103,17 @@ def test_the_compiler_counts_the_weights_and_the_cache_that_the_plan_does(config
     assert found.peak >= found.sizes["argument"] and found.collectives["all-reduce"] > 0
 
 
-def test_the_logits_of_an_update_lie_over_tensor_as_the_head_does(config, mesh, tmp_path):
+@pytest.mark.parametrize(("sizes", "own"), [({"data": 4}, 88), ({"context": 4}, 22)])
+def test_the_logits_of_an_update_lie_over_tensor_and_context(config, tmp_path, sizes, own):
     fields = json.loads(Path(config.model.path, "config.json").read_text())
     fields |= {"vocab_size": 176, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config.model.path = str(tmp_path)
+    mesh = mesh_of(tensor=2, **sizes)
     text = compiled.compiled(config, plan.open_shape(config), mesh, "update").text
-    assert re.search(r"f32\[\d+,88\]", text) and not re.search(r"f32\[\d+,176\]", text)
+    for shape in (f"64,{own}", f"32,{own}"):  # of logits, and of the head or its gradient
+        assert f"f32[{shape}]" in text
+    assert not re.search(r"f32\[\d+,176\]", text)
 
 
 def test_what_does_not_compile_is_told_and_passed_by(config, mesh):

@@ -343,9 +343,18 @@ def keep_rows(mesh: Mesh | None, array: jax.Array, *others: tuple[str, ...]) -> 
     return jax.lax.with_sharding_constraint(array, row_sharding(mesh, *others))
 
 
-def vocab_axes(mesh: Mesh | None, vocab: int) -> tuple[str, ...]:
-    """Returns the axes that divide the vocabulary of logits, none where they do not: they lie as the head does."""
-    return _dividing(mesh, _present(mesh, RULES["vocab"]), vocab) if mesh is not None else ()
+def vocab_axes(mesh: Mesh | None, vocab: int, more: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Returns the axes that divide the vocabulary of logits: those of the head, then `more`; none that do not."""
+    wanted = (*RULES["vocab"], *more)
+    return _dividing(mesh, _present(mesh, wanted), vocab) if mesh is not None else ()
+
+
+def head_by_vocab(mesh: Mesh, weight: jax.Array, axis: int, divided: tuple[str, ...]) -> jax.Array:
+    """Lays a head, or a tied embedding, out by its vocabulary, which is `axis` of the two, over these axes of the mesh,
+    and by its width over fsdp alone."""
+    width = _dividing(mesh, _present(mesh, ("fsdp",)), weight.shape[1 - axis])
+    place = axes_sharding(mesh, *((divided, width) if axis == 0 else (width, divided)))
+    return jax.lax.with_sharding_constraint(weight, place)
 
 
 def keep_tokens(mesh: Mesh | None, x_RXD: jax.Array) -> jax.Array:

@@ -94,13 +94,17 @@ def scores(
     used_RM = pack.places_RM != NOWHERE
     filtered = top_p < 1 or top_k > 0
     shards = sharding.context_shards(mesh, x_RXD.shape[1])
+    # The head and its gradient are large and vectors small: devices of a context have a part of the vocabulary each,
+    # where no filter looks at all of a token's logits.
+    more = (context.CONTEXT,) if shards > 1 and not filtered else ()
+    divided = sharding.vocab_axes(mesh, config.vocab, more)
+    head = decoder.head_by_vocab(params, mesh, divided) if context.CONTEXT in divided else params
 
     def score(
         sources_RM: jax.Array, targets_RM: jax.Array, temperatures_RM: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        x_BD = context.taken(mesh, x_RXD, sources_RM)
-        divided = sharding.vocab_axes(mesh, config.vocab)
-        logits_BV = context.keep_flat(mesh, shards, decoder.logits(config, params, x_BD), divided)
+        x_BD = context.to_vocab(mesh, context.taken(mesh, x_RXD, sources_RM), divided)
+        logits_BV = context.keep_flat(mesh, shards, decoder.logits(config, head, x_BD), divided)
         targets_B = context.flat(mesh, shards, targets_RM)
         ones_B = jnp.ones(targets_B.shape)
         own = temperature

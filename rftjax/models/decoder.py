@@ -123,6 +123,8 @@ def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str, mesh: Mesh)
 
     Otherwise XLA hands each device all columns, in float32, of the rows of all devices.
     """
+    place = sharding.table_sharding(mesh, table_VD.shape)
+    table_VD = jax.lax.with_sharding_constraint(table_VD, place)  # not where the head lies
     return context.spread(mesh, jnp.take(table_VD, tokens_BT, axis=0).astype(dtype))
 
 
@@ -289,6 +291,14 @@ def logits(config: Config, params: Params, x_MD: jax.Array) -> jax.Array:
         logits_MV = product("MD,VD->MV", x_MD, kernel_VD)
     cap = config.logit_cap
     return cap * jnp.tanh(logits_MV / cap) if cap else logits_MV
+
+
+def head_by_vocab(params: Params, mesh: Mesh | None, divided: tuple[str, ...]) -> Params:
+    """Returns the parameters with what `logits` reads laid out by its vocabulary, over these axes of the mesh."""
+    assert mesh is not None
+    part, name, axis = ("head", "kernel", 1) if "head" in params else ("embed", "embedding", 0)
+    weight = sharding.head_by_vocab(mesh, params[part][name], axis, divided)
+    return params | {part: params[part] | {name: weight}}
 
 
 def init(config: Config, key: jax.Array) -> Params:

@@ -14,6 +14,7 @@ from rftjax.devices.accelerators import Accelerator
 from rftjax.learning import row_length, update
 from rftjax.models import attention, cache_leaves, exchange, logical_axes, remat
 from rftjax.models.config import Config, Stack
+from rftjax.run.memory import shard_bytes
 from rftjax.types import TrainState
 from rftjax.weights import hf
 
@@ -31,6 +32,9 @@ KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
+# Bytes a number of a head that devices of a context have by its vocabulary: float32 forms, its gradient's among them,
+# and one in bfloat16.
+HEAD_BY_VOCAB = 22
 KEYS_FORMS = 4.0  # of the keys and values that a device of a context has of others' tokens, a guess
 TPU_LANES = 128
 
@@ -75,6 +79,7 @@ class Job:
         head = self.head_bytes(GPU_LOGITS, 2) - trained if gpu else self.head_bytes(TPU_LOGITS, 1)
         return {
             GRADIENT: 2 * trained,
+            "packed rows of the step": self.pack_bytes(),
             f"activations of {self.own_tokens} tokens": kept,
             "keys and values of whole rows": self._keys_gathered(),
             "logits, or a layer and its gathered weights": max(head, work),
@@ -109,6 +114,21 @@ class Job:
         filled = -(-own // TPU_LANES) * TPU_LANES
         experts = c.routing.experts / self.expert_shards
         return 2.0 * sparse * experts * c.width * filled * self.item
+
+    def pack_bytes(self) -> float:
+        """Bytes of a step's packed rows, as many as samples: 7 numbers a token, on each device of a context alike."""
+        tokens = self.conversations * self.row_tokens / self.config.batch.pack_rows
+        return 7 * 4 * tokens / self.shards
+
+    def filled_cache(self, cache: Any) -> float:
+        """Bytes of the copy that XLA for TPUs makes, for the steps of a call, of what has fewer channels than its tile
+        is wide."""
+
+        def one(leaf: Any) -> float:
+            filled = -leaf.shape[-1] % TPU_LANES
+            return shard_bytes(leaf) * (1 + filled / leaf.shape[-1]) if filled else 0.0
+
+        return sum(map(one, jax.tree.leaves(cache)))
 
     def replayed_bytes(self) -> float:
         """Bytes of the experts that a step's updates replay: of rows as many as samples."""
@@ -169,6 +189,10 @@ class Job:
         chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
         one = 4.0 * (scored if chunked else self.own_tokens) * self.model.vocab
         forms = self.item if self.config.lora.rank else copies * self.item + 4
+        sampler, more = self.config.sampler, (sharding.CONTEXT,)
+        filtered = sampler.top_p < 1 or sampler.top_k > 0
+        if not filtered and more[0] in sharding.vocab_axes(self.mesh, self.model.vocab, more):
+            forms = (2 * self.item if self.config.lora.rank else HEAD_BY_VOCAB) / self.context
         head = self.model.vocab * self.model.width * forms
         return (logits * one + head) / self.mesh.shape["tensor"]
 
