@@ -160,7 +160,7 @@ def test_the_fewest_devices_that_hold_the_job_are_found(config):
     assert f"at {2 * count:,.2f} an hour" in cost
 
 
-@pytest.mark.parametrize(("slots", "together"), [(512, False), (4096, True)])
+@pytest.mark.parametrize(("slots", "together"), [(512, False), (1024, True)])
 def test_what_does_not_fit_is_told_with_fields_that_help_when_followed(config, slots, together):
     config.rollout.max_length, config.sampler.slots = 4096, slots
     lines = plan.report(config, "v5e", 1, 0.0)

@@ -32,9 +32,9 @@ KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
-# Bytes a number of a head that devices of a context have by its vocabulary: float32 forms, its gradient's among them,
-# and one in bfloat16.
-HEAD_BY_VOCAB = 22
+# Bytes a number of a head that devices of a context have by its vocabulary: forms of it and its gradient, by vocabulary
+# and by width.
+HEAD_BY_VOCAB = 36
 KEYS_FORMS = 4.0  # of the keys and values that a device of a context has of others' tokens, a guess
 TPU_LANES = 128
 
