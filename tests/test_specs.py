@@ -4,6 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from rftjax.config import specs
 from rftjax.config.flags import load_spec, parse_flags
@@ -46,8 +47,29 @@ def test_specs_in_a_wheel_are_found_under_their_own_name(tmp_path, monkeypatch):
     assert specs.folder() == tmp_path / specs.PACKAGE and specs.names() == ["one"]
 
 
+def test_a_file_without_get_config_is_told_what_it_lacks(tmp_path):
+    (tmp_path / "rows.py").write_text("ROWS = []")
+    with pytest.raises(ValueError, match=r"rows.py: must define get_config\(arg=''\)"):
+        load_spec(f"{tmp_path / 'rows.py'}")
+
+
+def test_a_name_may_stand_in_an_argument_of_its_own(monkeypatch):
+    parsed = []
+    monkeypatch.setattr(flags, "FLAGS", lambda argv: parsed.append(argv))
+    parse_flags(["rftjax", "--config", "quickstart:debug", "--workdir", "runs/x"])
+    assert parsed == [
+        [
+            "rftjax",
+            f"--config={ROOT / 'experiments' / 'quickstart.py'}:debug",
+            "--workdir",
+            "runs/x",
+        ]
+    ]
+
+
 @pytest.mark.parametrize("value, told", [
     ("quikstart", "did you mean quickstart?"),
+    ("job", "and the names are agent, "),
     ("experiments/quickstart.py", "--config=quickstart is the one in "),
 ])  # fmt: skip
 def test_a_spec_that_is_not_there_is_told_by_the_name_that_works(

@@ -28,7 +28,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
     Bad flags are listed on stderr, all of them, and the program ends with exit code 2.
     """
-    argv = [locate(_expand_home(argument)) for argument in argv]
+    argv = [locate(_expand_home(argument)) for argument in _joined(argv)]
     if not _spec_argument(argv) and {f"--mode={mode}" for mode in WITHOUT_SPEC} & {*argv}:
         argv.insert(1, f"--config={folder() / 'rft.py'}")
     if not any(re.fullmatch(r"--?help\w*", argument) for argument in argv):
@@ -82,6 +82,10 @@ def load_spec(value: str) -> ConfigDict:
     on_path(path)
     try:
         module_spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError(
+                "must define get_config(arg=''), which returns the config, as rftjax.config.base_config() makes one"
+            )
         config = module.get_config(*argument)
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(path)]
@@ -99,6 +103,17 @@ def load_spec(value: str) -> ConfigDict:
 def _fail(problems: Sequence[str]) -> NoReturn:
     sys.stderr.write("".join(f"error: {problem}\n" for problem in problems))
     sys.exit(2)
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with `--config SPEC` as one, `--config=SPEC`."""
+    found: list[str] = []
+    for argument in argv:
+        if found and found[-1] in ("-config", "--config") and argument[:1] != "-":
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
 def _expand_home(argument: str) -> str:
@@ -124,7 +139,7 @@ def _missing_spec(value: str) -> str:
     way_out = (
         f"did you mean {' or '.join(near)}?"
         if near
-        else "the path is looked up from the current directory"
+        else f"the path is looked up from the current directory, and the names are {', '.join(names())}"
     )
     return f"--config={value}: there is no file {path}; {way_out}"
 
