@@ -33,6 +33,14 @@ DEEPSEEK = (
 )
 
 
+# As those of models that also see: a content is a list of parts, and of a text they would show nothing.
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for part in m['content'] %}{{ part.text }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+
+
 def made(text: str, **settings: str) -> Any:
     return template.settle(test_chat.make(text), **settings)
 
@@ -70,6 +78,15 @@ def test_a_template_is_told_how_much_the_model_thinks():
 def test_thinking_that_a_template_does_not_know_is_refused(text: str, thinking: str):
     with pytest.raises(UserError, match=f"chat.thinking='{thinking}': the chat template renders"):
         made(text, thinking=thinking)
+
+
+def test_a_template_that_shows_parts_alone_is_given_them():
+    asked, answer = [test_chat.USER], {"role": "assistant", "content": "Four."}
+    words = made(PARTS)
+    assert test_chat.USER["content"] in prompt(words)
+    _, after = chat.follow(words, prompt(words), [*asked, answer], asked)
+    assert after == template.text(words, [*asked, answer, *asked], True, None)
+    assert after.count("Four.") == 1 and prompt(made(QWEN)).count("Four.") == 0
 
 
 def test_other_settings_are_refused_by_name():

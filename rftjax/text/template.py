@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rftjax.errors import UserError
@@ -11,6 +12,7 @@ from rftjax.types import Message
 SWITCHES, EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
 OTHER = {"on": "off", "off": "on", "low": "high", "medium": "high", "high": "low"}
 ATTRIBUTE = "rftjax_chat"  # of a tokenizer, which transformers does not save with it
+PARTS = "rftjax_parts"  # another one: a template, and whether it shows contents in parts only
 QUESTION: tuple[Message, ...] = ({"role": "user", "content": "What is 2 + 2?"},)
 
 
@@ -64,6 +66,45 @@ def settings_of(tokenizer: Any) -> Settings:
     return getattr(tokenizer, ATTRIBUTE, Settings({}, False))
 
 
+def _rendered(
+    tokenizer: Any, messages: Sequence[Message], generation_prompt: bool, tools: list[Any] | None
+) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages),
+        tools=tools or None,
+        add_generation_prompt=generation_prompt,
+        tokenize=False,
+        **settings_of(tokenizer).variables,
+    )
+
+
+def _wants_parts(tokenizer: Any) -> bool:
+    """Says whether the template shows a content only as a list of parts, as of some models that also see; others would
+    leave a text out without a word."""
+    template, wants = getattr(tokenizer, PARTS, (None, False))
+    if template != tokenizer.chat_template:
+        asked, shown = str(QUESTION[0]["content"]), []
+        for messages in (QUESTION, _in_parts(QUESTION)):
+            try:
+                said = _rendered(tokenizer, messages, True, None)
+                # A part as Python or JSON writes it is not its text.
+                shown.append(asked in said and "'type'" not in said and '"type"' not in said)
+            except Exception:  # what it refuses is told where a task's conversation is rendered
+                shown.append(False)
+        wants = shown == [False, True]
+        setattr(tokenizer, PARTS, (tokenizer.chat_template, wants))
+    return wants
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
 def text(
     tokenizer: Any, messages: list[Message], generation_prompt: bool, tools: list[Any] | None
 ) -> str:
@@ -74,13 +115,8 @@ def text(
             " give rows with `prompt` (plain text) or a model that has one"
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=tools or None,
-            add_generation_prompt=generation_prompt,
-            tokenize=False,
-            **settings_of(tokenizer).variables,
-        )
+        messages = _in_parts(messages) if _wants_parts(tokenizer) else messages
+        return _rendered(tokenizer, messages, generation_prompt, tools)
     except Exception as error:  # a template raises what its author wrote
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise ChatTemplateError(

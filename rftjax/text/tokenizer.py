@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.text import gguf_tokenizer, rank_tokenizer
+from rftjax.text import gguf_tokenizer, rank_tokenizer, template
 from rftjax.weights import gguf, hf
 from rftjax.weights.directories import check_content
 
@@ -150,9 +150,8 @@ def _rendered(tokenizer: Any) -> str:
         return ""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    # A template raises what its author wrote; rows are rendered and judged one by one later.
-    except Exception:
+        return template.text(tokenizer, messages, False, None)
+    except template.ChatTemplateError:  # rows are rendered and judged one by one later
         return ""
 
 
