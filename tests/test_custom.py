@@ -23,6 +23,9 @@ def short(rewards, group_ids):
 def unfinished(rewards, group_ids):
     return rewards / np.zeros_like(rewards)
 
+def lone(rewards):
+    return rewards
+
 def broken(*arguments):
     return nothing
 
@@ -67,6 +70,7 @@ def test_a_steps_advantages_are_those_of_the_named_function(functions):
         ("short", r"grpo.baseline: .* \(1,\).* one number a reward, \(2,\)"),
         ("unfinished", "grpo.baseline: .* finite"),
         ("broken", "(?s)grpo.baseline='.*broken': must not raise.*NameError: name 'nothing'"),
+        ("lone", "grpo.baseline='.*lone': must be callable as baseline"),
         ("absent", "grpo.baseline='.*absent': .* must define 'absent'"),
     ],
 )

@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,16 @@ from rftjax.run.checkpoint import Checkpoints
 from rftjax.run.heldout import mean_and_stderr, measure, pass_at_k
 from rftjax.scoring import EvaluatorError
 from rftjax.types import Score, Task, Trajectory
+
+
+def test_what_a_hook_records_under_eval_is_no_evaluation():
+    unused: Any = None
+    config = configs.base_config()
+    config.eval.every = 1
+    sets = {"other": [Task("t", [])]}
+    heldout = evaluation.HeldOut(config, sets, unused, unused)
+    assert heldout.missing(2, [{"step": 2, "eval/of_a_hook": 1.0}])
+    assert not heldout.missing(2, [{"step": 2, "eval/other/reward": 1.0, "eval/other/tasks": 1.0}])
 
 
 @pytest.mark.parametrize("samples", [1, 3, 6])

@@ -21,6 +21,10 @@ def text(step, metrics, trajectories, state): return {"x": "much"}
 def listed(step, metrics, trajectories, state): return [1.0]
 def nan(step, metrics, trajectories, state): return {"x": float("nan")}
 def named(step, metrics, trajectories, state): return {"step": 3}
+def short(step, metrics, trajectories): return {}
+async def later(step, metrics, trajectories, state): return {}
+class Counter:
+    def __call__(self, step, metrics, trajectories, state): return {}
 
 def breaks(step, metrics, trajectories, state):
     import os
@@ -35,6 +39,12 @@ STATE = TrainState(np.int32(3), {}, {}, ())
 def file(tmp_path):
     (tmp_path / "hooks_of_test.py").write_text(HOOKS)
     return tmp_path / "hooks_of_test.py"
+
+
+@pytest.mark.parametrize("name", ["short", "later", "Counter"])
+def test_a_hook_that_cannot_be_called_is_refused_before_the_first_step(file, name):
+    with pytest.raises(UserError, match=f"hooks='.*{name}': must be callable as hook"):
+        Hook(f"{file}:{name}")
 
 
 def test_numbers_are_recorded_under_hook_or_the_name_that_is_given(file):

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 
 from rftjax.errors import UserError
 from rftjax.grpo import LossInputs
-from rftjax.workers.user_code import load_function, traceback_text
+from rftjax.workers.user_code import check_arguments, load_function, traceback_text
 
 
 def baseline(spec: str) -> str | Callable[..., Any]:
     """Returns the function `baseline(rewards, group_ids) -> (B,)` that is named, or the name of a built-in one."""
-    return _guarded(spec, "grpo.baseline") if ":" in spec else spec
+    if ":" not in spec:
+        return spec
+    function = _guarded(spec, "grpo.baseline")
+    check_arguments(function, "baseline(rewards, group_ids)", f"grpo.baseline={spec!r}")
+    return function
 
 
 def loss_term(spec: str) -> Callable[[LossInputs], Any] | None:

@@ -55,7 +55,9 @@ class HeldOut:
     def missing(self, step: int, lines: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the metrics `lines` lack the evaluation after this step; False where a run evaluates nothing."""
         names = [name for line in lines if line["step"] == step for name in line]
-        return self._on and not any(name.startswith("eval/") for name in names)
+        # A user's hook may record names of its own under eval/.
+        counts = {f"{prefix(one)}tasks" for one in self.sets}
+        return self._on and not counts & {*names}
 
     def evaluate(
         self, *, samples: int = 0, tasks_at_most: int = 0
@@ -111,9 +113,13 @@ def evaluate_set(
         )
     trajectories = scored_by_all(scorer, sampled)
     scorer.check(answered(trajectories))
-    prefix = "eval/" if name == MAIN else f"eval/{name}/"
     measured = measure(trajectories, pass_k=pass_k, pass_reward=pass_reward)
-    return {prefix + metric: value for metric, value in measured.items()}, trajectories
+    return {prefix(name) + metric: value for metric, value in measured.items()}, trajectories
+
+
+def prefix(name: str) -> str:
+    """Returns what the names of a set's metrics begin with."""
+    return "eval/" if name == MAIN else f"eval/{name}/"
 
 
 def stream(name: str) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 
 from rftjax.errors import UserError
 from rftjax.types import TrainState, Trajectory
-from rftjax.workers.user_code import load_function, traceback_text
+from rftjax.workers.user_code import check_arguments, load_function, traceback_text
+
+CALLED = "hook(step, metrics, trajectories, state)"
 
 
 class Hook:
@@ -16,13 +18,15 @@ class Hook:
 
     It runs in the training process, may look at everything and must leave the state as it is. What it returns, None or
     numbers by name, is recorded: under `hook/NAME`, or under the name itself where that has a slash. Construction
-    raises UserError where the function does not import; a call raises it, after the step was saved, where the function
-    raises or returns something else.
+    raises UserError where the function does not import or takes other arguments; a call raises it, after the step was
+    saved, where the function raises or returns something else.
     """
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
         self._function = load_function(spec, field="hooks") if spec else None
+        if self._function is not None:
+            check_arguments(self._function, CALLED, f"hooks={spec!r}")
 
     def __call__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -29,6 +30,21 @@ def load_function(spec: str, *, field: str = "") -> Callable[..., Any]:
             f"and {name} is of type {type(value).__name__}; name a function or class instead"
         )
     return value
+
+
+def check_arguments(function: Callable[..., Any], arguments: str, place: str) -> None:
+    """Raises UserError where a function cannot be called as `arguments` say ("hook(step, metrics)"), or is a coroutine
+    function; `place` is the field with its value."""
+    wanted = f"{place}: must be callable as {arguments}"
+    if inspect.iscoroutinefunction(function):
+        raise UserError(f"{wanted} and not be async; write it with def")
+    names = arguments.partition("(")[2].rstrip(")").split(", ")
+    try:
+        inspect.signature(function).bind(*names)
+    except TypeError as error:
+        raise UserError(f"{wanted}, but {error}; change its parameters") from None
+    except ValueError:  # it has no signature to be had
+        return
 
 
 def load_object(spec: str, *, field: str = "") -> Any:
