@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import seeded
+import snippets
 from meshes import mesh_of
 from test_partial import Sampling
 from test_rollout import CONFIG, ambiguous_tokenizer
@@ -39,6 +40,8 @@ from rftjax.weights import hf
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3")
+SLOW = pytest.mark.skipif(not snippets.SLOW, reason=snippets.WHY)
+PLAIN_OR_SLOW = ["plain", *(pytest.param(name, marks=SLOW) for name in FAMILIES)]
 SAID = [7, 8, 9]  # by the environment, between two turns
 NEW, MOST = 6, 64
 # For meshes, where every kind of layer costs a compilation: two layers of one kind.
@@ -120,6 +123,7 @@ def test_a_turn_brings_the_experts_of_all_tokens_but_its_last(models: Any, name:
         np.testing.assert_array_equal(found, expected, err_msg=str(key))
 
 
+@pytest.mark.parametrize("name", PLAIN_OR_SLOW)
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [
@@ -129,9 +133,9 @@ def test_a_turn_brings_the_experts_of_all_tokens_but_its_last(models: Any, name:
     ],
 )
 def test_each_device_records_its_own_rows_and_positions(
-    models: Any, sizes: dict[str, int], rows: dict[str, int]
+    models: Any, name: str, sizes: dict[str, int], rows: dict[str, int]
 ):
-    config, params, alone = models("plain")
+    config, params, alone = models(name)
     mesh = mesh_of(**sizes)
     placed = sharding.shard_tree(mesh, logical_axes(config), params)
     shared = converse(config, placed, mesh, **rows)
@@ -261,17 +265,19 @@ def two_updates(
     return jax.device_get(state.trainable), {name: float(one) for name, one in metrics.items()}
 
 
-def test_updates_with_replay_are_the_same_on_one_device_and_on_eight(models: Any):
-    config, params, sampled = models("plain")
+@pytest.mark.parametrize("name", PLAIN_OR_SLOW)
+def test_updates_with_replay_are_the_same_on_one_device_and_on_eight(models: Any, name: str):
+    config, params, sampled = models(name)
     other, made = perturbed(params), trajectories(sampled)
     alone, told = two_updates(config, other, made, mesh_of())
     assert told["experts/replay_changed_share"] > 0.2
     for sizes in ({"data": 2, "tensor": 2}, {"context": 2, "tensor": 2}, {"context": 4}):
         shared, told_shared = two_updates(config, other, made, mesh_of(expert=2, **sizes))
-        for name, one in told.items():
-            assert told_shared[name] == pytest.approx(one, abs=1e-4), (sizes, name)
+        for metric, one in told.items():
+            assert told_shared[metric] == pytest.approx(one, abs=1e-4, rel=1e-4), (sizes, metric)
         for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(shared), strict=True):
-            np.testing.assert_allclose(one, two, atol=2e-5, err_msg=str(sizes))
+            atol = 2e-5 if name == "plain" else 6e-5  # gpt_oss without context too
+            np.testing.assert_allclose(one, two, atol=atol, err_msg=str(sizes))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone, other)
     stack = next(stack.name for stack in config.stacks if stack.sparse)
     assert moved[stack]["mlp"]["router"]["weight"] > 1e-5  # the routers learn
