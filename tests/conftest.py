@@ -4,6 +4,8 @@ The environment is set before anything imports JAX; worker processes inherit it.
 """
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,8 +14,9 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 # Compiling takes most of the time here. What a program computes is the same without XLA's costlier passes.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-# A cache that outlives the run would hide what a fresh machine does.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# All that takes a while to compile goes into the cache that `pytest_configure` makes.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Nothing here may wait for a network that a test machine does not have.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -24,6 +27,20 @@ import shapes
 
 # An array that is broadcast along axes it does not have is a mistake more often than not.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config):
+    """Makes a cache of compiled programs for the processes of this run; one that outlived it would hide what a fresh
+    machine does."""
+    # pytest-xdist gives the processes that it starts a `workerinput`.
+    if not hasattr(config, "workerinput"):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rftjax-tests-")
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
+def pytest_unconfigure(config: pytest.Config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
