@@ -28,7 +28,7 @@ def test_programs_compiled_ahead_are_there_when_they_are_called(compilations):
         pass
     found = compilations.take()
     assert found["compile/programs"] == 2 and found["time/compile_s"] > 0
-    assert found["compile/cached"] == 0  # the tests have no cache on disk
+    assert found["compile/cached"] == 0  # no other test has put these into the cache
     assert float(programs[0].run().sum()) == 15.0 and float(programs[1].run()) == 18.25
     # The sum here at most, where no test before it has made it, and neither of them.
     assert compilations.take()["compile/programs"] <= 1
