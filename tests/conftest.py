@@ -36,6 +36,9 @@ def pytest_configure(config: pytest.Config):
     if not hasattr(config, "workerinput"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="rftjax-tests-")
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    # What another process writes at this moment, or was killed in, is compiled again.
+    torn = "ignore:Error reading persistent compilation cache entry:UserWarning"
+    config.addinivalue_line("filterwarnings", torn)
 
 
 def pytest_unconfigure(config: pytest.Config):
