@@ -1,5 +1,7 @@
 """Recorded conversations are scored without a model, and what is suspicious in an evaluator is said."""
 
+import codecs
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from rftjax import config as configs
 from rftjax import modes
 from rftjax.errors import UserError
 from rftjax.monitor.rollouts import to_json, trajectory_record
-from rftjax.run import judging, recorded
+from rftjax.run import judging, recorded, rescoring
 from rftjax.run.build import load_tasks
 from rftjax.scoring import Scorer
 from rftjax.types import Score, Sequence, Task, Trajectory
@@ -153,6 +155,29 @@ def found_in(folder: Path, name: str, trajectories: list[Trajectory], **kwargs) 
 def samples(folder: Path, *answers: str) -> list[Trajectory]:
     tasks = load_tasks(config(folder))[0]
     return [one for draw, task in enumerate(tasks) for one in sampled(task, draw, *answers)]
+
+
+def test_a_file_of_anything_is_read_or_refused_by_line(tmp_path):
+    line = json.dumps({"prompt": "q", "completion": "é"}, ensure_ascii=False)
+    path = tmp_path / "said.jsonl"
+    path.write_bytes(gzip.compress(codecs.BOM_UTF8 + f"\n{line}\r\n".encode()))  # as it is named
+    assert [one.completion for one in recorded.read([path], {})] == ["é"]
+    torn = {"messages": ["q"]}, {"prompt": "q", "completion": "a", "draw": "x"}
+    path.write_text("\n".join(["{", *map(json.dumps, torn)]))
+    config = configs.base_config()
+    config.evaluator = "not:called"
+    with pytest.raises(UserError) as told:
+        rescoring.score(config, tmp_path, path)
+    for number, rule in (
+        (1, "is not valid JSON"),
+        (2, "lists of messages"),
+        (3, "draw: must be a"),
+    ):
+        assert f"{path}:{number}: " in str(told.value) and rule in str(told.value)
+    for data, rule in ((b"\n", "holds no conversation"), (gzip.compress(b"{}" * 9)[:15], "torn")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rule):
+            recorded.read([path], {})
 
 
 def test_an_evaluator_without_a_fault_is_not_suspicious(folder):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rftjax.errors import UserError
-from rftjax.monitor import transcripts
-from rftjax.tasks import rows
+from rftjax.tasks import compressed, rows
 from rftjax.types import Message, Score, Task, Trajectory
 from rftjax.types import Sequence as Tokens
 
@@ -29,7 +32,7 @@ def files(place: Path) -> list[Path]:
     return found
 
 
-def read(paths: Iterable[Path], tasks: Mapping[str, Task]) -> list[Trajectory]:
+def read(paths: Sequence[Path], tasks: Mapping[str, Task]) -> list[Trajectory]:
     """Returns the conversations of the files; `score` is the recorded one, None where there is none.
 
     Of rollouts the row is looked up in `tasks` by its id. Raises UserError listing lines that are no conversation.
@@ -38,8 +41,10 @@ def read(paths: Iterable[Path], tasks: Mapping[str, Task]) -> list[Trajectory]:
     faults: list[str] = []
     draws: dict[Any, int] = {}
     for path in paths:
-        for number, record in enumerate(transcripts.read(path), start=1):
+        for number, record, problem in records(path):
             try:
+                if problem:
+                    raise ValueError(problem)
                 rollout = isinstance(record, dict) and {"task_id", "sequences"} <= record.keys()
                 one = _rollout(record, tasks) if rollout else _conversation(record)
             except (KeyError, TypeError, ValueError) as error:
@@ -55,7 +60,28 @@ def read(paths: Iterable[Path], tasks: Mapping[str, Task]) -> list[Trajectory]:
             f"{len(faults)} lines are no conversation; a line has messages, of which the last is the assistant's, or"
             " a prompt and a completion:\n  " + "\n  ".join(faults[:20]) + more
         )
+    if not found:
+        raise UserError(
+            f"--rollouts: {', '.join(map(str, paths))} holds no conversation; give another file"
+        )
     return _numbered(found)
+
+
+def records(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """Yields (number, value, problem or "") for each line that is not empty, of a plain or compressed file."""
+    try:
+        for number, line, problem in compressed.lines(str(path)):
+            value = None
+            try:
+                value = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                problem = f"is not valid JSON ({error})"
+            if problem or line.strip():
+                yield number, value, problem.removeprefix("line: ")
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise UserError(
+            f"{path}: is torn or no compressed file ({error}); remove it or write it again"
+        ) from error
 
 
 def _rollout(record: Mapping[str, Any], tasks: Mapping[str, Task]) -> Trajectory:
@@ -87,7 +113,7 @@ def _conversation(record: Any) -> Trajectory:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             raise ValueError("has neither messages nor a prompt and a completion")
-        last = _last_answer(messages)
+        last = _last_answer(_listed(messages))
         if last < 0:
             raise ValueError("has no message of the assistant")
         given, answer = messages[:last], messages[last:]
@@ -99,7 +125,7 @@ def _conversation(record: Any) -> Trajectory:
     prompt = _listed([{"role": "user", "content": text}] if text is not None else given)
     name = str(record.get("id") or record.get("task_id") or rows.digest([prompt, data])[:16])
     task = Task(name, prompt, data, text)
-    draw, sample = int(record.get("draw", 0)), int(record.get("sample", -1))
+    draw, sample = _whole(record, "draw", 0), _whole(record, "sample", -1)
     return Trajectory(
         task,
         draw,
@@ -111,11 +137,20 @@ def _conversation(record: Any) -> Trajectory:
     )
 
 
+def _whole(record: Mapping[str, Any], field: str, default: int) -> int:
+    value = record.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{field}: must be a whole number, is {value!r:.80}")
+    return value
+
+
 def _listed(messages: Any) -> list[Message]:
     if not isinstance(messages, (list, tuple)) or not all(
         isinstance(one, dict) for one in messages
     ):
-        raise ValueError("prompt and completion must be texts or lists of messages")
+        raise ValueError(
+            "prompt and completion must be texts or lists of messages, messages a list of them"
+        )
     return [dict(one) for one in messages]
 
 

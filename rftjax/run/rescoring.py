@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,19 +71,11 @@ def score(config: ConfigDict, workdir: Path, place: Path) -> list[str]:
 
 def _tasks(config: ConfigDict, paths: Sequence[Path]) -> dict[str, Task]:
     """Returns the config's rows by id, for rollouts, which hold the ids alone."""
-    first = next((json.loads(line) for path in paths[:1] for line in _lines(path)), {})
+    first = next((record for path in paths[:1] for _, record, _ in recorded.records(path)), {})
     if not (isinstance(first, dict) and "sequences" in first and config.tasks.train):
         return {}
     train, heldout = load_tasks(config)
     return {task.id: task for found in (train, *heldout.values()) for task in found}
-
-
-def _lines(path: Path) -> Iterator[str]:
-    if path.suffix != ".gz":
-        with open(path) as file:
-            yield from file
-        return
-    yield from (json.dumps(one) for one in recorded.transcripts.read(path))
 
 
 def measure(trajectories: Sequence[Trajectory], given: Sequence[float | None]) -> dict[str, Any]:
