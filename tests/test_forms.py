@@ -350,6 +350,17 @@ def test_a_sum_of_a_wrong_form_is_refused_with_the_field(text, fault):
         named.parse(text, "eval.evaluator")
 
 
+def test_the_path_of_a_file_may_have_the_marks_of_a_sum(tmp_path):
+    folder = tmp_path / "a=b, c*2"
+    folder.mkdir()
+    for name, source in (("reward.py", "reward.py:evaluate"), ("grade.json", "grade.json")):
+        (folder / name).write_text("")
+        [one] = named.parse(f"{folder}/{source}")
+        assert (one.source, one.weight) == (f"{folder}/{source}", 1.0)
+        assert not named.is_sum(one.source) and named.is_sum(f"x={folder}/{source}")
+    assert named.parse(f"{tmp_path}/reward.py:evaluate*0.5")[0].weight == 0.5
+
+
 def test_names_and_weights_have_defaults():
     found = named.parse("x=a.py:f*0.5,rftjax.evaluators.number:evaluate, dir/g.json*-1")
     assert [(one.name, one.source, one.weight) for one in found] == [

@@ -34,6 +34,8 @@ class Named:
 
 def parse(text: str, field: str = "evaluator") -> list[Named]:
     """Returns the evaluators that a field's text names; raises UserError that names `field` for a wrong form."""
+    if _is_file(text):
+        return [Named(_default_name(text.strip()), text.strip())]
     found = []
     for part in text.split(","):
         match = _ENTRY.fullmatch(part.strip())
@@ -65,8 +67,18 @@ def parse(text: str, field: str = "evaluator") -> list[Named]:
 
 def is_sum(text: str) -> bool:
     """Says whether the text is more than the source of one evaluator, so that its reward is a weighted sum."""
+    if _is_file(text):
+        return False
     match = _ENTRY.fullmatch(text.strip())
     return "," in text or bool(match and (match["name"] or match["weight"] is not None))
+
+
+def _is_file(text: str) -> bool:
+    """Says whether the text as it stands is one source in a file, whose path may have a comma or a sign of the sum."""
+    text = text.strip()
+    path, _, name = (text, "", "grade") if text.endswith(GRADER) else text.rpartition(":")
+    named = re.fullmatch(r"[^\W\d][\w.]*", name) is not None
+    return named and os.path.isfile(os.path.expanduser(path))
 
 
 def _default_name(source: str) -> str:
