@@ -32,9 +32,8 @@ KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
-# Bytes a number of a head that devices of a context have by its vocabulary: forms of it and its gradient, by vocabulary
-# and by width.
-HEAD_BY_VOCAB = 36
+# Bytes a number of a head that devices of a context have by its vocabulary: in float32 and bfloat16, and its gradient.
+HEAD_BY_VOCAB = 10
 KEYS_FORMS = 4.0  # of the keys and values that a device of a context has of others' tokens, a guess
 TPU_LANES = 128
 
