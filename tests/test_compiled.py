@@ -116,6 +116,17 @@ def test_the_logits_of_an_update_lie_over_tensor_and_context(config, tmp_path, s
     assert not re.search(r"f32\[\d+,176\]", text)
 
 
+def test_chunks_of_logits_gather_a_frozen_head_once(config, tmp_path):
+    fields = json.loads(Path(config.model.path, "config.json").read_text())
+    fields |= {"vocab_size": 176, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config.model.path, config.model.remat, config.lora.rank = str(tmp_path), "layer", 2
+    model = plan.open_shape(config)
+    text = compiled.compiled(config, model, mesh_of(fsdp=8), "update").text
+    head = rf"= f32\[{model.config.width},{model.config.vocab}\]\S* all-gather\("
+    assert len(re.findall(head, text)) == 1  # not in the loop, whose passes would each have one
+
+
 def test_what_does_not_compile_is_told_and_passed_by(config, mesh):
     config.model.attention = "splash"  # a kernel of TPUs: not for the devices here
     [line] = compiled.report(config, plan.open_shape(config), mesh, {"update": 1e9})

@@ -141,6 +141,9 @@ def test_the_kernels_of_gpus_compute_what_blocks_of_one_expert_do(sizes, inputs,
     x, kernel, dy = floats(rows, inputs), floats(5, inputs, outputs), floats(rows, outputs)
     found = triton.product(x, kernel, sizes, interpret=True)
     np.testing.assert_allclose(found, experts._product_by_blocks(x, kernel, sizes), atol=1e-4)
+    found = triton.turned_product(dy, kernel, sizes, interpret=True)
+    turned = experts._product_by_blocks(dy, kernel.swapaxes(1, 2), sizes)
+    np.testing.assert_allclose(found, turned, atol=1e-4)
     found = triton.gradient(x, dy, sizes, interpret=True)
     np.testing.assert_allclose(found, experts._gradient_by_blocks(x, dy, sizes), atol=1e-4)
 

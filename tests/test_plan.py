@@ -202,13 +202,15 @@ def test_each_device_counts_its_own_experts_and_the_rows_that_it_exchanges(confi
     config.batch.pack_tokens = config.rollout.max_length
     tokens = config.batch.prompts * (768 + config.batch.group_size * 256)
     found = planned(config, 4).seconds["links between devices"]
-    summed = (
-        2 * -(-tokens // 4096) * dense * 2 * 3 / 4
-    )  # each device has the gradient of its experts alone
+    # Gathered twice and scattered; each device has its experts and their gradient alone.
+    shared = 3 * -(-tokens // 4096) * dense * 2 * 3 / 4
     rows = 4 * 8 * 4 * 1024 * 2 * 3 / 4 * tokens / 4
-    assert found * 0.7 * ACCELERATORS["H100"].link == pytest.approx(summed + rows)
-    config.mesh.fsdp, config.mesh.expert = 2, 2
-    assert planned(config, 4).updating["experts, as they are gathered"] == experts * 2 / 4
+    assert found * 0.7 * ACCELERATORS["H100"].link == pytest.approx(shared + rows)
+    config.mesh.expert = 2
+    for fsdp, again in ((2, 0), (32, experts * 4 / 64)):  # 32 experts are not divided over 64
+        config.mesh.fsdp = fsdp
+        found = planned(config, 2 * fsdp).updating["experts, as they are gathered"]
+        assert found == again
     title, of = "experts, filled up to whole tiles", {}
     for shards in (1, 4):  # 1,024 over 16 devices: half a tile
         config.mesh.fsdp, config.mesh.expert, config.mesh.tensor = 1, shards, 16

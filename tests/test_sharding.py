@@ -86,12 +86,54 @@ def test_adapters_of_experts_are_divided_as_their_kernels_and_others_replicated(
     def lies(*path):
         return sharding.partition(mesh, logical, ("layers", "mlp", *path), (2, 4, 16, 16))
 
-    assert lies("experts_gate", "a") == lies("experts_up", "a") == PartitionSpec(None, None, "fsdp")
-    assert lies("experts_gate", "b") == PartitionSpec(None, None, None, "tensor")
-    assert lies("experts_down", "a") == PartitionSpec(None, None, "tensor")
-    assert lies("experts_down", "b") == PartitionSpec(None, None, None, "fsdp")
+    assert lies("experts_gate", "a") == lies("experts_up", "a") == PartitionSpec(None, "fsdp")
+    assert lies("experts_gate", "b") == PartitionSpec(None, "fsdp", None, "tensor")
+    assert lies("experts_down", "a") == PartitionSpec(None, "fsdp", "tensor")
+    assert lies("experts_down", "b") == PartitionSpec(None, "fsdp")
     dense = sharding.partition(mesh, logical, ("layers", "attention", "output", "a"), (2, 16, 4))
     assert dense == PartitionSpec()
+
+
+def test_devices_of_experts_hold_parts_of_all_else_but_in_decoding():
+    mesh, logical = mesh_of(fsdp=2, expert=2, tensor=2), FAMILIES["deepseek_v3"].LOGICAL_AXES
+    shapes = {
+        ("mlp", "experts_gate", "kernel"): (2, 4, 16, 16),
+        ("attention", "latent", "kernel"): (2, 16, 16),
+        ("embed", "embedding"): (16, 16),
+    }
+
+    def lies(rules=sharding.RULES):
+        return [sharding.partition(mesh, logical, *one, rules) for one in shapes.items()]
+
+    over = ("fsdp", "expert")
+    assert lies() == [
+        PartitionSpec(None, ("expert", "fsdp"), None, "tensor"),
+        PartitionSpec(None, over),
+        PartitionSpec("tensor", over),
+    ]
+    assert lies(sharding.DECODE_RULES) == [
+        PartitionSpec(None, "expert", None, "tensor"),
+        PartitionSpec(),
+        PartitionSpec("tensor"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("experts", "spec", "told"),
+    [
+        (8, PartitionSpec(None, ("expert", "fsdp")), []),
+        (6, PartitionSpec(None, "expert", "fsdp"), []),  # the width is divided instead
+        (5, PartitionSpec(None, None, ("fsdp", "expert")), ["5 experts do not divide over mesh.expert=2"]),
+    ],
+)  # fmt: skip
+def test_experts_that_all_axes_do_not_divide_are_divided_by_width(experts, spec, told):
+    mesh, logical = mesh_of(fsdp=4, expert=2), FAMILIES["deepseek_v3"].LOGICAL_AXES
+    leaf = jax.ShapeDtypeStruct((2, experts, 16, 4), jnp.float32)
+    tree = {"layers": {"mlp": {"experts_gate": {"kernel": leaf}}}}
+    found = sharding.shardings(mesh, logical, tree)
+    assert found["layers"]["mlp"]["experts_gate"]["kernel"].spec == spec
+    said = sharding.replicated_axes(mesh, logical, tree)
+    assert len(said) == len(told) and all(one in two for one, two in zip(told, said, strict=True))
 
 
 def test_heads_that_the_mesh_does_not_divide_are_replicated_and_named(tiny_dir):

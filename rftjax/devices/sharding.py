@@ -33,16 +33,18 @@ RULES: Rules = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
-    # Devices of one context need the same weights, so they hold a part of them each, as those of fsdp do.
-    "width": ("fsdp", CONTEXT),
-    "rank": ("fsdp", CONTEXT),
+    # Devices of one context need the same weights, so they hold a part of them each, as those of fsdp do; devices of
+    # other experts too, of all that is not an expert's.
+    "width": ("fsdp", CONTEXT, "expert"),
+    "rank": ("fsdp", CONTEXT, "expert"),
     "channels": (),
-    "experts": ("expert",),
+    # By expert, not by width: what is gathered then lies together, and XLA for GPUs need not turn all experts over.
+    "experts": ("expert", "fsdp", CONTEXT),
     "routes": (),  # of a router, to experts that lie anywhere
     "gain": (),  # of a norm
 }
 # Decoding reads every weight in each of its steps: too often to gather them from other devices.
-DECODE_RULES: Rules = {**RULES, "width": (), "rank": ()}
+DECODE_RULES: Rules = {**RULES, "width": (), "rank": (), "experts": ("expert",)}
 
 
 def make_mesh(
@@ -166,16 +168,19 @@ def _axes(
     rules: Rules = RULES,
 ) -> list[tuple[tuple[str, ...], str]]:
     """Returns for each axis of a parameter the mesh axes that divide it, and why there are fewer than the rules say."""
-    axes: list[tuple[tuple[str, ...], str]] = []
+    axes, taken = [], set()
     for name, size in zip(_logical(logical, path, shape), shape, strict=True):
-        wanted = _present(mesh, rules[name] if name else ())
+        wanted = _present(mesh, [axis for axis in rules[name] if axis not in taken] if name else ())
         found, problem = _dividing(mesh, wanted, size), ""
         if found != wanted:
             over = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in wanted)
             kept = f"divided over mesh.{found[0]} alone" if found else "replicated"
             problem = f"{size} {name} do not divide over {over}; {kept}"
-        axes.append((found, problem))
-    return axes
+        axes.append((found, set(wanted) - set(found), problem))
+        taken |= set(found)
+    # What divides another axis of the parameter instead is no problem, but experts that cannot be exchanged are.
+    instead = taken - {"expert"}
+    return [(found, problem if left - instead else "") for found, left, problem in axes]
 
 
 def _present(mesh: Mesh, axes: Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rftjax import grpo
 from rftjax.devices import context, memories, sharding
 from rftjax.learning import merging, pieces, rounding
-from rftjax.models import decoder, experts, wide
+from rftjax.models import decoder, experts, logical_axes, wide
 from rftjax.models.config import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
 from rftjax.models.remat import LAYER
@@ -98,7 +98,13 @@ def scores(
     # where no filter looks at all of a token's logits.
     more = (context.CONTEXT,) if shards > 1 and not filtered else ()
     divided = sharding.vocab_axes(mesh, config.vocab, more)
-    head = decoder.head_by_vocab(params, mesh, divided) if context.CONTEXT in divided else params
+    head = decoder.head(params)
+    if context.CONTEXT in divided:
+        head = decoder.head_by_vocab(params, mesh, divided)
+    elif mesh is not None and adapters is not None:
+        # Once: each chunk would gather it. Of a head that is trained, chunks scatter the gradient too.
+        places = sharding.decode_shardings(mesh, logical_axes(config), head)
+        head = jax.lax.with_sharding_constraint(head, places)
 
     def score(
         sources_RM: jax.Array, targets_RM: jax.Array, temperatures_RM: jax.Array | None = None

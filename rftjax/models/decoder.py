@@ -281,6 +281,12 @@ def roll(config: Config, tree: Params) -> Params:
     return rolled
 
 
+def head(params: Params) -> Params:
+    """Returns the part of the parameters that `logits` reads."""
+    name = "head" if "head" in params else "embed"
+    return {name: params[name]}
+
+
 def logits(config: Config, params: Params, x_MD: jax.Array) -> jax.Array:
     """Returns logits_MV in float32; a tied head is the embedding where the tree holds none of its own."""
     if "head" in params:

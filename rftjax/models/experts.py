@@ -103,8 +103,7 @@ def _grouped_forward(
 def _grouped_backward(divided: bool, saved: tuple, dy_JF: jax.Array) -> tuple:
     x_JD, kernel_EDF, sizes_E = saved
     dy_JF = dy_JF.astype(x_JD.dtype)
-    turned_EFD = _turned(kernel_EDF.astype(x_JD.dtype))
-    dx_JD = _product(dy_JF, turned_EFD, sizes_E, divided)
+    dx_JD = _turned_product(dy_JF, kernel_EDF.astype(x_JD.dtype), sizes_E, divided)
     dkernel_EDF = jax.lax.platform_dependent(
         x_JD,
         dy_JF,
@@ -132,17 +131,30 @@ def _product(
     )
 
 
-def _turned(kernel_EDF: jax.Array) -> jax.Array:
-    """Returns the experts' matrices transposed.
+def _turned_product(
+    dy_JF: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, divided: bool
+) -> jax.Array:
+    """Returns `_product` with each expert's matrix transposed.
 
-    XLA for TPUs would lay out the weights of all layers, in a copy, as this product of one layer reads them.
+    XLA for TPUs would lay out the weights of all layers, in a copy, as this product of one layer reads them; XLA for
+    GPUs would transpose those of all layers before the loop over them.
     """
 
-    def pinned(kernel_EDF: jax.Array) -> jax.Array:
-        return with_layout_constraint(kernel_EDF, Layout((0, 1, 2))).swapaxes(1, 2)
+    def swapped(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda dy, kernel, sizes: product(dy, kernel.swapaxes(1, 2), sizes)
+
+    def pinned(dy: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+        kernel = with_layout_constraint(kernel, Layout((0, 1, 2)))
+        return jax.lax.ragged_dot(dy, kernel.swapaxes(1, 2), sizes)
 
     return jax.lax.platform_dependent(
-        kernel_EDF, tpu=pinned, default=lambda kernel_EDF: kernel_EDF.swapaxes(1, 2)
+        dy_JF,
+        kernel_EDF,
+        sizes_E,
+        cpu=swapped(_product_by_blocks),
+        tpu=pinned,
+        default=swapped(jax.lax.ragged_dot),
+        **({} if divided else {"cuda": triton.turned_product}),
     )
 
 

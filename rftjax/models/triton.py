@@ -42,26 +42,39 @@ def product(
 
     `interpret` runs step by step on any device.
     """
+    return _products(x_JD, kernel_EDF, sizes_E, turned=False, interpret=interpret)
+
+
+def turned_product(
+    dy_JF: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Returns `product` with each expert's matrix transposed, which is read as it lies."""
+    return _products(dy_JF, kernel_EDF, sizes_E, turned=True, interpret=interpret)
+
+
+def _products(
+    x: jax.Array, kernel: jax.Array, sizes_E: jax.Array, *, turned: bool, interpret: bool
+) -> jax.Array:
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    J, F = x_JD.shape[0], kernel_EDF.shape[2]
-    x, kernel = _filled(x_JD, 1), _filled(kernel_EDF, 1, 2)
-    E, D, wide = kernel.shape
+    rows, width = x.shape[0], kernel.shape[1 if turned else 2]
+    x, kernel = _filled(x, 1), _filled(kernel, 1, 2)
+    experts, wide = kernel.shape[0], kernel.shape[1 if turned else 2]
     counts_E = -(-sizes_E // BLOCK)
     ends_E, last_E = jnp.cumsum(counts_E), jnp.cumsum(sizes_E)
-    at_Z = jnp.arange(min(J, J // BLOCK + E))
-    expert_Z = jnp.minimum(jnp.searchsorted(ends_E, at_Z, side="right"), E - 1)
+    at_Z = jnp.arange(min(rows, rows // BLOCK + experts))
+    expert_Z = jnp.minimum(jnp.searchsorted(ends_E, at_Z, side="right"), experts - 1)
     first_Z = (last_E - sizes_E)[expert_Z] + (at_Z - (ends_E - counts_E)[expert_Z]) * BLOCK
-    blocks = (expert_Z, jnp.minimum(first_Z, J), last_E[expert_Z])
+    blocks = (expert_Z, jnp.minimum(first_Z, rows), last_E[expert_Z])
     # Masked rows are not touched on a GPU; step by step a slice beyond the end would begin earlier.
     spare = BLOCK if interpret else 0
     x = jnp.pad(x, ((0, spare), (0, 0)))
-    result, width = jax.ShapeDtypeStruct((J + spare, wide), x.dtype), _width(wide)
+    result, tile = jax.ShapeDtypeStruct((rows + spare, wide), x.dtype), _width(wide)
     one = pallas.BlockSpec((1,), lambda block, column: (block,))
     y = pallas.pallas_call(
-        functools.partial(_product, steps=D // STEP, width=width),
-        grid=(at_Z.shape[0], wide // width),
+        functools.partial(_product, steps=x.shape[1] // STEP, width=tile, turned=turned),
+        grid=(at_Z.shape[0], wide // tile),
         in_specs=[one, one, one, _whole(x), _whole(kernel)],
         out_specs=_whole(result),
         out_shape=result,
@@ -70,11 +83,20 @@ def product(
         name="grouped_product",
     )(*(part.astype(jnp.int32) for part in blocks), x, kernel)
     # No program writes the rows behind the last expert's.
-    return jnp.where((jnp.arange(J) < last_E[-1])[:, None], y[:J, :F], 0)
+    return jnp.where((jnp.arange(rows) < last_E[-1])[:, None], y[:rows, :width], 0)
 
 
 def _product(
-    expert: Any, first: Any, last: Any, x: Any, kernel: Any, y: Any, *, steps: int, width: int
+    expert: Any,
+    first: Any,
+    last: Any,
+    x: Any,
+    kernel: Any,
+    y: Any,
+    *,
+    steps: int,
+    width: int,
+    turned: bool,
 ) -> None:
     """Computes one block's tile; the arguments are references to memory."""
     from jax.experimental import pallas
@@ -87,7 +109,8 @@ def _product(
     def add(at: jax.Array, total: jax.Array) -> jax.Array:
         part = pallas.ds(at * STEP, STEP)
         left = triton.load(x.at[rows, part], mask=own, other=0.0)
-        return total + dot(left, kernel[expert[0], part, columns])
+        right = kernel[expert[0], columns, part].T if turned else kernel[expert[0], part, columns]
+        return total + dot(left, right)
 
     total = jax.lax.fori_loop(0, steps, add, jnp.zeros((BLOCK, width), jnp.float32))
     triton.store(y.at[rows, columns], total.astype(y.dtype), mask=own)

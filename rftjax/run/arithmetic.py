@@ -45,9 +45,10 @@ class Job:
         self.config, self.model, self.mesh = config, model, mesh
         self.shards = sharding.row_multiple(mesh)
         self.context = sharding.context_shards(mesh)
-        # Devices that hold parts of one weight, but for those of heads and experts.
-        self.weight_shards = mesh.shape["fsdp"] * self.context
         self.expert_shards = sharding.expert_shards(mesh, model.routing.experts or 1)
+        # Devices that hold parts of one expert's weight, and of one of all others, but for those of `tensor`.
+        self.of_others = mesh.shape["fsdp"] * self.context * mesh.shape["expert"]
+        self.of_expert = self.of_others // self.expert_shards
         self.slots = config.sampler.slots
         pool = config.sampler.pool or self.slots * (2 if config.environment else 1)
         self.rows = -(-max(pool, self.slots) // self.shards) * self.shards
@@ -81,6 +82,7 @@ class Job:
             "packed rows of the step": self.pack_bytes(),
             f"activations of {self.own_tokens} tokens": kept,
             "keys and values of whole rows": self._keys_gathered(),
+            "the frozen head, gathered": self._frozen_head(),
             "logits, or a layer and its gathered weights": max(head, work),
             "experts, as they are gathered": self._experts_again() if gpu else 0.0,
             ROOM: self.rooms(self.own_tokens),
@@ -148,21 +150,23 @@ class Job:
 
     def _gathered(self, stack: Stack) -> float:
         """Bytes of one layer's weights, of which those of the next layer are gathered too, and of their gradient."""
-        if self.weight_shards == 1:
-            return 0.0
         axes, one = logical_axes(self.model), 0.0
         params = hf.abstract_params(self.model)[stack.name]
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             of_experts = axes[path[-2].key, path[-1].key][0] == "experts"
-            one += math.prod(leaf.shape[1:]) / (self.expert_shards if of_experts else 1)
+            if (self.of_expert if of_experts else self.of_others) > 1:
+                one += math.prod(leaf.shape[1:]) / (self.expert_shards if of_experts else 1)
         one /= self.mesh.shape["tensor"]
         return one * (2 * self.item + (0 if self.config.lora.rank else 4))
 
     def _experts_again(self) -> float:
-        """Bytes of a device's part of the experts, which XLA for GPUs turns over before it gathers from it."""
-        shards = self.weight_shards
+        """Bytes of a device's part of the experts, which XLA for GPUs turns over before it gathers from it where they
+        are divided by width."""
+        routing, shards = self.model.routing, self.of_expert
+        if shards == 1 or (routing.experts or 1) % self.of_others == 0:
+            return 0.0
         own = _matrices(self.model)[1] / self.expert_shards / self.mesh.shape["tensor"] / shards
-        return own * self.item if shards > 1 else 0.0
+        return own * (self.item if self.config.lora.rank else 4)
 
     def _layer(self, stack: Stack) -> float:
         """Bytes of one layer's activations: what XLA keeps of attention, norms (in float32) and the feed-forward part,
@@ -181,19 +185,29 @@ class Job:
         return KEYS_FORMS * self.row_tokens * self.item * numbers
 
     def head_bytes(self, logits: float, copies: int) -> float:
-        """Bytes of the float32 logits that exist at once in so many forms, the head, gathered, and its gradient; where
-        it is trained, of so many copies."""
+        """Bytes of the float32 logits that exist at once in so many forms, and of a trained head, gathered, in so many
+        copies, and its gradient."""
         scored = min(self.own_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
         chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
         one = 4.0 * (scored if chunked else self.own_tokens) * self.model.vocab
-        forms = self.item if self.config.lora.rank else copies * self.item + 4
-        sampler, more = self.config.sampler, (sharding.CONTEXT,)
-        filtered = sampler.top_p < 1 or sampler.top_k > 0
-        if not filtered and more[0] in sharding.vocab_axes(self.mesh, self.model.vocab, more):
+        forms = 0 if self.config.lora.rank else copies * self.item + 4
+        if self._by_vocab():
             forms = (2 * self.item if self.config.lora.rank else HEAD_BY_VOCAB) / self.context
         head = self.model.vocab * self.model.width * forms
         return (logits * one + head) / self.mesh.shape["tensor"]
+
+    def _by_vocab(self) -> bool:
+        """Returns whether devices of a context have a part of the head's vocabulary each."""
+        sampler, more = self.config.sampler, (sharding.CONTEXT,)
+        filtered = sampler.top_p < 1 or sampler.top_k > 0
+        return not filtered and more[0] in sharding.vocab_axes(self.mesh, self.model.vocab, more)
+
+    def _frozen_head(self) -> float:
+        """Bytes of a head that is not trained, which is gathered once for all chunks of logits."""
+        gathered = self.config.lora.rank and self.of_others > 1 and not self._by_vocab()
+        head = self.model.vocab * self.model.width * self.item
+        return head / self.mesh.shape["tensor"] if gathered else 0.0
 
     def seconds(
         self, chip: Accelerator, weights: float, cache: float, *, full: bool
@@ -250,10 +264,13 @@ class Job:
         gradients that are scattered or summed (of full fine-tuning), sums over `tensor` twice a layer in each pass,
         rows of experts that lie on other devices there and back, what keys and values of other devices' tokens are made
         of in two passes, and its gradient."""
-        fsdp, tensor = self.weight_shards, self.mesh.shape["tensor"]
+        tensor = self.mesh.shape["tensor"]
         batches = math.ceil(tokens / self.row_tokens / self.shards)
         experts, moved = _matrices(self.model)[1], 0.0
-        for whole, shards in ((entries(self.model) - experts, 1), (experts, self.expert_shards)):
+        for whole, fsdp, shards in (
+            (entries(self.model) - experts, self.of_others, 1),
+            (experts, self.of_expert, self.expert_shards),
+        ):
             shard = whole * self.item / fsdp / tensor / shards
             copies = self.shards * self.context / fsdp / shards
             moved += batches * shard * (fsdp - 1) * (3 if full else 2)
