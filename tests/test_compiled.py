@@ -160,11 +160,10 @@ def compile_for(tmp_path, kind, what, *flags, **fields):
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=WITHOUT[kind]) for kind in WITHOUT])
 def test_decoding_copies_no_leaf_of_the_cache_and_gathers_no_weights(tmp_path, kind):
     flags = ("--mesh=data:1,fsdp:2,tensor:4", "--length=2048")
-    said, text = compile_for(tmp_path, kind, "decode", *flags)
-    leaf = re.escape("bf16[32,2,2048,128]" if kind == "v5p" else "bf16[32,2,2048,64]")
-    assert re.search(leaf, text.replace("2048,64", "2048,64")), (
-        "no leaf of the cache is in the text"
-    )
+    channels = 128 if kind == "v5p" else 64  # XLA for TPUs fills up what is narrower than a tile
+    said, text = compile_for(tmp_path, kind, "decode", *flags, head_dim=channels)
+    leaf = re.escape(f"bf16[32,2,2048,{channels}]")
+    assert re.search(leaf, text), "no leaf of the cache is in the text"
     assert not re.findall(rf"= {leaf}\S* (?:copy|transpose)\(", text)
     assert said["collectives"].get("all-gather", 0) < 32 * 32000 * 4  # the logits of its rows
     assert said["planned_over_peak"] == pytest.approx(1.0, abs=0.1)
