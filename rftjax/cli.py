@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 
 from absl import app
 
@@ -20,6 +21,7 @@ USAGE = """usage: rftjax --config=SPEC --workdir=DIR [--mode=MODE] [--config.FIE
        rftjax score RUN                  scores a run's rollouts again, with --config.evaluator=...
        rftjax compare RUN [RUN ...]      what differs between runs, and what they learned
        rftjax fetch-model                fetches the small model of the specs quickstart and multi_turn
+       rftjax version                    says which version this is, and JAX's and Flax's
 
 SPEC is a file, or one of {names}; NAME:debug is a short form.
 """
@@ -32,6 +34,10 @@ def run() -> None:
         sys.exit(compare.main(sys.argv[2:]))
     if command == "fetch-model":
         fetch_model.main()
+        return
+    if command in ("version", "--version"):
+        versions = (f"{name} {metadata.version(name)}" for name in ("rftjax", "jax", "flax"))
+        sys.stdout.write(", ".join(versions) + "\n")
         return
     if command in ("", "help", "-h", "--help"):
         sys.stderr.write(USAGE.format(names=", ".join(specs.names())))

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from absl import app
@@ -26,6 +27,11 @@ def test_who_asks_for_help_gets_it(monkeypatch, capsys, asked):
         run(monkeypatch, asked)
     assert end.value.code == 0
     assert "usage: rftjax --config=SPEC" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out.startswith(f"rftjax {metadata.version('rftjax')}, jax ")
 
 
 def test_a_model_or_a_run_is_enough_to_serve_and_to_talk(monkeypatch, tmp_path):
