@@ -356,8 +356,9 @@ def vocab_axes(mesh: Mesh | None, vocab: int, more: tuple[str, ...] = ()) -> tup
 
 def head_by_vocab(mesh: Mesh, weight: jax.Array, axis: int, divided: tuple[str, ...]) -> jax.Array:
     """Lays a head, or a tied embedding, out by its vocabulary, which is `axis` of the two, over these axes of the mesh,
-    and by its width over fsdp alone."""
-    width = _dividing(mesh, _present(mesh, ("fsdp",)), weight.shape[1 - axis])
+    and by its width over the others that may divide it."""
+    others = [one for one in RULES["width"] if one not in divided]
+    width = _dividing(mesh, _present(mesh, others), weight.shape[1 - axis])
     place = axes_sharding(mesh, *((divided, width) if axis == 0 else (width, divided)))
     return jax.lax.with_sharding_constraint(weight, place)
 
