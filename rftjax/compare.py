@@ -84,10 +84,7 @@ class Run:
         """Returns the names of the held-out sets that were evaluated, the main one first."""
         names = [name for line in self.lines for name in line]
         sets = {name.split("/")[1] for name in names if name.startswith("eval/")}
-        sets -= {
-            "part",
-            "metric",
-        }  # what evaluators name, "reward" among others; no set may be called so
+        sets -= {"part", "metric"}  # what evaluators name, "reward" among others, is no set
         further = {one for one in sets if any(name == f"eval/{one}/reward" for name in names)}
         main = any(name == "eval/reward" for name in names)
         return ["heldout"] * main + sorted(further)

@@ -174,13 +174,22 @@ def _axes(
         found, problem = _dividing(mesh, wanted, size), ""
         if found != wanted:
             over = " x ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in wanted)
-            kept = f"divided over mesh.{found[0]} alone" if found else "replicated"
-            problem = f"{size} {name} do not divide over {over}; {kept}"
+            problem = f"{size} {name} do not divide over {over}"
         axes.append((found, set(wanted) - set(found), problem))
         taken |= set(found)
     # What divides another axis of the parameter instead is no problem, but experts that cannot be exchanged are.
     instead = taken - {"expert"}
-    return [(found, problem if left - instead else "") for found, left, problem in axes]
+    return [
+        (found, f"{problem}; {_kept(found, left & taken)}" if left - instead else "")
+        for found, left, problem in axes
+    ]
+
+
+def _kept(found: tuple[str, ...], elsewhere: set[str]) -> str:
+    """Returns how an axis lies that the mesh does not divide as the rules say."""
+    if found:
+        return f"divided over {' and '.join(f'mesh.{axis}' for axis in found)} alone"
+    return "divided by another axis instead, so not exchanged" if elsewhere else "replicated"
 
 
 def _present(mesh: Mesh, axes: Sequence[str]) -> tuple[str, ...]:
