@@ -253,11 +253,11 @@ class Pool:
 
 
 def cache_length(tokens: int) -> int:
-    """Returns the cache length for `tokens` positions: few distinct ones, at most a quarter too long beyond 1,024.
+    """Returns the cache length for `tokens` positions: few distinct ones, at most an eighth too long beyond 1,024.
 
     A decode step reads all of it, so that what is too long costs time.
     """
     step = GRANULE
-    while tokens > 8 * step:
+    while tokens > 16 * step:
         step *= 2
     return -(-tokens // step) * step
