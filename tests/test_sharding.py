@@ -123,7 +123,7 @@ def test_devices_of_experts_hold_parts_of_all_else_but_in_decoding():
     [
         (8, PartitionSpec(None, ("expert", "fsdp")), []),
         (6, PartitionSpec(None, "expert", "fsdp"), []),  # the width is divided instead
-        (5, PartitionSpec(None, None, ("fsdp", "expert")), ["by another axis instead, so not exchanged"]),
+        (5, PartitionSpec(None, None, ("fsdp", "expert")), ["; divided by another axis instead"]),
     ],
 )  # fmt: skip
 def test_experts_that_all_axes_do_not_divide_are_divided_by_width(experts, spec, told):

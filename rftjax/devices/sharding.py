@@ -179,17 +179,15 @@ def _axes(
         taken |= set(found)
     # What divides another axis of the parameter instead is no problem, but experts that cannot be exchanged are.
     instead = taken - {"expert"}
-    return [
-        (found, f"{problem}; {_kept(found, left & taken)}" if left - instead else "")
-        for found, left, problem in axes
-    ]
 
+    def told(found: tuple[str, ...], left: set[str], problem: str) -> str:
+        if not left - instead:
+            return ""
+        kept = " and ".join(f"mesh.{axis}" for axis in found)
+        other = "divided by another axis instead" if left & taken else "replicated"
+        return f"{problem}; {f'divided over {kept} alone' if kept else other}"
 
-def _kept(found: tuple[str, ...], elsewhere: set[str]) -> str:
-    """Returns how an axis lies that the mesh does not divide as the rules say."""
-    if found:
-        return f"divided over {' and '.join(f'mesh.{axis}' for axis in found)} alone"
-    return "divided by another axis instead, so not exchanged" if elsewhere else "replicated"
+    return [(one[0], told(*one)) for one in axes]
 
 
 def _present(mesh: Mesh, axes: Sequence[str]) -> tuple[str, ...]:
