@@ -287,20 +287,16 @@ def _deeper(value: Any, limit: int) -> bool:
 
 def _pickling_problems(row: Mapping[Any, Any]) -> list[str]:
     """Names the fields that cannot be sent to the worker processes of evaluators and environments."""
-    try:
-        pickle.dumps(row)
-    except Exception:
-        return [fault for name, value in row.items() if (fault := _pickling_problem(name, value))]
-    return []
-
-
-def _pickling_problem(name: Any, value: Any) -> str:
-    try:
-        pickle.dumps(value)
-    except Exception as error:
-        kind = _kind(value)
-        return f"{name}: cannot be sent to an evaluator, is a {kind} ({error}); write plain data"
-    return ""
+    problems = []
+    for name, value in row.items():
+        try:
+            pickle.dumps(value)
+        # A value decides itself how it is pickled, so that it may raise anything; the row is refused with what it says.
+        except Exception as error:
+            problems.append(
+                f"{name}: cannot be sent to an evaluator, is a {_kind(value)} ({error}); write plain data"
+            )
+    return problems
 
 
 def _kind(value: Any) -> str:
