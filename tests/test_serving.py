@@ -1,6 +1,7 @@
 """A server in OpenAI's formats, asked by the real client and by raw requests."""
 
 import asyncio
+import contextlib
 import http.client
 import itertools
 import json
@@ -385,6 +386,17 @@ def test_the_prompts_of_earlier_requests_are_not_computed_again(client, server):
     assert first > 50
     assert prefilled(f"{shared}a") < 8  # whole chunks are shared
     assert prefilled(f"{shared}b") < 16
+
+
+def test_an_idle_connection_outlives_what_a_client_keeps_of_it(server):
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    with contextlib.closing(connection):
+        for pause in (0, openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry + 0.5):
+            time.sleep(pause)
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            assert answer.status == 200 and answer.read()
+            assert connection.sock is not None  # the server did not close it
 
 
 def test_what_goes_on_from_an_answer_finds_it_in_its_row(client, server, weights):

@@ -15,6 +15,7 @@ import uvicorn
 from rftjax.errors import UserError
 
 STARTED_S = 30.0
+KEEP_ALIVE_S = 75  # far above the 5 s of Python's HTTP clients: one that reuses an idle connection must find it open
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -49,6 +50,7 @@ def _server(app: Any) -> uvicorn.Server:
         lifespan="off",
         log_config=None,
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=2,
     )
     return uvicorn.Server(config)
