@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rftjax.environments import Environments, mcp, tools
+from rftjax.environments import Environments, mcp, mcp_servers, tools
 from rftjax.errors import UserError
 from rftjax.types import Task, Turn
 from rftjax.workers.pool import WorkerError
@@ -55,6 +55,11 @@ def die() -> str:
 def hang() -> str:
     while True:
         time.sleep(1)
+
+@server.tool()
+def think() -> str:
+    time.sleep(3)
+    return "done"
 
 if len(sys.argv) > 1:
     server.run(transport="streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
@@ -196,6 +201,23 @@ def test_functions_and_a_server_make_one_environment(folder: Path):
 
     assert contents(asyncio.run(episode())) == ["the total is 4", "8"]
     assert not servers()
+
+
+def test_a_tool_may_take_longer_than_a_server_may_to_list_its_tools(
+    address: tuple[str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+):
+    far = tools(mcp(url=address[0]))
+    assert far.schemas
+    monkeypatch.setattr(mcp_servers, "LIST_S", 1.0)
+
+    async def episode() -> Turn:
+        episode = far(Task("t", []), 0)
+        await episode.reset()
+        turn = await episode.step({"role": "assistant", "content": call("think")})
+        await episode.close()
+        return turn
+
+    assert contents(asyncio.run(episode())) == ["done"]
 
 
 def test_a_server_that_listens_is_reached_and_one_that_hangs_or_goes_costs_its_sample(

@@ -17,6 +17,7 @@ from rftjax.environments.toolbox import Tools, inlined
 from rftjax.errors import UserError
 
 LIST_S = 60.0  # for a server to start and list its tools
+IDLE_S = 2.0  # a connection idle for longer is not used again: many servers close theirs after 5 s
 _CLOSE_S = 8.0  # the package gives a process 2 s to exit, 2 s to end and 2 s to be killed
 
 
@@ -132,10 +133,11 @@ class Server:
             async with package.Client(source) as client:
                 yield client
             return
-        from httpx2 import AsyncClient
+        from httpx2 import AsyncClient, Limits, Timeout
 
-        # No limit of its own on reads: the limits of environments.* hold.
-        async with AsyncClient(headers=self._headers, timeout=LIST_S) as http:
+        # No limit of its own on reads: a tool may take as long as environments.* allow.
+        timeout, limits = Timeout(LIST_S, read=None), Limits(keepalive_expiry=IDLE_S)
+        async with AsyncClient(headers=self._headers, timeout=timeout, limits=limits) as http:
             source = streamable_http_client(self._url, http_client=http)
             async with package.Client(source) as client:
                 yield client
