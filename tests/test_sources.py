@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import socketserver
+import threading
 
 import pytest
 
@@ -219,6 +221,49 @@ def test_a_directory_of_parquet_files_is_one_split(tmp_path):
 
 
 # ---- Arrow
+
+
+def test_parquet_files_of_other_writers_may_have_maps_and_parts_without_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds = [("prompt", pyarrow.string()), ("answer", pyarrow.map_("string", "int64"))]
+    empty = pyarrow.schema(kinds).empty_table()
+    full = pyarrow.table({"prompt": ["a"], "answer": [[("x", 1), ("y", None)]]}, empty.schema)
+    for part, table in enumerate([empty, full, empty]):  # as Spark writes them
+        pyarrow.parquet.write_table(table, tmp_path / f"part-{part}.snappy.parquet")
+    (tmp_path / "notes.json").write_text("{}")
+    assert rows(tmp_path) == [{"prompt": "a", "answer": {"x": 1}}]
+    assert "holds no rows" in faults(tmp_path / "part-0.snappy.parquet")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["prompt"] * 2)
+    pyarrow.parquet.write_table(twice, tmp_path / "b.parquet")
+    assert "more than one column 'prompt'" in faults(tmp_path / "b.parquet")
+
+
+def test_a_saved_dataset_without_rows_is_told(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"prompt": []}).save_to_disk(tmp_path / "saved")
+    assert "holds no rows" in faults(tmp_path / "saved")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked: list[int] = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self):
+            asked.append(1)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), HangUp) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        said = faults("gsm8kk")
+        server.shutdown()
+    assert "tasks.train='gsm8kk'" in said and "the hub does not answer" in said
+    assert asked == [1] and not datasets.config.HF_HUB_OFFLINE
 
 
 def test_keys_that_arrow_pads_with_null_are_dropped_at_every_depth(tmp_path):

@@ -19,7 +19,7 @@ OWNERS = {
     "datasets": {"tasks.sources"},
     "gguf": {"weights.gguf"},
     "httpx2": {"environments.mcp_servers"},
-    "huggingface_hub": {"weights.directories"},
+    "huggingface_hub": {"tasks.sources", "weights.directories"},
     "mcp": {"environments.mcp_servers"},
     "orbax": {"run.checkpoint"},
     "safetensors": {"weights.shards"},

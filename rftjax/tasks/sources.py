@@ -1,7 +1,7 @@
 """Reads rows, each with its place, from files, directories, datasets and Python functions.
 
-JSON and CSV are parsed here, so that no value is converted; `datasets` reads Parquet, saved and hub datasets, and is
-imported only for those.
+JSON and CSV are parsed here, so that no value is converted. `datasets` reads saved and hub datasets and the Parquet
+files that it wrote, and is imported only for those.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _SPLITS = {
 }
 _SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\])?")
 _ANY_CELL_BYTES = 2**31 - 1
+_HUB_TIMEOUT_S = 10.0
 
 
 def read(source: str, split: str, field: str) -> Iterator[Read]:
@@ -155,10 +156,7 @@ def _read_path(path: str, split: str, field: str, source: str) -> Iterator[Read]
         return
     kind, head = kind_of(path), compressed.head(path)
     if kind == ".parquet" or head.startswith(b"PAR1"):
-        import datasets
-
-        rows = datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
-        yield from _read_dataset(source, rows)
+        yield from _read_dataset(source, _parquet_rows(path))
     elif b"\0" in head and not head.startswith(compressed.UTF16):
         raise UserError(
             f"{field}={source!r}: is a binary file of a kind that is not read here; "
@@ -171,7 +169,7 @@ def _read_path(path: str, split: str, field: str, source: str) -> Iterator[Read]
 
 
 def _read_directory(path: str, split: str, field: str, source: str) -> Iterator[Read]:
-    """Reads JSON and CSV files of a directory; `datasets` reads every other kind of directory."""
+    """Reads the Parquet files of a directory, else its JSON and CSV files; `datasets` reads every other kind."""
     if os.path.exists(parts := os.path.join(path, "dataset_dict.json")):
         names = json.loads(Path(parts).read_text())["splits"]
         if split not in names:
@@ -183,9 +181,10 @@ def _read_directory(path: str, split: str, field: str, source: str) -> Iterator[
     files = [
         one for one in files if not any(part[0] == "." for part in one.relative_to(path).parts)
     ]
-    texts = [one for one in files if kind_of(one.name) in (*JSON, *CSV)]
+    tables = [one for one in files if one.suffix == ".parquet"]
+    texts = tables or [one for one in files if kind_of(one.name) in (*JSON, *CSV)]
     described = any(b"data_files" in one.read_bytes() for one in files if one.name == "README.md")
-    if described or not texts or any(one.suffix in (".parquet", ".arrow") for one in files):
+    if described or not texts or any(one.suffix == ".arrow" for one in files):
         import datasets
 
         return _read_dataset(source, datasets.load_dataset(path, split=split, streaming=True))
@@ -216,14 +215,61 @@ def _no_split(field: str, source: str, split: str, names: Iterable[str]) -> str:
 def _read_saved(source: str, path: str) -> Iterator[Read]:
     import datasets
 
-    yield from _read_dataset(source, datasets.load_from_disk(path))
+    # Without rows there is no file, which `datasets` fails to open.
+    if json.loads(Path(path, "state.json").read_text()).get("_data_files") != []:
+        yield from _read_dataset(source, datasets.load_from_disk(path))
 
 
 def _read_hub(source: str, split: str) -> Iterator[Read]:
     import datasets
 
     name, _, variant = source.partition(":")
-    yield from _read_dataset(source, datasets.load_dataset(name, variant or None, split=split))
+    away, offline = _hub_is_away(name), datasets.config.HF_HUB_OFFLINE
+    # Otherwise `datasets` asks six times, with growing pauses, before it looks into its cache.
+    datasets.config.HF_HUB_OFFLINE = offline or away != ""
+    try:
+        rows = datasets.load_dataset(name, variant or None, split=split)
+    except ConnectionError as error:
+        if not away:
+            raise
+        reason = f"the hub does not answer ({away}), and the cache has no such dataset"
+        raise ConnectionError(reason) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+    yield from _read_dataset(source, rows)
+
+
+def _hub_is_away(name: str) -> str:
+    """Returns why the hub gives no answer about a dataset, "" where it does or needs not be asked."""
+    import datasets
+    import huggingface_hub as hub
+
+    try:
+        hub.HfApi(datasets.config.HF_ENDPOINT).dataset_info(name, timeout=_HUB_TIMEOUT_S)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+        return ""
+    except Exception as error:  # each version of its HTTP client has its own classes
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a Parquet file; `datasets` decodes the columns whose kinds it wrote into the file."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            return
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"it has more than one column {', '.join(map(repr, twice))}")
+        if b"huggingface" not in (file.schema_arrow.metadata or {}):
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist(maps_as_pydicts="strict")
+            return
+    import datasets
+
+    yield from datasets.load_dataset("parquet", data_files=path, split="train", streaming=True)
 
 
 def _read_dataset(source: str, rows: Iterable[Any]) -> Iterator[Read]:
