@@ -129,7 +129,7 @@ def main(argv: list[str]) -> None:
         print(failures.interrupted(error, RESTART_FROM.value >= 0), file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if message := failures.explain(error):
+        if message := failures.explain(error) or failures.unread(error):
             logging.debug("the traceback", exc_info=True)
             sys.exit(f"error: {message}")
         if path := None if served or workdir is None else failures.record(workdir, error):

@@ -65,14 +65,17 @@ def run(
     if mode == "score":
         place = Path(rollouts).expanduser().absolute() if rollouts else workdir
         recorded.files(place)  # a mistyped path is told before what its config would lack
+        metrics.check_workdir(workdir)
         config = rescoring.score_config(given, overrides, workdir)
         print("\n".join(rescoring.score(config, workdir, place)))
         return
     if mode == "check":
+        metrics.check_workdir(workdir)
         preflight.check(given, workdir)
         return
     if mode == "eval":
         evaluating.check_run(workdir)
+        metrics.check_workdir(workdir)
         config = job.open_config(workdir, given, overrides)
         print("\n".join(evaluating.evaluate(config, workdir, step or "last")))
         return

@@ -390,6 +390,8 @@ def test_a_missing_or_failing_spec_is_told_in_one_line(command):
         ("--config=spek.py",): "there is no file spek.py; did you mean spec.py?",
         ("--config=spec.py:fast",): "spec.py, line 8: no form 'fast', only debug",
         ("--config=spec.py:bug",): "spec.py, line 6: AttributeError",
+        ("--config=spec.py", "--config", "rft"): "is given 2 times (spec.py, ",
+        ("--config=.",): "--config=.: is a folder; give a spec",
         ("--config=spec.py", "--wrkdir=x"): "Unknown command line flag 'wrkdir'",
     }
     for arguments, expected in cases.items():

@@ -320,6 +320,12 @@ def test_a_checkpoint_is_ranked_by_the_metric_of_a_further_set(finished):
     checkpoints.close()
 
 
+def test_the_summary_s_command_can_be_copied(tmp_path):
+    assert f"tensorboard --logdir '{tmp_path}/a run/tensorboard'" in results.summary(
+        tmp_path / "a run"
+    )
+
+
 def test_the_summary_has_the_gain_of_every_set(finished):
     text = results.summary(finished)
     lines = lines_of(finished / "metrics.jsonl")

@@ -53,6 +53,22 @@ def test_everything_else_is_a_fault_and_keeps_its_traceback(error):
     assert failures.explain(error) == ""
 
 
+def test_a_reader_that_has_ended_is_told_in_one_line(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = (
+        "import sys\nfrom rftjax.run import failures\n"
+        "try:\n    print('x', flush=True)\nexcept OSError as error:\n    sys.exit(failures.unread(error))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    told = "the program that read the output has ended; send the output to a file\n"
+    assert (ended.returncode, ended.stderr) == (1, told)
+    assert failures.unread(BrokenPipeError(errno.EPIPE, "Broken pipe")) == ""
+
+
 def test_a_fault_is_kept_in_the_workdir_with_step_and_versions(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     error = caught([].pop)

@@ -357,6 +357,14 @@ def test_progress_is_one_plain_line_a_step_outside_a_terminal(tmp_path, capsys):
     assert re.fullmatch(pattern, second)
 
 
+def test_progress_without_stdout_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+    recorder = make_recorder(tmp_path, steps=60, quiet=False)
+    recorder.write(1, {"eval/reward": 0.31})
+    recorder.flush(1)
+    recorder.close()
+
+
 def test_progress_is_redrawn_on_one_line_in_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
@@ -427,6 +435,8 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_runs(tmp_pa
         check_workdir(tmp_path / "file" / "run")
     with pytest.raises(ValueError, match=r"GiB are free there, the run needs about .*keep"):
         check_workdir(tmp_path, needed_bytes=2**60)
+    with pytest.raises(ValueError, match=r"--workdir=.*must be UTF-8"):
+        check_workdir(tmp_path / os.fsdecode(b"l\xe9n"))
     assert check_workdir(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list((tmp_path / "a" / "b").iterdir()) == []
     with pytest.raises(ValueError, match=r"logging\.every=0"):
@@ -483,11 +493,13 @@ def test_numbers_that_an_evaluator_only_records_are_averaged_apart_from_parts():
 
 def test_tensorboard_shows_the_config_and_hparams_with_the_held_out_reward(tmp_path):
     config = {"optim.lr": 1e-3, "seed": 3, "evaluator": "a|b:c", "eval.pass_k": (1, 4), "steps": 10}
+    config["tasks.train"] = os.fsdecode(b"l\xe9n.jsonl")  # a name in Latin-1
     plain = {"logging.every": 2, "lora.path": "", "grpo.preset": "dapo", "grpo.clip_high": 0.28}
     recorder = make_recorder(tmp_path, config=config | plain)
     recorder.write(1, {"eval/reward": 0.5})
     recorder.close()
     table = texts(tmp_path, "config")[0]
+    assert r"| tasks.train | l\udce9n.jsonl |" in table
     assert "| optim.lr | 0.001 |" in table and r"| evaluator | a\|b:c |" in table
     events = accumulated(tmp_path)
     metadata = {tag: events.SummaryMetadata(tag) for tag in tags(tmp_path, "hparams")}

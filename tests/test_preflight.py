@@ -5,6 +5,7 @@ from test_chat import CHATML, make
 
 from rftjax import config as configs
 from rftjax import modes
+from rftjax.errors import UserError
 from rftjax.run import preflight
 from rftjax.scoring import EvaluatorError
 from rftjax.types import Task, Trajectory
@@ -72,6 +73,14 @@ def test_a_check_that_fails_shows_and_keeps_what_it_sampled(config, tmp_path, ca
     assert "16 x ValueError: could not convert string to float: '…'" in out
     assert "check       passed" not in out
     assert (tmp_path / "run" / "check" / "report.txt").read_text() in out
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_the_check_samples(
+    config, tmp_path, capsys
+):
+    with pytest.raises(UserError, match="--workdir=.*cannot be written to"):
+        modes.run("check", config, {}, tmp_path / "rows.jsonl" / "run", 0)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_warning_says_that_every_answer_was_cut_and_what_to_raise():

@@ -33,6 +33,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         argv.insert(1, f"--config={folder() / 'rft.py'}")
     if not any(re.fullmatch(r"--?help\w*", argument) for argument in argv):
         value = _spec_argument(argv)
+        given = [one.partition("=")[2] for one in argv if re.match(r"--?config(=|$)", one)]
+        if len(given) > 1:
+            _fail(
+                [
+                    f"--config: is given {len(given)} times ({', '.join(given)}); give one spec, and change its"
+                    " fields by --config.section.field=value"
+                ]
+            )
         if not value:
             _fail(
                 [f"--config: must be given: the spec to run, a file or one of {', '.join(names())}"]
@@ -129,6 +137,8 @@ def _split(value: str) -> tuple[str, list[str]]:
 
 def _missing_spec(value: str) -> str:
     path = Path(_split(value)[0])
+    if path.is_dir():
+        return f"--config={value}: is a folder; give a spec, a Python file with get_config"
     specs = (
         [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
     )

@@ -40,7 +40,7 @@ def hyperparameters(values: Mapping[str, Any]) -> dict[str, bool | int | float |
         if field in ALWAYS or (value != defaults.get(field) and not field.startswith(NEVER))
     }
     return {
-        field: value if isinstance(value, bool | int | float | str) else str(value)
+        field: value if isinstance(value, bool | int | float) else encode(str(value)).decode()
         for field, value in found.items()
         if value is not None and value != ()
     }

@@ -17,7 +17,8 @@ class Progress:
     """
 
     def __init__(self, steps: int, lines: Iterable[dict[str, Any]] = (), *, quiet: bool) -> None:
-        self._steps, self._quiet = steps, quiet
+        # There is no stdout where the shell closed it.
+        self._steps, self._quiet = steps, quiet or sys.stdout is None
         self._shown: dict[str, float] = {}
         self._alarms: list[str] = []
         self._ends_s = collections.deque([time.monotonic()], maxlen=11)

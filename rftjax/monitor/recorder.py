@@ -247,6 +247,12 @@ class Recorder:
 def check_workdir(path: str | Path, *, needed_bytes: int = 0) -> Path:
     """Makes the directory and writes a test file there; raises UserError if that fails or space is short."""
     workdir = Path(path).absolute()
+    try:
+        str(workdir).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--workdir={path}: must be UTF-8, as Orbax writes no other path; give another directory"
+        ) from error
     probe = workdir / f".probe-{os.getpid()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

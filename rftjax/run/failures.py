@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import select
 import sys
 import time
 import traceback
@@ -61,6 +62,19 @@ def explain(error: BaseException) -> str:
         return ""
     place = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
     return f"{place}{os.strerror(error.errno)}; {_WAYS_OUT[error.errno]}"
+
+
+def unread(error: BaseException) -> str:
+    """Returns what is said where the program that read the output has ended (`| head`), "" of any other error."""
+    if not isinstance(error, BrokenPipeError):
+        return ""
+    output = select.poll()
+    output.register(1, 0)  # an error is always told
+    if not output.poll(0):
+        return ""
+    # Python flushes what is left once more at its end, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return "the program that read the output has ended; send the output to a file"
 
 
 def interrupted(error: BaseException, went_back: bool) -> str:

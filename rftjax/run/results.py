@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,8 @@ def summary(workdir: Path) -> str:
     for name in (EXPORT, ADAPTER):
         if facts := exporting.facts_of(workdir / name):
             text.append(f"{name:24s}{workdir / name}  ({_which(facts)})")
-    text.append(f"watch it                tensorboard --logdir {workdir / 'tensorboard'}")
+    events = shlex.quote(str(workdir / "tensorboard"))
+    text.append(f"watch it                tensorboard --logdir {events}")
     return "\n".join(text)
 
 
