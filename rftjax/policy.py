@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from rftjax import types
+from rftjax.config import ranges
 from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.learning import update
@@ -32,6 +33,17 @@ from rftjax.weights import hf
 _PROMPT_RULE = (
     "must be a text, a list of messages ({'role': ..., 'content': ...}) or a list of token ids"
 )
+# The config's fields whose rules arguments follow.
+_FIELDS = {
+    "max_new_tokens": ("sampler.max_new_tokens", int),
+    "samples": ("eval.samples", int),
+    "temperature": ("eval.temperature", float),
+    "top_p": ("eval.top_p", float),
+    "top_k": ("eval.top_k", int),
+    "seed": ("seed", int),
+    "slots": ("sampler.slots", int),
+}
+_SCORED = {"temperature": ("sampler.temperature", float)}
 
 
 class Policy:
@@ -165,6 +177,7 @@ class Policy:
         `params` are others of the same shapes than the policy's own: the result is differentiable in them.
         """
         tokens_BT = self._rows_of_ids(tokens)
+        temperature = ranges.checked({"temperature": temperature}, _SCORED)["temperature"]
         params = self.params if params is None else params
         return _logprobs(self._portable, params, tokens_BT, temperature)
 
@@ -175,7 +188,7 @@ class Policy:
                 found = np.asarray(tokens)
             except ValueError:  # rows of different lengths
                 found = np.empty(0)
-            if found.ndim != 2 or found.dtype.kind not in "iu":
+            if found.ndim != 2 or not found.size or found.dtype.kind not in "iu":
                 raise UserError(
                     "tokens must be (B, T) token ids: a list of ids a row, all of one length (pad shorter rows: what"
                     f" stands behind a token does not change its score); found shape {found.shape}, {found.dtype}"
@@ -199,7 +212,7 @@ class Policy:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        stop: Sequence[str | int] | None = None,
+        stop: str | int | Sequence[str | int] | None = None,
         slots: int = 0,
         first_draw: int = 0,
     ) -> list[Trajectory]:
@@ -207,21 +220,22 @@ class Policy:
 
         A prompt is a list of messages, a text (which no chat template goes around) or a list of token ids; one alone
         may stand in place of the list. Ids need no tokenizer when `stop` is given (a sequence of ids, possibly empty).
-        `stop` may hold texts too: a turn ends with the token that completes one.
+        `stop` may hold texts too, or be one: a turn ends with the token that completes it.
         Prompt i is draw `first_draw` + i; its sample j depends on nothing but (seed, draw, j), the weights and the
         settings.
         """
-        for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples)):
-            if value < 1:
-                raise UserError(f"{name}={value}: must be at least 1")
+        given = {"max_new_tokens": max_new_tokens, "samples": samples, "seed": seed}
+        given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        ranges.checked(given | ({"slots": slots} if slots else {}), _FIELDS)
+        stop = None if stop is None else _stops(stop)
         tasks, tokens = [], []
         for index, prompt in enumerate(_several(prompts)):
             task, ids = self._read_prompt(prompt, index)
             tasks.append(task)
             tokens.append(ids)
-        given = [] if stop is None else [int(one) for one in stop if not isinstance(one, str)]
-        plain = stop is not None and len(given) == len(stop)
-        stops = tuple(given) if plain else self.stop_tokens(stop or ())
+        ids = [one for one in stop or () if isinstance(one, int)]
+        plain = stop is not None and len(ids) == len(stop)
+        stops = tuple(ids) if plain else self.stop_tokens(stop or ())
         tokenizer.check_ids(stops, self.config.vocab, "stop")
         words = self.tokenizer if tokenizer.exists(self.path) else None
         strings = self.stop_strings(stop or ())
@@ -322,6 +336,10 @@ def load(
     without `masters` they are kept in the dtype in which the forward pass reads them. `chat_settings` are those of
     `text.template.settle`.
     """
+    named = {"model.dtype": dtype, "model.attention": attention}
+    named |= {f"chat.{name}": value for name, value in (chat_settings or {}).items()}
+    for field, rule in ranges.problems(named):
+        raise UserError(f"{field}={named[field]!r}: {rule}")
     closed = threading.Event()
 
     def place(masters: bool, at: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, Any]:
@@ -345,9 +363,20 @@ def _several(prompts: Any) -> list[Any]:
     """Returns a list of prompts where one text, one conversation or one list of ids was given."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts={prompts!r}: each {_PROMPT_RULE}")
     found = list(prompts)
     parts = (Mapping, int, np.integer)
     return [found] if found and all(isinstance(part, parts) for part in found) else found
+
+
+def _stops(stop: Any) -> list[str | int]:
+    """Returns the texts and ids that end a turn, also where one stands alone."""
+    found = list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
+    for one in found:
+        if isinstance(one, bool) or not isinstance(one, str | int | np.integer) or one == "":
+            raise UserError(f"stop={stop!r}: must hold texts and token ids only")
+    return [one if isinstance(one, str) else int(one) for one in found]
 
 
 def _rows(tokens_BT: jax.Array) -> Pack:

@@ -7,7 +7,7 @@ import pytest
 from ml_collections import config_dict
 
 from rftjax import config as config_lib
-from rftjax.config import fields, rules
+from rftjax.config import fields, ranges
 from rftjax.config.fields import field_type, flatten, suggest
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +72,7 @@ def test_a_missing_field_is_named(missing):
 
 
 def test_every_numeric_field_has_a_range():
-    ranged = {field for *_, fields in rules._RANGES for field in fields.split()}
+    ranged = {field for *_, fields in ranges.RANGES for field in fields.split()}
     base = config_lib.base_config()
     numeric = {
         field
@@ -83,7 +83,7 @@ def test_every_numeric_field_has_a_range():
 
 
 def test_every_number_is_refused_when_it_is_far_too_small():
-    for *_, ranged in rules._RANGES:
+    for *_, ranged in ranges.RANGES:
         for field in ranged.split():
             config = complete()
             config.update_from_flattened_dict({field: -7})

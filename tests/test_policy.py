@@ -146,7 +146,7 @@ def test_a_text_of_several_tokens_ends_a_turn(model):
     whole = model.sample([[5, 6]], max_new_tokens=12, samples=4, seed=3)
     words = whole[0].completion.split()
     stop = " ".join(words[2:4])
-    ended = model.sample([[5, 6]], max_new_tokens=12, samples=4, seed=3, stop=[stop])
+    ended = model.sample([[5, 6]], max_new_tokens=12, samples=4, seed=3, stop=stop)
     first = whole[0].sequences[0].tokens
     assert ended[0].completion.split() == words[:2] and ended[0].finish_reason == "stop"
     assert ended[0].sequences[0].tokens == first[: len(ended[0].sequences[0].tokens)]
@@ -182,6 +182,43 @@ def test_log_probabilities_of_other_parameters_have_a_gradient(model):
     np.testing.assert_allclose(found_BT, other.logprobs(TOKENS), atol=1e-6)
     grads = jax.jit(jax.grad(lambda params: model.logprobs(TOKENS, params=params).mean()))(louder)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rule"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0: must be at least 0.0"),
+        ({"temperature": float("nan")}, "temperature=nan: must be finite"),
+        ({"top_p": 1.5}, "top_p=1.5: must be above 0.0 and at most 1.0"),
+        ({"top_k": 2.5}, "top_k=2.5: must be a whole number"),
+        ({"samples": 0}, "samples=0: must be at least 1"),
+        ({"slots": -1}, "slots=-1: must be at least 1"),  # it would sample for ever
+        ({"seed": -1}, "seed=-1: must be between 0 and"),
+        ({"stop": [1.5]}, r"stop=\[1.5\]: must hold texts and token ids only"),
+        ({"prompts": None}, "prompts=None: each must be a text, "),
+    ],
+)
+def test_an_argument_that_cannot_be_is_refused_by_name(model, wrong, rule):
+    with pytest.raises(UserError, match=rule):
+        model.sample(**{"prompts": [[5]], "max_new_tokens": 2, "stop": []} | wrong)
+
+
+def test_scores_are_of_a_temperature_above_0_and_of_some_token(model):
+    for temperature in (0.0, -1.0):
+        with pytest.raises(UserError, match="temperature=.*: must be above 0.0"):
+            model.logprobs(TOKENS, temperature=temperature)
+    with pytest.raises(UserError, match=r"found shape \(0, 3\)"):
+        model.logits(np.zeros((0, 3), int))
+    np.testing.assert_array_equal(
+        model.logprobs(TOKENS, temperature=jnp.float32(0.5)), model.logprobs(TOKENS, 0.5)
+    )
+
+
+def test_a_form_that_does_not_exist_is_refused_before_anything_is_read():
+    wrongs = {"dtype": "float16"}, {"attention": "flash"}, {"chat_settings": {"thinking": "yes"}}
+    for wrong in wrongs:
+        with pytest.raises(UserError, match="must be one of"):
+            rftjax.load("no model", **wrong)
 
 
 def test_an_empty_prompt_is_refused(model):

@@ -297,6 +297,10 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = "") -> dict[st
     return flat
 
 
+# What errors call the types of fields; all others are tuples.
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
+
 def field_type(config: ConfigDict, field: str) -> type:
     """Returns the type that the field takes, a placeholder's own; KeyError or AttributeError where there is none."""
     *sections, name = field.split(".")

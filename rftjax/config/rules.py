@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from rftjax.config import ranges
 from rftjax.config.fields import (
+    TYPES,
     base_config,
     embedded_model,
     field_type,
@@ -21,98 +23,6 @@ from rftjax.config.fields import (
 from rftjax.errors import UserError
 from rftjax.workers import named
 
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "must be at least 1",
-        lambda value: value >= 1,
-        "steps batch.prompts batch.group_size batch.pack_rows sampler.max_new_tokens sampler.slots "
-        "sampler.dispatch_steps sampler.prefill_rows sampler.prefill_chunk rollout.max_turns "
-        "scoring.workers environments.workers agents.workers serving.max_request_bytes "
-        "grpo.updates_per_batch grpo.minibatches "
-        "alarms.window eval.samples checkpoint.keep logging.every",
-    ),
-    (
-        "must be at least 2 (a prompt token and a sampled one)",
-        lambda value: value >= 2,
-        "rollout.max_length",
-    ),
-    (
-        "must be at least 0 (0 switches it off)",
-        lambda value: value >= 0,
-        "batch.pack_tokens batch.memory "
-        "tasks.heldout_count tasks.limit tasks.max_prompt_tokens sampler.top_k sampler.pool eval.every eval.max_tasks "
-        "eval.top_k "
-        "checkpoint.every logging.rollouts serving.max_waiting lora.rank eval.patience eval.dead_steps "
-        "alarms.heldout_fall alarms.length_factor alarms.duplicate_share alarms.part_fall alarms.logprob_diff "
-        "alarms.entropy_share alarms.truncated_share alarms.truncated_rise alarms.same_answer_share "
-        "grpo.kl_refresh_steps grpo.dynamic_prompts rollout.partial "
-        "environments.tool_timeout_s environments.max_calls environments.max_message_tokens "
-        "grpo.overlong_buffer grpo.overlong_penalty optim.warmup_steps optim.clip optim.weight_decay "
-        "optim.max_nonfinite",
-    ),
-    (
-        "must be at least 0 (0: none), or -1 to keep all",
-        lambda value: value >= -1,
-        "logging.keep_rollouts",
-    ),
-    (
-        "must be at least 0, or -1 to choose by the device",
-        lambda value: value >= -1,
-        "sampler.bridge_steps",
-    ),
-    (
-        "must be between 0 (any free port) and 65535",
-        lambda value: 0 <= value <= 65535,
-        "serving.port",
-    ),
-    ("must be between 0 and 2**32 - 1", lambda value: 0 <= value < 2**32, "seed"),
-    ("must be at least 0.0", lambda value: value >= 0, "eval.pass_reward"),
-    (
-        "must be 0, or 1 to sample the next batch while this one trains",
-        lambda value: value in (0, 1),
-        "overlap.max_staleness",
-    ),
-    (
-        "must be above 0.0",
-        lambda value: value > 0,
-        "sampler.temperature scoring.timeout_s environments.timeout_s agents.timeout_s optim.lr optim.eps lora.alpha",
-    ),
-    ("must be at least 0.0 (0.0: greedy)", lambda value: value >= 0, "eval.temperature"),
-    (
-        "must be above 0.0 and at most 1.0 (1.0 switches it off)",
-        lambda value: 0 < value <= 1,
-        "sampler.top_p eval.top_p",
-    ),
-    (
-        "must be between 0.0 and 1.0",
-        lambda value: 0 <= value <= 1,
-        "scoring.max_error_share optim.final_lr_share",
-    ),
-    (
-        "must be at least 0.0 and below 1.0",
-        lambda value: 0 <= value < 1,
-        "optim.beta1 optim.beta2",
-    ),
-    (
-        "must be at least 1, or -1 for the devices that the other axes leave",
-        lambda value: value >= 1 or value == -1,
-        "mesh.data mesh.fsdp mesh.expert mesh.context mesh.tensor",
-    ),
-)
-_CHOICES = {
-    "export_step": ("best", "last"),
-    "model.attention": ("blocked", "tiled", "plain", "cudnn", "triton", "splash"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("", "products", "layer"),
-    "grpo.credit": ("trajectory", "turn"),
-    "model.init": ("pretrained", "random"),
-    "chat.history": ("template", "kept"),
-    "chat.thinking": ("template", "on", "off", "low", "medium", "high"),
-    "rollout.truncated_turns": ("environment", "end", "mask"),
-    "optim.offload": ("", "moments", "all"),
-    "optim.rounding": ("", "stochastic"),
-    "optim.schedule": ("constant", "linear", "cosine"),
-}
 REQUIRED = {
     "model.path": "a directory in Hugging Face format, a .gguf file or a hub name",
     "tasks.train": "a JSONL file, a dataset or 'module:name' of a function of rows",
@@ -133,7 +43,6 @@ MESH = ("data", "fsdp", "expert", "context", "tensor")
 LOGGERS = ("wandb", "mlflow", "trackio")  # modules of rftjax.monitor.loggers
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TAKEN_NAMES = ("train", "heldout", "part", "metric")  # streams of rollouts/, and eval/part/NAME
-_TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
 def check(
@@ -182,7 +91,7 @@ def _structure_problems(config: ConfigDict, values: Mapping[str, Any]) -> Iterat
             )
         elif not (values[field] is default is None or has_type(values[field], wanted)):
             found = type(values[field]).__name__
-            yield field, f"must be {_TYPES.get(wanted, 'a tuple')}, is of type {found}"
+            yield field, f"must be {TYPES.get(wanted, 'a tuple')}, is of type {found}"
     for field in values:
         section = field.partition(".")[0]
         if field not in known and isinstance(base.get(section), ConfigDict):
@@ -200,17 +109,7 @@ def _value_problems(values: Mapping[str, Any], needs: Collection[str]) -> Iterat
         other = field == "evaluator" and (values.get("environment") or values.get("agent"))
         if values.get(field) == "" and not other:
             yield field, f"must be given: {what} (--config.{field}=... or in the spec)"
-    for field, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield field, "must be finite"
-    for rule, holds, fields in _RANGES:
-        for field in fields.split():
-            value: Any = values.get(field)
-            if has_type(value, float) and not holds(value):
-                yield field, rule
-    for field, choices in _CHOICES.items():
-        if isinstance(values.get(field), str) and values[field] not in choices:
-            yield field, f"must be one of {', '.join(one or repr(one) for one in choices)}"
+    yield from ranges.problems(values)
     for field in _CALLABLES:
         if isinstance(values.get(field), str) and values[field]:
             yield from _callable_problems(field, values[field])
@@ -318,7 +217,7 @@ def _relation_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return None if None in found else found
 
     if values.get("model.attention") == "cudnn" and values.get("model.dtype") == "float32":
-        yield "model.attention", "must be 'blocked' or 'plain' with model.dtype='float32'"
+        yield "model.attention", "must be 'blocked', 'plain' or 'triton' with model.dtype='float32'"
     if values.get("model.attention") == "cudnn" and (values.get("batch.pack_tokens") or 0) % 2:
         yield "batch.pack_tokens", "must be even with model.attention='cudnn'"
     if (found := given("sampler.max_new_tokens", "rollout.max_length")) and found[0] >= found[1]:
