@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -89,6 +90,9 @@ def main(argv: list[str]) -> None:
             )
     _check_processes()
     logging.set_verbosity(logging.WARNING)
+    # Elsewhere, as in a script's background, it is ignored.
+    if heeded := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_at_once)
     import jax
 
     from rftjax import modes
@@ -123,6 +127,8 @@ def main(argv: list[str]) -> None:
     planned = {"device": DEVICE.value, "devices": DEVICES.value, "price": PRICE.value}
     planned["compiles"] = COMPILE.value
     run = (CONFIG.value, overrides, workdir, STOP_AFTER.value, STEP.value)
+    if heeded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         modes.run(MODE.value, *run, **back, **planned, rollouts=ROLLOUTS.value)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -138,6 +144,12 @@ def main(argv: list[str]) -> None:
                 file=sys.stderr,
             )
         raise
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """Ends the program; an exception would be lost where a library that is being imported catches all of them."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def _check_processes() -> None:

@@ -136,6 +136,22 @@ def test_a_fault_is_on_the_screen_and_in_the_workdir(program, tmp_path):
     assert f"it is in {tmp_path / 'run' / 'errors.txt'}" in error
 
 
+def test_ctrl_c_while_libraries_are_imported_is_not_lost(program, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Catching:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        try:\n"
+        "            if name == 'rftjax.modes':\n"
+        "                signal.raise_signal(signal.SIGINT)\n"
+        "        except BaseException:\n"
+        "            pass\n"
+        "sys.meta_path.insert(0, Catching())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    assert program("--stop_after=0", PYTHONPATH=path) == (130, "interrupted\n")
+
+
 def test_an_interrupted_run_says_how_it_goes_on():
     assert failures.interrupted(KeyboardInterrupt(), False) == (
         "interrupted; the same command goes on"
