@@ -22,7 +22,7 @@ from rftjax.errors import UserError
 from rftjax.learning import update
 from rftjax.learning.batching import make_batch
 from rftjax.models import FAMILIES, decoder, logical_axes
-from rftjax.models.config import FULL
+from rftjax.models.config import FULL, Config, Routing
 from rftjax.policy import Policy
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
@@ -509,6 +509,22 @@ def test_published_configs_are_read(name: str, tmp_path: Path):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("deepseek_v3", {"auto_map": {"AutoModel": "code.Mine"}}, "auto_map=.*never run"),
         ("kimi_k2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
+        ("qwen3", {"head_dim": 7}, "head_dim=7: must be even"),
+        (
+            "qwen3",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+            "layer_types=.*use_sliding_window=False",
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0: must be above 0"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0: must be above 0"),
+        ("olmo2", {"rms_norm_eps": None}, "rms_norm_eps=None: must be a number"),
+        (
+            "gemma3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+            "rope_parameters=.*a section for each of full_attention, sliding_attention",
+        ),
+        ("deepseek_v3", {"qk_rope_head_dim": 5}, "qk_rope_head_dim=5: must be even"),
+        ("deepseek_v3", {"n_group": None}, "n_group=None: must be a number"),
     ],
 )
 def test_what_a_family_does_not_implement_is_refused_by_name(
@@ -516,6 +532,22 @@ def test_what_a_family_does_not_implement_is_refused_by_name(
 ):
     with pytest.raises(UserError, match=rf"config\.json: .*{rule}"):
         hf.read_config(seeded.CONFIGS[name] | fields)
+
+
+def test_what_is_absent_or_without_effect_is_read_as_by_transformers():
+    def read(name: str, **fields: Any) -> Config:
+        given = {key: one for key, one in (seeded.CONFIGS[name] | fields).items() if one != ""}
+        return hf.read_config(given)
+
+    moe = read("qwen3_moe", num_key_value_heads="", num_experts=0)
+    assert (moe.kv_heads, moe.stacks, moe.routing) == (4, (("dense_0", 0, 4, False),), Routing())
+    assert read("qwen3", num_key_value_heads="", num_attention_heads=64).kv_heads == 32
+    chosen = read("gpt_oss", num_experts_per_tok="", experts_per_token=4).routing.chosen
+    with pytest.raises(UserError, match="num_experts_per_tok=4 and experts_per_token=2"):
+        read("gpt_oss", num_experts_per_tok="", experts_per_token=2)
+    plain, idle = {"rope_type": "default", "rope_theta": 9.0}, {"factor": 8.0, "mscale_all_dim": 1}
+    one, two = (read("deepseek_v3", rope_parameters=rope) for rope in (plain, plain | idle))
+    assert chosen == 4 and one == two and one.query_scale == 17**-0.5
 
 
 def test_a_model_that_sees_around_an_unknown_text_model_is_refused(tmp_path: Path):

@@ -85,7 +85,9 @@ def _read_section(fields: dict[str, Any], section: dict[str, Any], theta: float)
         )
     if partial not in (None, 1, 1.0):
         raise UserError(f"config.json: partial_rotary_factor={partial} is not implemented, only 1")
-    if kind != "default" and not found.get("factor"):
+    if kind == "default":
+        return Rope(theta=theta)  # which has no use for the others
+    if not found.get("factor"):
         raise UserError(f"config.json: rope settings of type {kind!r} need a factor")
     original = found.get("original_max_position_embeddings")
     return Rope(

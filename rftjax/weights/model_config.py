@@ -134,9 +134,16 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-NUMBERS = (
+# Numbers of any family, beside those that it has a default of; null stands for one in the next line only.
+NUMBERS = {
     *("head_dim", "initializer_range", "max_position_embeddings", "num_key_value_heads"),
     *("rms_norm_eps", "rope_theta", "sliding_window", "max_window_layers"),
+    *("no_rope_layer_interval", "sliding_window_pattern"),
+}
+OPTIONAL = {"head_dim", "num_key_value_heads", "q_lora_rank", "rope_theta", "sliding_window"}
+POSITIVE = (
+    *("decoder_sparse_step", "no_rope_layer_interval", "rms_norm_eps"),
+    *("sliding_window", "sliding_window_pattern"),
 )
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 UNQUANTISED = "use the unquantised checkpoint of this model"
@@ -211,6 +218,13 @@ def read_config(fields: dict[str, Any], dtype: str = "float32") -> Config:
         )
     _check_types(fields, kind)
     config = family.config(fields, dtype)
+    turning = config.latent.rotated or config.channels
+    if turning % 2:
+        name = "qk_rope_head_dim" if config.latent.rank else "head_dim"
+        raise UserError(
+            f"config.json: {name}={turning}: must be even, for the channels of a head turn in pairs; correct it there"
+            " (hidden_size over num_attention_heads where it is absent)"
+        )
     if config.heads % config.kv_heads:
         raise UserError(
             f"config.json: num_attention_heads={config.heads} is no multiple of"
@@ -227,10 +241,16 @@ def _check_types(fields: dict[str, Any], kind: str) -> None:
             raise UserError(
                 f"config.json: {name}={value!r}; a {kind} model needs a positive integer"
             )
-    for name in NUMBERS:
-        value = fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
+    defaults = FAMILIES[kind].DEFAULTS
+    counted = {name for name, one in defaults.items() if type(one) in (int, float)}
+    for name in sorted((NUMBERS | counted) & set(fields)):
+        value = fields[name]
+        if value is None and name in OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"config.json: {name}={value!r}: must be a number; correct it there")
+        if name in POSITIVE and value <= 0:
+            raise UserError(f"config.json: {name}={value}: must be above 0; correct it there")
     for name in SWITCHES:
         if not isinstance(fields.get(name), bool | None):
             raise UserError(f"config.json: {name}={fields[name]!r}: must be true or false")

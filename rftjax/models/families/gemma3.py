@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rftjax.errors import UserError
 from rftjax.models import reading
 from rftjax.models.config import Config, Rope
 from rftjax.models.names import DECODER_AXES, decoder_cache, decoder_names
@@ -47,6 +48,11 @@ FULL_THETA, SLIDING_THETA = 1000000.0, 10000.0
 def read_ropes(fields: dict[str, Any]) -> dict[str, Rope]:
     """Returns the rotary embedding of each kind of layer, of old fields and of new ones (one section a kind)."""
     both = fields.get("rope_parameters") or {}
+    if both and not set(reading.KINDS) & set(both):
+        raise UserError(
+            f"config.json: rope_parameters={both}: must have a section for each of {', '.join(reading.KINDS)}; write"
+            " one, or rope_theta, rope_scaling (both of full attention) and rope_local_base_freq instead"
+        )
     positions = {"max_position_embeddings": fields.get("max_position_embeddings")}
     full = {name: fields.get(name) for name in ("rope_theta", "rope_scaling")}
     full |= positions | {"rope_parameters": both.get("full_attention")}

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_bias": True,
     "head_dim": 64,
     "max_position_embeddings": 131072,
+    "num_experts_per_tok": 4,
     "num_key_value_heads": 8,
     "rms_norm_eps": 1e-5,
     "sliding_window": 128,
@@ -53,12 +54,18 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
     layers, limit = fields["num_hidden_layers"], float(fields["swiglu_limit"])
     if limit <= 0:
         raise UserError(f"config.json: swiglu_limit={limit}: must be above 0; correct it there")
+    chosen, other = fields["num_experts_per_tok"], fields.get("experts_per_token")
+    if other not in (None, chosen):
+        raise UserError(
+            f"config.json: num_experts_per_tok={chosen} and experts_per_token={other} contradict each other;"
+            " transformers reads the first alone, as 4 where it is absent: give the number under both names"
+        )
     kinds = reading.read_kinds(fields, [reading.KINDS[(at + 1) % 2] for at in range(layers)])
     bias = bool(fields["attention_bias"])
     scaled = fields.get("rope_parameters") or fields.get("rope_scaling")
     routing = Routing(
         experts=reading.same(fields, "num_local_experts", "num_experts", 128),
-        chosen=reading.same(fields, "num_experts_per_tok", "experts_per_token", 4),
+        chosen=chosen,
         ffn=fields["intermediate_size"],
         # Softmax over the chosen experts' logits is that over all, made to sum to 1.
         normalised=True,

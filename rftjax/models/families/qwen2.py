@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rftjax.errors import UserError
 from rftjax.models import reading
 from rftjax.models.config import FULL, Config
 from rftjax.models.names import DECODER_AXES, decoder_cache, decoder_names
@@ -16,7 +17,7 @@ READ = reading.SHARED | {
     "use_sliding_window",
 }
 EXACT = reading.EXACT | {"use_mrope": (False, None)}
-DEFAULTS: dict[str, Any] = {"max_position_embeddings": 32768}
+DEFAULTS: dict[str, Any] = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 
 def windows(fields: dict[str, Any]) -> tuple[int, ...]:
@@ -26,6 +27,11 @@ def windows(fields: dict[str, Any]) -> tuple[int, ...]:
     default = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
     kinds = reading.read_kinds(fields, default)
     if not fields.get("use_sliding_window", False):
+        if "sliding_attention" in (fields.get("layer_types") or ()):
+            raise UserError(
+                f"config.json: layer_types={kinds} with use_sliding_window=False: no layer can have a window then;"
+                " correct one of them"
+            )
         return (FULL,) * layers
     return reading.windows_of(kinds, fields.get("sliding_window", 4096))
 

@@ -12,7 +12,11 @@ from rftjax.models.names import DECODER_AXES, decoder_cache, decoder_names
 ARCHITECTURE = "Qwen3ForCausalLM"
 READ = qwen2.READ | {"attention_bias"}
 EXACT = reading.EXACT
-DEFAULTS: dict[str, Any] = {"max_position_embeddings": 32768, "head_dim": 128}
+DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "head_dim": 128,
+    "num_key_value_heads": 32,
+}
 
 
 def config(fields: dict[str, Any], dtype: str) -> Config:

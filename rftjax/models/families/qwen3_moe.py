@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "moe_intermediate_size": 768,
     "norm_topk_prob": False,
     "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
 }
 
 
@@ -39,16 +40,14 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
     """Reads a Hugging Face Qwen3 MoE config that `hf.read_config` has checked."""
     bias, layers = bool(fields.get("attention_bias", False)), fields["num_hidden_layers"]
     count = reading.same(fields, "num_experts", "num_local_experts", 128)
-    routing = reading.check_routing(
-        Routing(
-            experts=count,
-            chosen=fields["num_experts_per_tok"],
-            ffn=fields["moe_intermediate_size"],
-            normalised=bool(fields["norm_topk_prob"]),
-        )
+    routing = Routing(
+        experts=count,
+        chosen=fields["num_experts_per_tok"],
+        ffn=fields["moe_intermediate_size"],
+        normalised=bool(fields["norm_topk_prob"]),
     )
     step, dense = fields["decoder_sparse_step"], fields["mlp_only_layers"] or []
-    sparse = [at not in dense and (at + 1) % step == 0 for at in range(layers)]
+    sparse = [count > 0 and at not in dense and (at + 1) % step == 0 for at in range(layers)]
     limit = fields.get("sliding_window", 4096) if fields.get("use_sliding_window") else None
     return reading.read_shared(
         "qwen3_moe",
@@ -58,7 +57,7 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
         output_bias=bias,
         qk_norm="head",
         windows=(FULL if limit is None else limit,) * layers,
-        routing=routing,
+        routing=reading.check_routing(routing) if count else Routing(),
         split=reading.split(sparse),
     )
 
