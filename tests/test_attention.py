@@ -214,6 +214,26 @@ def test_the_kernels_give_the_values_and_gradients_of_the_plain_form(
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_the_kernel_for_gpus_takes_short_rows_of_their_own_layouts_and_wide_heads():
+    T = 40  # not whole tiles, which are half as long for heads so wide
+    layout = Layout(*map(np.concatenate, zip(packed(T, 1), packed(T, 1, cuts=4), strict=True)))
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, 80)), "float32") for heads in (3, 1, 1))
+    mask = layout.mask()
+    used = np.asarray(jnp.any(mask, axis=-1))
+
+    def form(q, k, v, _):
+        return stepwise(q, k, v, layout)
+
+    found = np.asarray(jax.jit(form)(q, k, v, mask))
+    np.testing.assert_allclose(found[used], attention.plain(q, k, v, mask)[used], atol=5e-6)
+    pairs = zip(
+        gradients(form, q, k, v, mask), gradients(attention.plain, q, k, v, mask), strict=True
+    )
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
 def test_the_kernel_for_tpus_keeps_nothing_of_rows_by_rows():
     T = 2 * splash.LONG  # rows by rows of a smaller T may be another shape
     layout = Layout(*[jax.ShapeDtypeStruct((1, T), "int32")] * 3)

@@ -78,9 +78,11 @@ def test_a_query_alone_in_its_product_is_doubled_in_bfloat16_and_changes_no_valu
     assert (f"tensor<6x2x2x1x32x{'bf16' if dtype == 'bfloat16' else 'f32'}>" in text) == doubled
 
 
-def test_a_row_beyond_the_cache_gets_numbers():
-    q, keys, values, positions = inputs(1, 6, 32)
-    found = cached.single(q[:, 0], keys, values, positions[:, 0] + 256, FULL, interpret=True)
+@pytest.mark.parametrize("window", [10, FULL])
+def test_a_row_beyond_the_cache_gets_numbers_and_reads_one_tile(window):
+    q, *both, positions = inputs(1, 6, 32)
+    spoilt = [x.at[:, :, cached.TILE :].set(jnp.nan) for x in both]
+    found = cached.single(q[:, 0], *spoilt, positions[:, 0] + 256, window, interpret=True)
     assert np.isfinite(found).all()
 
 

@@ -321,12 +321,6 @@ def decode_shardings(mesh: Mesh, logical: LogicalAxes, params: Params) -> Params
     return shardings(mesh, logical, params, DECODE_RULES)
 
 
-def device_size(params: Params, shardings: Params) -> int:
-    """Returns how many numbers of a tree lie on one device."""
-    sizes = jax.tree.map(lambda leaf, at: np.prod(at.shard_shape(leaf.shape)), params, shardings)
-    return int(sum(jax.tree.leaves(sizes)))
-
-
 def context_shards(mesh: Mesh | None, tokens: int = 0) -> int:
     """Returns how many devices so many tokens of a packed row are divided over; those of a cache are filled up."""
     shards = mesh.shape[CONTEXT] if mesh is not None else 1

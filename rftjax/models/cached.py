@@ -189,8 +189,9 @@ def single(
     B, H, C = q_BHC.shape
     K, S = keys_BKSC.shape[1:3]
     G = H // K
-    end_B = jnp.minimum(position_B + 1, S).astype(jnp.int32)
-    start_B = jnp.maximum(position_B + 1 - window, 0).astype(jnp.int32)
+    position_B = jnp.where(position_B < S, position_B, 0)  # an idle row reads one tile, not all
+    end_B = (position_B + 1).astype(jnp.int32)
+    start_B = jnp.maximum(end_B - window, 0).astype(jnp.int32)
     # Query heads of a key head side by side, filled up to what a product takes.
     spare = max(LEAST, 1 << (G - 1).bit_length()) - G
     q_BKGC = jnp.pad(q_BHC.reshape(B, K, G, C), ((0, 0), (0, 0), (0, spare), (0, 0)))

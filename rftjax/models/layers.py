@@ -124,6 +124,10 @@ def gated(config: Config, gate: jax.Array, up: jax.Array) -> jax.Array:
 
     Computed in float32 and rounded once; gate and up alone stay for the backward pass.
     """
+    return _gated(config, gate, up)
+
+
+def _gated(config: Config, gate: jax.Array, up: jax.Array) -> jax.Array:
     wide, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     limit = config.gate_limit
     if not limit:
@@ -133,11 +137,11 @@ def gated(config: Config, gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _gated_forward(config: Config, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple]:
-    return gated(config, gate, up), (gate, up)
+    return _gated(config, gate, up), (gate, up)
 
 
 def _gated_backward(config: Config, saved: tuple, gradient: jax.Array) -> tuple:
-    return jax.vjp(functools.partial(gated.fun, config), *saved)[1](gradient)
+    return jax.vjp(functools.partial(_gated, config), *saved)[1](gradient)
 
 
 gated.defvjp(_gated_forward, _gated_backward)
