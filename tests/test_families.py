@@ -575,6 +575,31 @@ def test_a_model_that_sees_whose_config_has_no_section_for_text_is_read(tmp_path
     assert config.tied and not config.windowed
 
 
+def test_the_tensors_of_a_model_that_sees_may_have_the_names_of_a_text_model(tmp_path: Path):
+    def bare(name: str) -> str:
+        """As Qwen2-VL and Qwen2.5-VL are published."""
+        name = name.replace("model.language_model.", "model.")
+        return name.replace("model.visual.", "visual.")
+
+    paths = [seeded.checkpoint(tmp_path / how.__name__, "qwen2_5_vl", how) for how in (str, bare)]
+    names = hf.read_safetensors(paths[1] / "model.safetensors")
+    assert {name.partition(".")[0] for name in names} == {"model", "visual", "lm_head"}
+    one, two = (hf.load(path)[1] for path in paths)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_the_text_model_of_qwen3_vl_moe_is_qwen3_moe_whose_weights_sum_to_1(tmp_path: Path):
+    inner = {**seeded.CONFIGS["qwen3_moe"], "norm_topk_prob": False, "use_sliding_window": False}
+    rope = {"rope_theta": 9.0, "rope_type": "default", "mrope_section": [2, 2, 2]}
+    seeing = inner | {"model_type": "qwen3_vl_moe_text", "rope_parameters": rope}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_vl_moe", "text_config": seeing})
+    )
+    alone = inner | {"norm_topk_prob": True, "rope_parameters": {"rope_theta": 9.0}}
+    expected = hf.read_config(alone | {"tie_word_embeddings": True})
+    assert hf.read_config(hf.read_fields(tmp_path)) == expected and expected.routing.normalised
+
+
 def test_how_a_model_that_sees_is_quantised_counts_for_its_text_model(tmp_path: Path):
     fields = seeded.VISION["mistral3"] | {"quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -8,7 +8,7 @@ from typing import Any
 from rftjax.errors import UserError
 from rftjax.models import FAMILIES
 from rftjax.models.config import Config
-from rftjax.models.families import kimi_k2, qwen2, qwen3
+from rftjax.models.families import kimi_k2, qwen2, qwen3, qwen3_moe
 from rftjax.models.rope import rope_fields
 from rftjax.weights import gguf, packed
 from rftjax.weights.directories import config_file, locate, read_json
@@ -124,8 +124,17 @@ OF_BOTH = (
 TOWERS = {
     "gemma3": "gemma3_text",
     "mistral3": "mistral",
-    "qwen3_vl": "qwen3_vl_text",
+    "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+}
+# Text models under names of their own: the family, and what returns their fields as those of it.
+SEEING = {
+    "qwen2_vl_text": ("qwen2", qwen2.of_vision),
+    "qwen2_5_vl_text": ("qwen2", qwen2.of_vision),
+    "qwen3_vl_text": ("qwen3", qwen3.of_vision),
+    "qwen3_vl_moe_text": ("qwen3_moe", qwen3_moe.of_vision),
 }
 REQUIRED = (
     "vocab_size",
@@ -172,17 +181,16 @@ def text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a model that also sees as those of the language model in it, others as they are."""
     inner = fields.get("text_config")
     # As published: no section of its own.
-    if fields.get("model_type") == "qwen2_5_vl" and inner is None:
-        inner = fields | {"model_type": "qwen2_5_vl_text"}
+    if fields.get("model_type") in ("qwen2_vl", "qwen2_5_vl") and inner is None:
+        inner = fields | {"model_type": TOWERS[fields["model_type"]]}
     if not isinstance(inner, dict):
         return fields
     outer = {name: fields[name] for name in OF_BOTH if fields.get(name) is not None}
     found = inner | outer
     kind = found.get("model_type") or TOWERS.get(fields.get("model_type", ""), "")
-    if kind == "qwen3_vl_text":
-        kind, found = "qwen3", qwen3.of_vision(found)
-    elif kind == "qwen2_5_vl_text":
-        kind, found = "qwen2", qwen2.of_vision(found)
+    if kind in SEEING:
+        kind, as_family = SEEING[kind]
+        found = as_family(found)
     if kind not in FAMILIES:
         raise UserError(
             f"config.json: model_type={fields.get('model_type')!r} with a text_config of model_type={kind!r} is not"

@@ -105,9 +105,8 @@ def open_directory(directory: Path) -> Readers:
 
 
 def text_tensors(readers: Readers) -> Readers:
-    """Returns the language model's tensors of a model that also sees, under the names that it has alone."""
-    if not any(name.startswith(tuple(TEXT)) for name in readers):
-        return readers
+    """Returns the language model's tensors of a model that also sees, under the names that it has alone, which
+    Qwen2.5-VL's have from the start."""
     found: Readers = {}
     for name, read in readers.items():
         prefix = next((prefix for prefix in TEXT if name.startswith(prefix)), None)

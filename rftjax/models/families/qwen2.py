@@ -42,7 +42,8 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
 
 
 def of_vision(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the text fields of a Qwen2.5-VL model as those of Qwen2; older ones have those of images among them."""
+    """Returns the text fields of a Qwen2-VL or Qwen2.5-VL model as those of Qwen2; older ones have those of images
+    among them."""
     of_images = (
         "vision_config",
         *(name for name in fields if name.startswith(("image_", "video_", "vision_"))),

@@ -62,6 +62,21 @@ def config(fields: dict[str, Any], dtype: str) -> Config:
     )
 
 
+def of_vision(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the text fields of a Qwen3-VL MoE model as those of Qwen3 MoE; its experts' weights always sum to 1."""
+    defaults = {
+        "max_position_embeddings": 128000,
+        "moe_intermediate_size": 1408,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 16,
+    }
+    if fields.get("num_local_experts") is not None:
+        del defaults["num_experts"]
+    rest = reading.without_image_positions(fields, 500000.0)
+    return defaults | rest | {"norm_topk_prob": True}
+
+
 names = decoder_names
 LOGICAL_AXES = DECODER_AXES | EXPERT_AXES
 cache = decoder_cache
