@@ -11,6 +11,7 @@ from meshes import mesh_of
 
 from rftjax import policy
 from rftjax.devices import sharding
+from rftjax.devices.compilation import Program
 from rftjax.errors import NotFinite
 from rftjax.models import decoder, logical_axes
 from rftjax.models.decoder import FULL, Config, Rope
@@ -412,6 +413,25 @@ def test_bfloat16_rows_are_copied_between_devices(params):
     engine = engine_on(mesh_of(2, 2, 2), params, config, slots=4, parked=4)
     open_all(engine, [[5, 6, 7, 8]] * 4)
     assert len(finish(engine)) == 4 and engine.counters.copied_rows == 3
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+@pytest.mark.parametrize("form", ["cudnn", "triton"])
+def test_heads_that_devices_share_out_are_decoded_without_a_kernel(form):
+    config = dataclasses.replace(CONFIG, attention=form, channels=16)
+
+    def lowered(**sizes):
+        mesh = mesh_of(**sizes)
+        engine = Engine(config, slots=8, max_length=64, mesh=mesh)
+        params = jax.eval_shape(lambda: decoder.init(config, jax.random.key(0)))
+        params = sharding.abstract_tree(mesh, LOGICAL, params)
+        read = jax.jit(device.sampler_params, static_argnums=0, static_argnames="mesh")
+        weights = Program(read, (config, params), {"mesh": mesh}).abstract_output()
+        return engine.programs(weights, 8, 8)[0].lower().as_text()
+
+    assert "dot_general" in lowered(data=4, tensor=2)
+    with pytest.raises(ValueError, match="interpret mode"):  # a kernel for GPUs, on a CPU
+        lowered(data=8)
 
 
 def test_no_device_computes_or_fetches_the_rows_of_others(params):

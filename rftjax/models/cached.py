@@ -37,8 +37,8 @@ def over(
 
 
 def form_on(form: str, mesh: Mesh | None) -> str:
-    """Returns the form for a sampler on a mesh: heads over `tensor` are the compiler's to share out, which it cannot do
-    to a kernel."""
+    """Returns the form in which a sampler attends on a mesh: heads over `tensor` are the compiler's to share out, which
+    it cannot do to a kernel."""
     divided = mesh is not None and mesh.shape["tensor"] > 1
     return "plain" if divided and form in KERNELS else form
 

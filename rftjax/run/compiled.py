@@ -22,7 +22,7 @@ from rftjax import grpo
 from rftjax.devices import sharding
 from rftjax.learning import row_length, update
 from rftjax.learning.batching import make_batch
-from rftjax.models import attention, cached, logical_axes
+from rftjax.models import attention, logical_axes
 from rftjax.models.config import Config
 from rftjax.policy import Policy
 from rftjax.run.build import lora_scale
@@ -126,7 +126,6 @@ def _update(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
 def _decode(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
     """Returns the lowered decode call over a cache of full length."""
     shape = model.config.recording() if config.grpo.routing_replay else model.config
-    shape = dataclasses.replace(shape, attention=cached.form_on(shape.attention, mesh))
     params = sampler_params(shape, state, mesh)
     slots = config.sampler.slots
     cache = device.abstract_cache(shape, slots, config.rollout.max_length, mesh)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -17,7 +16,6 @@ from rftjax.devices.compilation import Program
 from rftjax.environments import Environments
 from rftjax.errors import UserError
 from rftjax.learning import update
-from rftjax.models import cached
 from rftjax.models.config import Config
 from rftjax.rollout import Rollout, Sampling
 from rftjax.sampler import device
@@ -72,7 +70,6 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     waiting = -(-section.pool // processes.count())
     pool = waiting or slots * (2 if config.environment or config.agent else 1)
     shape = model.config.recording() if config.grpo.routing_replay else model.config
-    shape = dataclasses.replace(shape, attention=cached.form_on(shape.attention, model.mesh))
     bridge = section.bridge_steps
     if bridge < 0:
         bridge = 0 if jax.default_backend() == "cpu" else section.dispatch_steps // 4

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rftjax.devices import sharding
 from rftjax.models import CHOSEN, cache_leaves, decoder, logical_axes
 from rftjax.models.block import Block
-from rftjax.models.cached import over, own_places
+from rftjax.models.cached import form_on, over, own_places
 from rftjax.models.config import CacheLeaf, Config
 from rftjax.models.decoder import embed, logits
 from rftjax.models.distribution import RowSettings, adjust, by_rows, draw, uniforms
@@ -253,7 +253,7 @@ def _layers(
     turns = rotations(config, positions_BT)
     x_BTD = embed(config, params, tokens_BT)
     at_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
-    shards = sharding.context_shards(mesh)
+    form, shards = form_on(config.attention, mesh), sharding.context_shards(mesh)
     places_BT = own_places(positions_BT, cache_length(cache), shards)
 
     def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
@@ -277,7 +277,6 @@ def _layers(
                 written = {name: write(cached[name], one) for name, one in new.items()}
                 seen = written if rows_B is None else jax.tree.map(lambda x: x[rows_B], written)
                 sunk = sinks[0] if sinks else None
-                form = config.attention
                 return over(form, q, seen, positions_BT, window, sunk, shards), written
 
             if CHOSEN not in cached:
