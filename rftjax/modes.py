@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rftjax import train
+from rftjax.config.fields import flatten
 from rftjax.devices import processes
 from rftjax.errors import UserError
 from rftjax.monitor import recorder as metrics
@@ -17,6 +18,7 @@ from rftjax.run import build as job
 from rftjax.run import (
     checkpoint,
     evaluating,
+    failures,
     lock,
     preflight,
     recorded,
@@ -79,12 +81,22 @@ def run(
         config = job.open_config(workdir, given, overrides)
         print("\n".join(evaluating.evaluate(config, workdir, step or "last")))
         return
-    metrics.check_workdir(workdir)
-    alone = lock.held(workdir) if processes.first() else contextlib.nullcontext()
-    with alone:
-        config = job.open_config(workdir, given, overrides)
-        if config.export:
-            results.check_exports(workdir)
+    with contextlib.ExitStack() as alone:
+        with processes.together():
+            metrics.check_workdir(workdir)
+            text = alone.enter_context(lock.held(workdir)) if processes.first() else ""
+        text = processes.agree(text)
+        with processes.together():
+            lock.check_shared(workdir, text)
+            config = job.open_config(workdir, given, overrides)
+            if config.export:
+                results.check_exports(workdir)
+        started = {"stop_after": stop_after, "restart_from": restart_from, "accepted": accepted}
+        everything = failures.versions() | started | flatten(config)
+        processes.same(
+            {name: repr(value) for name, value in everything.items()},
+            "Start each with the same command and the same installation",
+        )
         # The state is not kept: the export reads a checkpoint, and memory holds one of them.
         done = train.train(config, workdir, stop_after, restart_from, accepted)[1]
         if done and config.export and processes.first():

@@ -1,11 +1,14 @@
-"""Kills one of a run's processes at random moments until the run is complete, and compares it with one process.
+"""Kills one of a run's processes at random moments until the run is complete, and compares it with one that is not.
 
-    python scripts/kill_processes.py --out=/tmp/kills [--kills=5] [--seed=0]
+    python scripts/kill_processes.py --out=/tmp/kills [--kills=5] [--seed=0] [--against=1]
 
 Two processes with four fake CPU devices each train the debug form of `experiments/quickstart.py` or the spec given; its
 state is divided over the eight (other flags follow), as eight copies would take 22 GB.
-Every other kill comes only once a new checkpoint is there. After each the other process must end by itself within
+The kills come, in turn: at any moment; once a new checkpoint is there; while one is being written; and while a step
+samples, which is what follows its line in metrics.jsonl. After each the other process must end by itself within
 LIMIT_S seconds; then both are started again.
+The run that is not killed is of one process, or of two with `--against=2`: which groups a step takes with
+`--config.rollout.partial=N` depends on the number of processes.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 LIMIT_S = 60.0
+MOMENTS = ("at any moment", "behind a checkpoint", "in a checkpoint", "in sampling")
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -68,9 +72,10 @@ def finish(started: list[subprocess.Popen], limit_s: float) -> list[int | None]:
 
 
 def said(workdir: Path) -> int:
-    """Returns how many bytes the processes have printed."""
+    """Returns how many lines the processes have printed since they met."""
     found = (Path(f"{workdir}.{process}.txt") for process in range(2))
-    return sum(path.stat().st_size for path in found if path.exists())
+    lines = [line for path in found if path.exists() for line in path.read_text().splitlines()]
+    return sum("--coordinator" not in line for line in lines)
 
 
 def saved(workdir: Path) -> list[int]:
@@ -79,32 +84,50 @@ def saved(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
+def mark(workdir: Path, moment: int) -> object:
+    """Returns what changes once a kill's moment is near, by the number of the kill."""
+    if moment == 2:  # Orbax renames the folder of a checkpoint that is whole
+        return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    if moment == 3:
+        path = workdir / "metrics.jsonl"
+        return path.exists() and path.stat().st_size
+    return saved(workdir) if moment == 1 else None
+
+
 def kill_until_done(
     arguments: list[str], workdir: Path, kills: int, chance: random.Random, longest_s: float
 ) -> list[str]:
     """Runs two processes and kills one again and again; returns what went wrong."""
     faults = []
     for number in range(kills):
-        before, steps = said(workdir), saved(workdir)
+        before, moment = said(workdir), number % len(MOMENTS)
         started = start(arguments, workdir, 2)
-        after_s = chance.uniform(0, longest_s / (1 + 4 * (number % 2)))
+        longest = (longest_s, longest_s / 5, 0.05, longest_s / 100)[moment]
+        after_s = chance.uniform(0, longest)
         victim = chance.randrange(2)
+
+        def running(started: list[subprocess.Popen] = started) -> bool:
+            return all(one.poll() is None for one in started)
+
         # They say something once they have met: before, each waits for the others as long as `processes.START_S`.
-        while said(workdir) == before and all(one.poll() is None for one in started):
+        while said(workdir) == before and running():
             time.sleep(0.05)
-        while number % 2 and saved(workdir) == steps and all(one.poll() is None for one in started):
-            time.sleep(0.05)
+        passed = mark(workdir, moment)
+        while moment and mark(workdir, moment) == passed and running():
+            time.sleep(0.002)
         until = time.monotonic() + after_s
-        while time.monotonic() < until and all(one.poll() is None for one in started):
-            time.sleep(0.05)
-        if any(one.poll() is not None for one in started):
+        while time.monotonic() < until and running():
+            time.sleep(0.002)
+        if not running():
             print(f"kill {number}: the run ended before, with {finish(started, LIMIT_S)}")
             continue
         started[victim].send_signal(signal.SIGKILL)
         began_s = time.monotonic()
+        writing = mark(workdir, 2)
         codes = finish(started, LIMIT_S)
         print(
-            f"kill {number}: process {victim} after {after_s:.1f} s; the other ended after"
+            f"kill {number}, {MOMENTS[moment]}: process {victim} after {after_s:.2f} s"
+            f"{', a checkpoint half written' if writing else ''}; the other ended after"
             f" {time.monotonic() - began_s:.1f} s with {codes[1 - victim]}; checkpoints {saved(workdir)}",
             flush=True,
         )
@@ -143,6 +166,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--longest_s", type=float, default=60.0, help="latest moment of a kill")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--against", type=int, default=1, help="processes of the run not killed")
     known, others = parser.parse_known_args()
     known.out.mkdir(parents=True, exist_ok=True)
     arguments = [
@@ -151,12 +175,12 @@ def main() -> None:
         "--config.mesh.fsdp=8",
         *others,
     ]
-    (code,) = finish(start(arguments, known.out / "one", 1), 1800)
-    if code:
-        sys.exit(f"one process ended with {code}: {known.out / 'one.0.txt'}")
+    codes = finish(start(arguments, known.out / "whole", known.against), 1800)
+    if any(codes):
+        sys.exit(f"the run that is not killed ended with {codes}: {known.out / 'whole.0.txt'}")
     chance = random.Random(known.seed)
-    faults = kill_until_done(arguments, known.out / "two", known.kills, chance, known.longest_s)
-    faults += differences(known.out / "one", known.out / "two")
+    faults = kill_until_done(arguments, known.out / "killed", known.kills, chance, known.longest_s)
+    faults += differences(known.out / "whole", known.out / "killed")
     sys.exit("\n".join(faults) if faults else 0)
 
 

@@ -96,3 +96,16 @@ def test_where_a_file_system_has_no_locks_the_file_of_another_host_blocks_until_
     path.unlink()
     with lock.held(tmp_path):
         pass
+
+
+def test_a_folder_of_the_same_name_elsewhere_is_not_that_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SHARED_S", 0.5)
+    with lock.held(tmp_path) as text:
+        lock.check_shared(tmp_path, text)
+        other = tmp_path / "other"
+        other.mkdir()
+        with pytest.raises(UserError, match="is another folder than that of process 0"):
+            lock.check_shared(other, text)
+        (other / lock.NAME).write_text("another run's\n")
+        with pytest.raises(UserError, match=f"--workdir={other}: on host"):
+            lock.check_shared(other, text)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,20 +29,21 @@ def hook(step, metrics, trajectories, state):
 """
 # What each of two processes runs: the same calls, in the same order.
 PROGRAM = """
-import json, os, sys
+import json, os, signal, sys, time
 from pathlib import Path
 import jax
 import test_partial, test_rollout
 from rftjax import config as configs, modes
 from rftjax.devices import processes
 from rftjax.errors import NotFinite
-from rftjax.run.interruption import Interrupted
+from rftjax.run.interruption import Interrupted, Interruption
+from rftjax.run.prefetch import Prefetch
 from rftjax.run.shares import scored_by_all
 from rftjax.run.training import device_bytes
 from rftjax.models import decoder
 from rftjax.sampler import device
 from rftjax.scoring import Scorer
-from rftjax.types import Task, Trajectory
+from rftjax.types import Task, TrainState, Trajectory
 
 def fail_in_one():
     faults = [(None, ValueError("no more room")), (OSError("no file"), NotFinite("logits"))]
@@ -54,6 +54,47 @@ def fail_in_one():
                     raise fault
         except (ValueError, OSError) as error:
             print(type(error).__name__, isinstance(error, NotFinite), error)
+
+def interrupt_one():
+    with Interruption():
+        if processes.index() == 1:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        everywhere = processes.gather(processes.index())  # what the others wait for is not cut
+        try:
+            with processes.together():
+                time.sleep(60 * processes.index())
+        except KeyboardInterrupt as error:
+            print("interrupted after", everywhere)
+
+def differ():
+    try:
+        own = {"seed": "0", "steps": str(processes.index())}
+        own |= {"extra": "1"} if processes.index() else {}
+        processes.same(own, "Start them alike")
+    except ValueError as error:
+        print(error)
+
+def sample_ahead(sampling):
+    def use(state, *, keep=False):
+        sampling.use(state)
+    def sample(draws):
+        return sampling.rollout(draws, test_partial.GROUP, test_partial.PARAMS)
+    def batches(source, staleness):
+        prefetch = Prefetch(source, 2, use, sample, lambda: None, staleness)
+        for step in range(4):
+            older = max(0, step - 1) if not staleness else step  # what the other one samples with
+            found = prefetch.take(TrainState(older, {}, {}, ()), 2)
+            prefetch.begin(TrainState(step, {}, {}, ()), last=False)
+            assert processes.gather(step) == [step] * 2  # beside the thread
+            yield test_partial.facts(found)
+        prefetch.close()
+    source = sampling.stream
+    before = source.state()
+    ahead = list(batches(source, 1))
+    source.restore(before)
+    assert list(batches(source, 0)) == ahead
+    print("ahead", [found[0][0] for found in ahead])
 
 def measure_memory():
     whole, pages = os.sysconf, 2**20 * (3 - processes.index())
@@ -85,6 +126,7 @@ def carry_what_is_not_complete(folder):
     draws = [sorted({one.draw for one in batch}) for batch in taken]
     ages = [len({*one.sequences[0].policy_version}) - 1 for batch in taken for one in batch]
     print("carried", json.dumps([draws, ages, stored, json.dumps(whole.partial.position())]))
+    sample_ahead(test_partial.Sampling(weights, tokenizer))
 
 if __name__ == "__main__":
     address, workdir = sys.argv[1:]
@@ -92,6 +134,8 @@ if __name__ == "__main__":
     processes.start(address, 2, int(os.environ["PROCESS"]))
     jax.config.update("jax_numpy_rank_promotion", "raise")
     fail_in_one()
+    interrupt_one()
+    differ()
     measure_memory()
     score_all_at_once()
     carry_what_is_not_complete(Path(workdir) / f"tokenizer{processes.index()}")
@@ -278,10 +322,23 @@ def test_each_process_goes_on_with_its_own_unfinished_answers(two):
     assert max(ages + more_ages) >= 2
 
 
-def test_processes_that_sample_ahead_are_refused(config):
+def test_processes_may_sample_ahead_where_no_device_waits_for_others(config, two):
+    for process, (said, errors, _) in enumerate(two[1]):
+        assert f"ahead {list(range(process, 8, 2))}" in said.splitlines(), errors
     config = config.copy_and_resolve_references()
     config.overlap.max_staleness, config.grpo.tis_cap = 1, 2.0
+    with pytest.raises(ValueError, match="two threads give their collectives no common order"):
+        configs.check(job.complete_config(config), devices=8, processes=2)
     config.mesh.data, config.mesh.fsdp = 8, 1
-    configs.check(job.complete_config(config), devices=8, processes=1)
-    with pytest.raises(ValueError, match="overlap.max_staleness=1: must be 0 with several proc"):
-        configs.check(job.complete_config(config), devices=jax.device_count(), processes=2)
+    configs.check(job.complete_config(config), devices=8, processes=2)
+
+
+def test_a_second_signal_ends_what_no_other_process_waits_for_and_ends_it_in_all(two):
+    for said, errors, _ in two[1]:
+        assert "interrupted after [0, 1]" in said.splitlines(), errors
+
+
+def test_processes_that_were_started_otherwise_are_refused_by_name(two):
+    what = "steps: 0 in process 0, 1 in process 1; extra: nothing in process 0, 1 in process 1"
+    for said, errors, _ in two[1]:
+        assert f"the processes of the run differ: {what}. Start them alike" in said, errors

@@ -382,11 +382,6 @@ def _mesh_problems(
             "change the sizes, or set one to -1 for the rest",
         )
         return
-    if processes > 1 and values.get("overlap.max_staleness"):
-        yield (
-            "overlap.max_staleness",
-            "must be 0 with several processes, which sample and update in one order",
-        )
     prompts = values.get("batch.prompts", processes)
     if prompts % processes:
         yield (

@@ -10,7 +10,8 @@ import contextlib
 import os
 import pickle
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -21,8 +22,10 @@ from rftjax.errors import NotFinite, UserError
 
 HEARTBEAT_S = 30  # without a sign of life, after which the other processes end
 START_S = 300  # for all processes to come
+TELL_S = 15.0  # that a start may take before a process says what it waits for
 CHUNK = 1 << 20  # bytes of one exchange: constant, so that what is exchanged is no shape
 AUTO = "auto"
+_alone = False  # inside of `together`
 
 Item = TypeVar("Item")
 
@@ -38,11 +41,25 @@ class OtherNotFinite(OtherProcess, NotFinite):
 def start(coordinator: str, processes: int, process: int) -> None:
     """Joins the run's other processes; call it before any other function of JAX.
 
-    `coordinator` is "HOST:PORT" of process 0, or "auto": the cluster says where it is and how many there are. Raises
-    UserError where they do not come together in START_S seconds.
+    `coordinator` is "HOST:PORT" of process 0, or "auto": the cluster says where it is and how many there are, and on
+    Slurm and Open MPI which GPU is this process's. Raises UserError where they do not come together in START_S seconds.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    given = {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+        # Else JAX asks the cluster for the devices, though all that it needs is given.
+        "cluster_detection_method": "deactivate",
+    }
+    which = "this process" if coordinator == AUTO else f"process {process} of {processes}"
+    # JAX may end the program where others were given other numbers.
+    _tell(f"--coordinator={coordinator}: {which} joins the run")
+    waits = f"up to {START_S} s: each must be started, with this address of process 0 and its own number"
+    text = f"--coordinator={coordinator}: {which} waits for the others, {waits}"
+    waiting = threading.Timer(TELL_S, _tell, (text,))
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(
             **({} if coordinator == AUTO else given),
@@ -51,11 +68,21 @@ def start(coordinator: str, processes: int, process: int) -> None:
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
+        what = "the processes did not come together"
+        if coordinator == AUTO and isinstance(error, ValueError):
+            what = "JAX finds no variables of Slurm, Open MPI or a TPU pod here"
         raise UserError(
-            f"--coordinator={coordinator}: the processes did not come together"
-            f" ({str(error).splitlines()[0]:.200}); give all of them the same address, which they can reach, and each"
-            " its own --process; docs/several_processes.md has launch lines"
+            f"--coordinator={coordinator}: {what} ({str(error).splitlines()[0]:.200}); give all of them the same"
+            " address of process 0, which they can reach, the same --processes, and each its own --process;"
+            " docs/several_processes.md has launch lines"
         ) from error
+    finally:
+        waiting.cancel()
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def count() -> int:
@@ -109,26 +136,55 @@ def agree(value: Item) -> Item:
     return gather(value if first() else None)[0] if jax.process_count() > 1 else value
 
 
+def same(found: Mapping[str, str], rule: str) -> None:
+    """Raises UserError in every process where they do not all give the same; it names what differs, and the rule."""
+    everywhere = gather(dict(found))
+    problems = []
+    for name in dict.fromkeys(name for one in everywhere for name in one):
+        values = [one.get(name, "nothing") for one in everywhere]
+        if other := next((at for at, value in enumerate(values) if value != values[0]), 0):
+            problems.append(f"{name}: {values[0]} in process 0, {values[other]} in process {other}")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(
+            f"the processes of the run differ: {'; '.join(problems[:10])}{more}. {rule}"
+        )
+
+
+def interruptible() -> bool:
+    """Whether an exception may end what runs now: anywhere but between others that wait for this process."""
+    return _alone or jax.process_count() == 1
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raises in every process what the block raises in one: there OtherProcess. The block exchanges nothing.
+    """Raises in every process what the block raises in one: there OtherProcess, or KeyboardInterrupt where a signal
+    ended the block. The block exchanges nothing.
 
     Where one process raises NotFinite all do, so that all or none of them save.
     """
-    fault: Exception | None = None
+    global _alone
+    fault: BaseException | None = None
+    _alone = True
     try:
         yield
-    except Exception as error:
+        _alone = False
+    except (Exception, KeyboardInterrupt) as error:
+        _alone = False
         if jax.process_count() == 1:
             raise
         fault = error
-    bad = isinstance(fault, NotFinite)
-    said = gather((f"{type(fault).__name__}: {fault}" if fault else "", bad))
-    lost = any(other for _, other in said)
+    finally:
+        _alone = False
+    bad, stopped = isinstance(fault, NotFinite), isinstance(fault, KeyboardInterrupt)
+    said = gather((f"{type(fault).__name__}: {fault}" if fault else "", bad, stopped))
+    lost = any(other for _, other, _ in said)
     if fault is not None and bad == lost:
         raise fault
-    for process, (text, other) in enumerate(said):
+    for process, (text, other, interrupted) in enumerate(said):
         if text and other == lost:
+            if interrupted:
+                raise KeyboardInterrupt
             kind = OtherNotFinite if lost else OtherProcess
             raise kind(f"process {process} of {count()} failed: {text}") from fault
 

@@ -17,7 +17,7 @@ from rftjax import config as configs
 from rftjax import grpo, policy, tasks
 from rftjax.config.fields import expand_home, expand_value, flatten
 from rftjax.config.stored import merge_resume
-from rftjax.devices import sharding
+from rftjax.devices import processes, sharding
 from rftjax.devices.compilation import Compilations
 from rftjax.environments import Environments
 from rftjax.learning import custom
@@ -61,8 +61,9 @@ def complete_config(
     with config.unlocked():
         config.grpo.update(fields)
     devices = jax.device_count() if devices < 0 else devices
-    processes = jax.process_count()
-    configs.check(config, devices=devices, processes=processes, resumed=resumed, needs=needs)
+    configs.check(
+        config, devices=devices, processes=processes.count(), resumed=resumed, needs=needs
+    )
     return config
 
 
@@ -135,8 +136,16 @@ def build(config: ConfigDict, workdir: Path, *, read_ahead: bool = True) -> Iter
     """Builds the parts; leaving the block ends worker processes and threads.
 
     With `read_ahead` a thread begins to read the weights where a run starts. Raises UserError for what the user can
-    mend.
+    mend, in all processes of the run.
     """
+    with contextlib.ExitStack() as closing:
+        with processes.together():
+            parts = closing.enter_context(_build(config, workdir, read_ahead))
+        yield parts
+
+
+@contextlib.contextmanager
+def _build(config: ConfigDict, workdir: Path, read_ahead: bool) -> Iterator[Parts]:
     with contextlib.ExitStack() as closing:
         given = config
         train_tasks, heldout = load_tasks(config)

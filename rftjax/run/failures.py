@@ -13,6 +13,7 @@ import time
 import traceback
 from pathlib import Path
 
+from rftjax.devices import processes
 from rftjax.errors import UserError
 
 NAME = "errors.txt"
@@ -89,8 +90,8 @@ def record(workdir: Path, error: BaseException) -> Path | None:
     lines = [
         f"==== {time.strftime('%Y-%m-%d %H:%M:%S %z')}, after step {_last_step(workdir)}",
         f"command: {' '.join(sys.argv)}",
-        f"python {platform.python_version()} on {platform.platform()}",
-        ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES),
+        f"process {processes.index()} of {processes.count()}, on {platform.platform()}",
+        ", ".join(f"{name} {version}" for name, version in versions().items()),
         "".join(traceback.format_exception(error)),
     ]
     try:
@@ -99,6 +100,11 @@ def record(workdir: Path, error: BaseException) -> Path | None:
     except OSError:  # the traceback is on the screen
         return None
     return path
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what a run's numbers depend on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES}
 
 
 def _last_step(workdir: Path) -> str:

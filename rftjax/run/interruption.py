@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 20.0  # for the step under way after SIGTERM or SIGHUP: schedulers kill 30 s later
+AGAIN_S = 0.2  # until the next try where other processes wait for this one
 
 
 class Interrupted(Exception):
@@ -61,7 +62,7 @@ class Interruption:
         finally:
             self._holds -= 1
         if self._urgent and not self._holds:
-            self._raise()
+            self._hurry(signal.SIGALRM, None)
 
     def _note(self, number: int, frame: Any) -> None:
         if self._noted:
@@ -74,11 +75,14 @@ class Interruption:
             signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
     def _hurry(self, number: int, frame: Any) -> None:
-        if not self._holds:
+        if not self._holds and processes.interruptible():
             self._raise()
         if not self._urgent:
-            log.warning("%s: what is being written ends first", signal.Signals(number).name)
+            what = "is being written" if self._holds else "the other processes wait for"
+            log.warning("%s: what %s ends first", signal.Signals(number).name, what)
         self._urgent = True
+        if not self._holds:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
 
     def _raise(self) -> None:
         self._urgent = False

@@ -14,12 +14,14 @@ from pathlib import Path
 from rftjax.errors import UserError
 
 NAME = ".lock"
+SHARED_S = 10.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
-    """Holds the lock of a workdir; UserError names the host and the process of the run that holds it.
+def held(workdir: Path) -> Iterator[str]:
+    """Holds the lock of a workdir and yields the text in its file, another for each run; UserError names the host and
+    the process of the run that holds it.
 
     The kernel frees the lock when the process ends, however it ends. On a file system without locks the text in the
     file decides: it counts while its process lives, and a text of another host counts until somebody deletes the file.
@@ -29,13 +31,36 @@ def held(workdir: Path) -> Iterator[None]:
     try:
         if not _lock(file, path):
             _refuse_by_text(file, path)
-        _write(file, f"{socket.gethostname()} {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        text = f"{socket.gethostname()} {os.getpid()} {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        _write(file, text)
         try:
-            yield
+            yield text
         finally:
             _write(file, "")
     finally:
         os.close(file)
+
+
+def check_shared(workdir: Path, text: str) -> None:
+    """Raises UserError where the lock of this folder does not hold the text that process 0 has written.
+
+    A file system of several hosts has SHARED_S seconds to show it.
+    """
+    until_s = time.monotonic() + SHARED_S
+    while not (shared := _reads(workdir / NAME, text)) and time.monotonic() < until_s:
+        time.sleep(0.2)
+    if not shared:
+        raise UserError(
+            f"--workdir={workdir}: on host {socket.gethostname()} this is another folder than that of process 0:"
+            " checkpoints would be lost; give one on a file system that all processes of the run share"
+        )
+
+
+def _reads(path: Path, text: str) -> bool:
+    try:
+        return path.read_text() == text
+    except OSError:
+        return False
 
 
 def _lock(file: int, path: Path) -> bool:

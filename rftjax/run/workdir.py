@@ -34,9 +34,19 @@ def open_checkpoints(parts: Parts, *, read_only: bool = False) -> Checkpoints:
 def open_binding(parts: Parts, stream: TaskStream, accepted: Sequence[str]) -> Binding:
     """Returns the run's tie to its workdir; UserError where inputs have changed and that is not `accepted`."""
     named = {set_field(name): found for name, found in parts.heldout.sets.items()}
-    found = fingerprints(parts.config, stream, named)
     primary = processes.first()
-    return Binding(parts.workdir, parts.given, found, accepted=accepted, primary=primary)
+    with processes.together():
+        found = fingerprints(parts.config, stream, named)
+        binding = Binding(parts.workdir, parts.given, found, accepted=accepted, primary=primary)
+    processes.same(
+        {
+            f"{field} ({part})": value[:12]
+            for field, of in found.items()
+            for part, value in of.items()
+        },
+        "Give all of them the same files",
+    )
+    return binding
 
 
 def open_recorder(parts: Parts, resume_step: int) -> Recorder:
