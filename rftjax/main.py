@@ -156,7 +156,9 @@ def _check_processes() -> None:
     """Ends the program where the flags do not say which of how many processes this is."""
     where, several, this = COORDINATOR.value, PROCESSES.value, PROCESS.value
     if where and MODE.value != "train":
-        sys.exit(f"error: --coordinator={where}: several processes run --mode=train only")
+        sys.exit(
+            f"error: --coordinator={where}: several processes run --mode=train only; start one alone"
+        )
     if where and where != "auto" and not (":" in where and 0 <= this < several):
         sys.exit(
             f"error: --coordinator={where}: must be auto, or HOST:PORT with --processes=N and --process=I, from 0 to"

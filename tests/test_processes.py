@@ -295,6 +295,21 @@ def test_a_process_that_dies_ends_the_other_with_a_message(two):
     assert code not in (0, None) and "error" in errors.lower(), errors
 
 
+def test_a_process_that_waits_in_vain_says_what_for_and_ends_by_itself():
+    program = """
+from rftjax.devices import processes
+processes.TELL_S, processes.START_S = 0.1, 1
+processes.start("127.0.0.1:1", 2, 1)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100, cwd=ROOT
+    )
+    _, waits, error = run.stderr.splitlines()
+    assert "process 1 of 2 waits for the others, up to 1 s: give all of them the same" in waits
+    assert error.startswith("error: --coordinator=127.0.0.1:1: the processes did not come together")
+    assert run.returncode == 1
+
+
 def test_one_process_takes_all_and_exchanges_nothing():
     assert processes.share([1, 2, 3]) == [1, 2, 3]
     value = object()

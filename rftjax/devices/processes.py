@@ -42,7 +42,8 @@ def start(coordinator: str, processes: int, process: int) -> None:
     """Joins the run's other processes; call it before any other function of JAX.
 
     `coordinator` is "HOST:PORT" of process 0, or "auto": the cluster says where it is and how many there are, and on
-    Slurm and Open MPI which GPU is this process's. Raises UserError where they do not come together in START_S seconds.
+    Slurm and Open MPI which GPU is this process's. Raises UserError where that cannot be; ends the program where others
+    do not come in START_S seconds.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     given = {
@@ -55,15 +56,23 @@ def start(coordinator: str, processes: int, process: int) -> None:
     which = "this process" if coordinator == AUTO else f"process {process} of {processes}"
     # JAX may end the program where others were given other numbers.
     _tell(f"--coordinator={coordinator}: {which} joins the run")
-    waits = f"up to {START_S} s: each must be started, with this address of process 0 and its own number"
-    text = f"--coordinator={coordinator}: {which} waits for the others, {waits}"
-    waiting = threading.Timer(TELL_S, _tell, (text,))
-    waiting.daemon = True
-    waiting.start()
+    rule = (
+        "give all of them the same address of process 0, which they can reach, the same --processes, and each its own"
+        " --process; docs/several_processes.md has launch lines"
+    )
+    told = f"--coordinator={coordinator}: {which} waits for the others, up to {START_S} s: {rule}"
+    apart = f"error: --coordinator={coordinator}: the processes did not come together; {rule}"
+    timers = [
+        threading.Timer(TELL_S, _tell, (told,)),
+        threading.Timer(START_S, leave, (apart,)),  # JAX would abort
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         jax.distributed.initialize(
             **({} if coordinator == AUTO else given),
-            initialization_timeout=START_S,
+            initialization_timeout=START_S + HEARTBEAT_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
@@ -72,12 +81,11 @@ def start(coordinator: str, processes: int, process: int) -> None:
         if coordinator == AUTO and isinstance(error, ValueError):
             what = "JAX finds no variables of Slurm, Open MPI or a TPU pod here"
         raise UserError(
-            f"--coordinator={coordinator}: {what} ({str(error).splitlines()[0]:.200}); give all of them the same"
-            " address of process 0, which they can reach, the same --processes, and each its own --process;"
-            " docs/several_processes.md has launch lines"
+            f"--coordinator={coordinator}: {what} ({str(error).splitlines()[0]:.200}); {rule}"
         ) from error
     finally:
-        waiting.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
 def _tell(text: str) -> None:
