@@ -1,5 +1,6 @@
 """What the model sees of the user's functions, and what reaches them of its calls."""
 
+import asyncio
 import dataclasses
 import enum
 import functools
@@ -166,6 +167,27 @@ def test_functions_without_annotations_or_with_positional_parameters_can_be_call
 def test_raw_newlines_are_read_and_bad_json_is_told(text: str, told: str):
     said = {"role": "assistant", "content": f"<tool_call>{text}</tool_call>"}
     assert told in ToolEpisode(tools(echo), task()).step(said).messages[0]["content"]
+
+
+def test_a_step_that_is_given_up_takes_its_calls_with_it():
+    ended: list[str] = []
+
+    async def wait() -> str:
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ended.append("wait")
+        return ""
+
+    async def give_up() -> None:
+        episode = ToolEpisode(tools(wait), task())
+        said = {"role": "assistant", "content": '<tool_call>{"name": "wait"}</tool_call>'}
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(episode.step(said), 0.05)
+        await asyncio.sleep(0)
+        assert ended == ["wait"]
+
+    asyncio.run(give_up())
 
 
 def test_names_are_unique_and_can_be_called():

@@ -202,10 +202,12 @@ class ToolEpisode:
 
     async def _run_in_time(self, call: Call) -> Any:
         work = asyncio.ensure_future(self._run_async(call))
-        done, _ = await asyncio.wait({work}, timeout=self.limits.tool_timeout_s or None)
-        if done:
-            return work.result()
-        work.cancel()  # not waited for: it may ignore that
+        try:
+            done, _ = await asyncio.wait({work}, timeout=self.limits.tool_timeout_s or None)
+            if done:
+                return work.result()
+        finally:
+            work.cancel()  # also with the step; not waited for: it may ignore that
         return _told(TimeoutError(self.limits.late))
 
     async def _run_async(self, call: Call) -> Any:
