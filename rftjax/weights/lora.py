@@ -207,7 +207,11 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
         _put(tree, name, {"a": a, "b": b * np.float32(factor)})
     if tensors or not tree:
         unknown = sorted(tensors)[0] if tensors else "no adapter of a linear layer"
-        raise UserError(f"lora.path={path}: {unknown} does not belong to a {config.family} model")
+        raise UserError(
+            f"lora.path={path}: {unknown} does not belong to a {config.family} model, or is of a layer that has no"
+            " adapter here (embedding, head, router); merge such an adapter into its base with peft (merge_and_unload),"
+            " and start from the merged model"
+        )
     return tree
 
 
