@@ -96,8 +96,10 @@ def test_an_update_compiles_for_a_mesh_without_weights(config, mesh):
 
 
 def test_the_compiler_counts_the_weights_and_the_cache_that_the_plan_does(config, mesh):
+    config.sampler.top_k = 5
     model = plan.open_shape(config)
     found = compiled.compiled(config, model, mesh, "decode")
+    assert " sort(" in found.text  # with the filter of the job
     weights, cache, *_ = plan.plan(config, model, ACCELERATORS["v5e"], 8).sampling.values()
     assert weights + cache <= found.sizes["argument"] <= 1.1 * (weights + cache)
     assert found.peak >= found.sizes["argument"] and found.collectives["all-reduce"] > 0
@@ -121,10 +123,12 @@ def test_chunks_of_logits_gather_a_frozen_head_once(config, tmp_path):
     fields |= {"vocab_size": 176, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config.model.path, config.model.remat, config.lora.rank = str(tmp_path), "layer", 2
+    config.sampler.top_k = 5
     model = plan.open_shape(config)
     text = compiled.compiled(config, model, mesh_of(fsdp=8), "update").text
     head = rf"= f32\[{model.config.width},{model.config.vocab}\]\S* all-gather\("
     assert len(re.findall(head, text)) == 1  # not in the loop, whose passes would each have one
+    assert " sort(" in text  # with the filter of the job
 
 
 def test_what_does_not_compile_is_told_and_passed_by(config, mesh):

@@ -73,6 +73,13 @@ def test_bytes_are_those_of_parameters_optimizer_gradient_and_cache(config):
     )
 
 
+@pytest.mark.parametrize("field", ["environment", "agent"])
+def test_conversations_that_wait_have_rows_of_the_cache(config, field):
+    config[field] = "module:name"
+    found = planned(config, 1).sampling
+    assert f"cache of {2 * config.sampler.slots} rows of 1024 tokens" in found
+
+
 def test_the_plan_of_the_devices_at_hand_is_what_the_check_says_of_them(config, tiny_dir, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "w1 w2"}\n')
     (tmp_path / "own.py").write_text("def evaluate(task, trajectory):\n    return 1.0\n")

@@ -15,6 +15,7 @@ from rftjax.learning import row_length, update
 from rftjax.models import attention, cache_leaves, exchange, logical_axes, remat
 from rftjax.models.config import Config, Stack
 from rftjax.run.memory import shard_bytes
+from rftjax.run.sampling import cache_rows
 from rftjax.types import TrainState
 from rftjax.weights import hf
 
@@ -50,7 +51,7 @@ class Job:
         self.of_others = mesh.shape["fsdp"] * self.context * mesh.shape["expert"]
         self.of_expert = self.of_others // self.expert_shards
         self.slots = config.sampler.slots
-        pool = config.sampler.pool or self.slots * (2 if config.environment else 1)
+        pool = config.sampler.pool or cache_rows(config, self.slots)
         self.rows = -(-max(pool, self.slots) // self.shards) * self.shards
         self.length = min(config.rollout.max_length, model.max_positions)
         self.conversations = config.batch.prompts * config.batch.group_size

@@ -26,6 +26,7 @@ from rftjax.models import attention, logical_axes
 from rftjax.models.config import Config
 from rftjax.policy import Policy
 from rftjax.run.build import lora_scale
+from rftjax.run.sampling import sampling_params
 from rftjax.run.start import StateBuilder
 from rftjax.sampler import device
 
@@ -99,7 +100,7 @@ def _update(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
     section = config.batch
     batch = make_batch(
         [],
-        rows=section.prompts * section.group_size // config.grpo.minibatches,
+        rows=-(-section.prompts * section.group_size // config.grpo.minibatches),
         max_length=config.rollout.max_length,
         pack_tokens=max(section.pack_tokens or row_length.ENOUGH, config.rollout.max_length),
         pack_rows=section.pack_rows * sharding.row_multiple(mesh),
@@ -117,6 +118,8 @@ def _update(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
         remat=config.model.remat,
         lora_scale=lora_scale(config),
         mesh=mesh,
+        top_p=config.sampler.top_p,
+        top_k=config.sampler.top_k,
         limit=model.config.vocab,
         shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
     )
@@ -135,7 +138,7 @@ def _decode(config: ConfigDict, model: Policy, state: Any, mesh: Mesh) -> Any:
     stops, seed, bounds = (_abstract(same, np.zeros(size, np.int32)) for size in ((1,), (), (2,)))
     return device.decode.lower(
         shape, params, cache, rows, given, stops, seed, bounds,
-        steps=config.sampler.dispatch_steps, filtered=False, limit=shape.vocab, mesh=mesh,
+        steps=config.sampler.dispatch_steps, filtered=sampling_params(config).filtered, limit=shape.vocab, mesh=mesh,
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
     section = config.sampler
     slots = -(-section.slots // processes.count())
     waiting = -(-section.pool // processes.count())
-    pool = waiting or slots * (2 if config.environment or config.agent else 1)
+    pool = waiting or cache_rows(config, slots)
     shape = model.config.recording() if config.grpo.routing_replay else model.config
     bridge = section.bridge_steps
     if bridge < 0:
@@ -89,6 +89,12 @@ def make_engine(config: ConfigDict, model: policy.Policy) -> Engine:
         prefill_chunk=section.prefill_chunk,
         mesh=sharding.local_mesh(model.mesh),
     )
+
+
+def cache_rows(config: ConfigDict, slots: int) -> int:
+    """Returns the rows of a cache with so many that decode where `sampler.pool` is 0: as many again for conversations
+    that wait for an environment or an agent."""
+    return slots * (2 if config.environment or config.agent else 1)
 
 
 def sampling_params(config: ConfigDict, *, heldout: bool = False) -> SamplingParams:
