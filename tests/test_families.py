@@ -27,7 +27,7 @@ from rftjax.policy import Policy
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
 from rftjax.types import SamplingParams, Score, Sequence, TrainState
-from rftjax.weights import hf, lora
+from rftjax.weights import hf, lora, packed
 from rftjax.weights.model_config import exported_fields
 
 DATA = seeded.DATA
@@ -207,25 +207,60 @@ def test_adapters_of_latent_attention_and_experts_are_merged_and_written_for_pef
         np.testing.assert_array_equal(one, two)
 
 
-def test_adapters_of_experts_that_are_stored_fused_merge_and_are_refused_for_peft(
+def test_adapters_in_a_model_with_experts_are_named_so_that_peft_finds_each(
     models: dict[str, Policy], tmp_path: Path
 ):
-    model = models["gpt_oss"]
-    rng = np.random.default_rng(0)
-    pairs = lora.init(model.config, rank=2, targets="query,experts_down")
+    config = models["deepseek_v3"].config
+    pairs = lora.init(config, rank=2, targets="output,gate,experts_gate")
+    lora.save_peft(tmp_path / "peft", config, pairs, alpha=2.0)
+    fields = hf.read_json(tmp_path / "peft" / "adapter_config.json")
+    experts = {f"experts.{at}.{part}_proj" for at in range(12) for part in ("gate", "up", "down")}
+    assert {*fields["target_modules"]} == {"o_proj", *experts}
+    assert fields["target_parameters"] == [
+        "mlp.gate_proj.weight",
+        "mlp.shared_experts.gate_proj.weight",
+    ]
+    names = hf.read_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1.mlp.experts.7.down_proj.lora_"
+    assert (names[f"{stem}A.weight"].shape, names[f"{stem}B.weight"].shape) == ((2, 20), (32, 2))
+    assert not names[f"{stem}A.weight"].any()
+    again = lora.load_peft(tmp_path / "peft", config, alpha=2.0)
+    assert jax.tree.structure(again) == jax.tree.structure(pairs)
+
+
+def test_adapters_of_experts_that_are_stored_fused_are_those_of_peft(
+    models: dict[str, Policy], tmp_path: Path
+):
+    config, params = models["gpt_oss"].config, models["gpt_oss"].params
+    rng, out = np.random.default_rng(0), tmp_path / "peft"
+    pairs = lora.init(config, rank=2, targets="query,experts_up,experts_down")
     pairs = jax.tree.map(lambda leaf: 0.1 * rng.normal(size=leaf.shape).astype("float32"), pairs)
-    own = pairs["experts_0"]
-    merged = device.merge(model.params, pairs)["experts_0"]["mlp"]["experts_down"]["kernel"]
-    pair = own["mlp"]["experts_down"]
-    added = merged - model.params["experts_0"]["mlp"]["experts_down"]["kernel"]
-    np.testing.assert_allclose(added, pair["a"] @ pair["b"], atol=1e-6)
-    with pytest.raises(UserError, match="lora.targets: experts_down: .*leave out experts_gate"):
-        lora.save_peft(tmp_path / "all", model.config, pairs, alpha=2.0)
-    rest = {"experts_0": {"attention": own["attention"]}}
-    lora.save_peft(tmp_path / "rest", model.config, rest, alpha=2.0)
-    assert jax.tree.structure(lora.load_peft(tmp_path / "rest", model.config, alpha=2.0)) == (
-        jax.tree.structure(rest)
+    lora.save_peft(out, config, pairs, alpha=2.0)
+    before, after = (
+        dict(packed.fused(config, tree)) for tree in (params, device.merge(params, pairs))
     )
+    found = hf.read_safetensors(out / "adapter_model.safetensors")
+    stem = "model.layers.2.mlp.experts."
+    for part, place in (("gate_up_proj", "base_layer."), ("down_proj", "")):
+        a, b = (found[f"base_model.model.{stem}{place}lora_{one}.weight"] for one in "AB")
+        factors = a.reshape(7, -1, a.shape[1]), b.reshape(b.shape[0], -1, 7)
+        added = np.einsum("eri,ore->eio", *factors)  # as peft adds them
+        np.testing.assert_allclose(added, after[stem + part] - before[stem + part], atol=1e-6)
+    again = lora.load_peft(out, config, alpha=2.0)
+    assert jax.tree.structure(again) == jax.tree.structure(pairs)
+    jax.tree.map(np.testing.assert_array_equal, again, pairs)
+    fields = hf.read_json(out / "adapter_config.json")
+    key = "mlp.experts.gate_up_proj"
+    assert fields["target_parameters"] == [key, "mlp.experts.down_proj"]
+    assert (fields["rank_pattern"], fields["alpha_pattern"]) == ({key: 4}, {key: 4.0})
+    hf.write_json(out / "adapter_config.json", fields | {"alpha_pattern": {}})
+    with pytest.raises(UserError, match="alpha_pattern={} is not implemented"):
+        lora.load_peft(out, config, alpha=2.0)
+    hf.write_json(out / "adapter_config.json", fields)
+    found[f"base_model.model.{stem}base_layer.lora_B.weight"][:] = 1.0
+    hf.write_safetensors(out / "adapter_model.safetensors", found)
+    with pytest.raises(UserError, match="lora_B.weight mixes gate and up of experts"):
+        lora.load_peft(out, config, alpha=2.0)
 
 
 @pytest.mark.parametrize("name", EVERY)

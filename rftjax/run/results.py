@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shlex
 from pathlib import Path
@@ -19,8 +18,6 @@ from rftjax.sampler import device
 from rftjax.text import tokenizer
 from rftjax.types import Params, TrainState
 from rftjax.weights import exporting, hf, lora
-
-log = logging.getLogger(__name__)
 
 ADAPTER, EXPORT = "adapter", "export"
 
@@ -100,10 +97,6 @@ def export_run(config: ConfigDict, workdir: Path) -> None:
     wanted = "last" if config.export_step == "last" else ""
     step = export(config, workdir, workdir / EXPORT, wanted=wanted)
     if not config.lora.rank:
-        return
-    shape = hf.read_config(hf.read_fields(config.model.path))
-    if reason := lora.unknown_to_peft(shape, config.lora.targets):
-        log.warning("no %s is written, the merged export holds them too: %s", ADAPTER, reason)
         return
     export(config, workdir, workdir / ADAPTER, wanted=str(step), adapter=True)
 

@@ -20,7 +20,7 @@ from rftjax.models import FAMILIES
 from rftjax.models.config import Config
 from rftjax.models.names import Name, layers_of, tensors_of
 from rftjax.types import Params
-from rftjax.weights import hf, packed
+from rftjax.weights import expert_adapters, hf, packed
 from rftjax.weights.exporting import NO_FACTS, replacing
 
 TARGETS = (
@@ -48,6 +48,8 @@ HARMLESS = {
     "runtime_config",
     "target_modules",
 }
+# Fields that hold what `expert_adapters.targets` writes, or nothing.
+OF_EXPERTS = {"alpha_pattern", "rank_pattern", "target_parameters"}
 # Fields with the values that are implemented. Every other field must be empty: None, False, {} or [].
 EXACT = {
     "bias": ("none",),
@@ -114,7 +116,8 @@ def save_peft(
 
     `base` is the name of the base model, "" for one that peft cannot load; `facts` go into a file beside the weights.
     """
-    tensors: dict[str, np.ndarray] = {}
+    adapters = expert_adapters.completed(adapters)
+    tensors = dict(expert_adapters.fused(config, adapters))
     used = []
     rank = 0
     for name in _kernels(config, TARGETS):
@@ -122,10 +125,10 @@ def save_peft(
         pair = adapters.get(stack, {}).get(part, {}).get(linear)
         if pair is None:
             continue
-        if reason := unknown_to_peft(config, linear):
-            raise UserError(reason)
-        used.append(name.hf.removesuffix(".weight").rpartition(".")[2])
+        used.append(name)
         rank = pair["a"].shape[-1]
+        if packed.is_fused(config, name.path):
+            continue
         for letter, stacked in (("A", pair["a"]), ("B", pair["b"])):
             matrices = np.asarray(stacked, np.float32).reshape(-1, *stacked.shape[-2:])
             for one, matrix in zip(_peft_names(config, name, letter), matrices, strict=True):
@@ -145,26 +148,13 @@ def save_peft(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "r": rank,
-        "target_modules": list(dict.fromkeys(used)),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,
-    }
+    } | expert_adapters.targets(config, used, rank, alpha)
     with replacing(out, facts) as (work, target):
         hf.write_safetensors(work / "adapter_model.safetensors", tensors)
         hf.write_json(work / "adapter_config.json", fields)
     return target
-
-
-def unknown_to_peft(config: Config, targets: str) -> str:
-    """Returns why a directory of peft cannot hold adapters of these targets, else an empty text."""
-    names = [name.path for name in _kernels(config, parse_targets(targets))]
-    wrong = [path[-2] for path in names if packed.is_fused(config, path)]
-    if not wrong:
-        return ""
-    return (
-        f"lora.targets: {wrong[0]}: peft has no adapter of a map that {config.family} checkpoints store fused; leave"
-        " out experts_gate, experts_up and experts_down there, or use the merged export"
-    )
 
 
 def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
@@ -185,8 +175,12 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
         )
     tensors = hf.read_safetensors(file, "lora.path")
     tree: Params = {}
+    factor = np.float32(own / scale(rank, alpha))
+    fused = expert_adapters.read_fused(path, config, fields, tensors)
     for name in _kernels(config, TARGETS):
         names = {letter: _peft_names(config, name, letter) for letter in "AB"}
+        if pair := fused.get(name.path[0], {}).get(name.path[2]):
+            _put(tree, name, pair | {"b": pair["b"] * factor})
         if not any(one in tensors for one in names["A"]):
             continue
         inputs, outputs = _sides(name)
@@ -199,12 +193,13 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
                     has = "is missing" if tensor is None else f"has shape {tensor.shape}"
                     raise UserError(f"lora.path={path}: {one} {has}, the model asks for {shape}")
                 found[letter].append(np.asarray(tensor, np.float32).T)
-        factor = own / scale(rank, alpha)
+        if name.path[2].startswith("experts_") and not any(map(np.any, found["A"])):
+            continue  # was written for the others' sake
         a, b = (
             np.stack(found[letter]).reshape(*_stacked(config, name), *shapes[letter][::-1])
             for letter in "AB"
         )
-        _put(tree, name, {"a": a, "b": b * np.float32(factor)})
+        _put(tree, name, {"a": a, "b": b * factor})
     if tensors or not tree:
         unknown = sorted(tensors)[0] if tensors else "no adapter of a linear layer"
         raise UserError(
@@ -218,7 +213,7 @@ def load_peft(path: str | Path, config: Config, *, alpha: float) -> Params:
 def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     """Raises UserError for a setting of peft that is not implemented."""
     for name, value in fields.items():
-        if name in READ | HARMLESS:
+        if name in READ | HARMLESS | OF_EXPERTS:
             continue
         if name in EXACT:
             exact = any(
@@ -227,10 +222,7 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
         else:
             exact = value is None or value is False or value in ({}, [], "")
         if not exact:
-            raise UserError(
-                f"lora.path={path}: adapter_config.json: {name}={value!r} is not implemented;"
-                f" {WAY_OUT.get(name, MERGE)}"
-            )
+            raise _not_implemented(path, name, value)
     if "peft_type" not in fields:
         raise UserError(
             f"lora.path={path}: adapter_config.json has no peft_type; rftjax reads LORA"
@@ -244,6 +236,22 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
         raise UserError(
             f"lora.path={path}: adapter_config.json: lora_alpha={alpha!r}: must be a number above 0"
         )
+    parameters = fields.get("target_parameters") or []
+    if not set(parameters) <= expert_adapters.PARAMETERS:
+        raise _not_implemented(path, "target_parameters", parameters)
+    both = expert_adapters.BOTH in parameters
+    for name, value in expert_adapters.patterns(rank, alpha).items():
+        if fields.get(name) not in ((value,) if both else (None, {})):
+            raise _not_implemented(path, name, fields.get(name))
+    if both and fields.get("use_rslora"):
+        raise _not_implemented(path, "use_rslora", True)
+
+
+def _not_implemented(path: Path, name: str, value: Any) -> UserError:
+    return UserError(
+        f"lora.path={path}: adapter_config.json: {name}={value!r} is not implemented;"
+        f" {WAY_OUT.get(name, MERGE)}"
+    )
 
 
 def instead_of_adapter(path: Path) -> str:
