@@ -25,7 +25,7 @@ from rftjax.environments import Environments
 from rftjax.groups import Carried, Finish, Groups, Lengths
 from rftjax.sampler.engine import Engine, NoiseKey, SampledTurn, noise_key
 from rftjax.text import chat
-from rftjax.types import Message, SamplingParams, Task, Trajectory, Turn
+from rftjax.types import THINKS, Message, SamplingParams, Task, Trajectory, Turn
 from rftjax.workers.pool import WorkerError
 
 CARRIED = -(1 << 30)  # the rank of conversations that go on: they get slots before all others
@@ -366,7 +366,7 @@ class Rollout:
         sequence, messages = trajectory.sequences[-1], trajectory.messages[len(history) :]
         if trajectory.task.prompt is not None:
             text = "\n".join(["", *(str(message["content"]) for message in messages), ""])
-            tokens = chat.encode(self.tokenizer, text, self.engine.max_length)
+            tokens, episode.text = chat.encode(self.tokenizer, text, self.engine.max_length), text
         else:
             try:
                 tokens, episode.text = chat.follow(
@@ -404,6 +404,7 @@ class Rollout:
             stop_strings=self.stop_strings,
         )
         message: Message = {"role": "assistant", "content": content}
+        message |= {THINKS: True} if types.begins_thinking(episode.text) else {}
         trajectory.sampled_messages.append(len(trajectory.messages))
         trajectory.messages.append(message if turn.stopped else message | {"truncated": True})
         trajectory.turn_rewards.append(0.0)

@@ -21,6 +21,7 @@ Params = Any  # a nested dict of arrays
 # What begins and what ends a model's thinking, as chat templates mark it.
 _THINKING = ("<think>", "[THINK]", "<|channel|>analysis")
 _THOUGHT = ("</think>", "[/THINK]", "<|channel|>final<|message|>")
+THINKS = "begins_thinking"  # true in a message where its prompt, as some templates write it, began the thinking
 NOWHERE = 2**31 - 1  # an index beyond every array, which a scatter drops
 
 
@@ -132,9 +133,10 @@ class Trajectory:
 
     `finish_reason` is stop (the model or the environment ended it), length (a token limit ended it or cut its last
     turn), turns (the turn limit) or error (the environment failed, or said what the model cannot be shown; `error`
-    says how). A message that a token limit cut has `truncated`. `infos` holds the environment's `Turn.info`, one a
-    turn; `state` is what its `state()` said at the end. `bystander` is true where another call or the machine cost the
-    sample: no fault of the user's code. `score` and `advantage` are filled in after scoring.
+    says how). A message that a token limit cut has `truncated`, one whose thinking the prompt began has THINKS. `infos`
+    holds the environment's `Turn.info`, one a turn; `state` is what its `state()` said at the end. `bystander` is true
+    where another call or the machine cost the sample: no fault of the user's code. `score` and `advantage` are filled
+    in after scoring.
     """
 
     task: Task
@@ -159,8 +161,17 @@ class Trajectory:
 
         In a trajectory made by hand, without `sampled_messages`, it is the last assistant message that the row has not.
         """
+        return self._last_turn.get("content") or ""
+
+    @property
+    def answer(self) -> str:
+        """`completion` without the thinking before it, as `answer_of` finds it."""
+        return answer_of(self.completion, begun=bool(self._last_turn.get(THINKS)))
+
+    @property
+    def _last_turn(self) -> Message:
         if self.sampled_messages:
-            return self.messages[self.sampled_messages[-1]].get("content") or ""
+            return self.messages[self.sampled_messages[-1]]
         own = (
             0
             if self.messages[: len(self.task.messages)] != self.task.messages
@@ -168,13 +179,8 @@ class Trajectory:
         )
         for message in reversed([] if self.unanswered else self.messages[own:]):
             if message.get("role") == "assistant":
-                return message.get("content") or ""
-        return ""
-
-    @property
-    def answer(self) -> str:
-        """`completion` without the thinking before it, as `answer_of` finds it."""
-        return answer_of(self.completion)
+                return message
+        return {}
 
     @property
     def unanswered(self) -> bool:
@@ -198,12 +204,18 @@ class Trajectory:
         return len(self.turn_rewards)
 
 
-def answer_of(text: str) -> str:
-    """Returns what a turn says after its thinking, "" where a thinking that is marked has not ended."""
+def answer_of(text: str, *, begun: bool = False) -> str:
+    """Returns what a turn says after its thinking, "" where a thinking that the text marks, or that was `begun` before
+    it, has not ended."""
     ends = [text.rfind(mark) + len(mark) for mark in _THOUGHT if mark in text]
     if ends:
         return text[max(ends) :]
-    return "" if text.lstrip().startswith(_THINKING) else text
+    return "" if begun or text.lstrip().startswith(_THINKING) else text
+
+
+def begins_thinking(prompt: str) -> bool:
+    """Whether what follows a prompt's text is thinking from its first token on."""
+    return prompt.rstrip().endswith(_THINKING)
 
 
 class TrainState(NamedTuple):

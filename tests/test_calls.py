@@ -143,6 +143,8 @@ def test_a_call_that_is_thought_about_is_not_made():
         said = begin + thought + "I add.\n"
         assert before_calls(f"{said}<tool_call>{ONE_WHOLE}</tool_call>") == said
     assert calls(f"<think>\nI could say {FORMATS['hermes']}") == []
+    begun = {"role": "assistant", "content": f"I could say {FORMATS['hermes']}"}
+    assert tool_calls(begun) and not tool_calls(begun | {"begins_thinking": True})
     quoted = '<tool_call>{"name": "add", "arguments": {"a": "</think>"}}</tool_call>'
     assert calls(quoted) == [{"name": "add", "arguments": {"a": "</think>"}}]
 

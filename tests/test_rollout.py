@@ -403,6 +403,24 @@ def test_plain_prompts_go_on_as_plain_text(rollout, tokenizer):
     assert max(t.turns for t in trajectories) > 1
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_turn_whose_thinking_the_prompt_began_is_no_answer_before_it_ends(
+    rollout, tmp_path, plain
+):
+    template = TEMPLATE.replace("<assistant>", "<assistant><think>\n")
+    tokenizer = ambiguous_tokenizer(tmp_path / "thinking", template)
+    messages = [{"role": "user", "content": "abc"}]
+    task = Task("t", messages, prompt="abc <think>\n" if plain else None)
+    run = rollout(CHATTY, tokenizer=tokenizer)
+    for one in run([(0, task)], 2, PARAMS):
+        said = [message for message in one.messages if message["role"] == "assistant"]
+        began = [message.get("begins_thinking", False) for message in said]
+        assert began == [index == 0 or not plain for index in range(len(said))]
+        assert one.completion and one.answer == ("" if began[-1] else one.completion)
+        said[-1]["content"] += "</think> 4"
+        assert one.answer == " 4"
+
+
 def test_samples_depend_on_the_draw_and_not_on_the_order(rollout):
     def ids(trajectories):
         return {(t.draw, t.sample): t.sequences[0].tokens for t in trajectories}

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from rftjax.types import Message
+from rftjax.types import THINKS, Message
 
 Call = dict[
     str, Any
@@ -70,14 +70,14 @@ def before_calls(text: str) -> str:
     return text[: min(starts)] if starts else text
 
 
-def _thought(text: str) -> int:
+def _thought(text: str, *, begun: bool = False) -> int:
     """Returns where the text begins behind thinking: a call that is thought about is not made. Thinking that has not
-    ended takes all of it; a text that begins with a call has none."""
+    ended takes all of it, also where it was `begun` before the text; a text that begins with a call has none."""
     first = text.lstrip()
     if first.startswith(STARTS) or (first[:1] in ("{", "[") and not first.startswith(_THINKING)):
         return 0
     ends = [at + len(mark) for mark in _THOUGHT if (at := text.find(mark)) >= 0]
-    return min(ends, default=len(text) if first.startswith(_THINKING) else 0)
+    return min(ends, default=len(text) if begun or first.startswith(_THINKING) else 0)
 
 
 def tool_calls(message: Message, names: Collection[str] = ()) -> list[Call]:
@@ -94,7 +94,7 @@ def tool_calls(message: Message, names: Collection[str] = ()) -> list[Call]:
     if calls:
         return calls
     text = message.get("content") or ""
-    text = text[_thought(text) :]
+    text = text[_thought(text, begun=bool(message.get(THINKS))) :]
     for pattern, read in _FORMATS:
         if found := list(pattern.finditer(text)):
             return [call for match in found for call in _attempt(read, match)]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from rftjax.types import Message, Task, answer_of
+from rftjax.types import THINKS, Message, Task, answer_of
 from rftjax.workers.plain import plain
 
 Action = Callable[[str], Any]
@@ -43,7 +43,7 @@ def number_of(reward: Any) -> float:
 
 def said(message: Message) -> str:
     """Returns what the model's message says after its thinking, without white space around it."""
-    return answer_of(str(message.get("content") or "")).strip()
+    return answer_of(str(message.get("content") or ""), begun=bool(message.get(THINKS))).strip()
 
 
 def user(text: str) -> list[Message]:
