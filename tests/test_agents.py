@@ -42,6 +42,13 @@ async def run(task, base_url, api_key, model):
         messages = list(task.messages)
         if kind == "silent":
             return None
+        if kind == "crowd":
+            await ask(client, model, messages, n=7)
+        if kind == "mute":
+            try:
+                await ask(client, model, messages, temperature=0.1)
+            except openai.APIError:
+                return None
         messages.append(await ask(client, model, messages))
         sub = await ask(client, model, [{"role": "user", "content": "bc"}])
         if kind == "raises":
@@ -152,6 +159,7 @@ def test_an_agents_calls_are_its_trajectory_and_the_same_in_every_run(led, local
 
 def test_faults_of_an_agent_cost_its_own_sample_and_are_kept_as_data(led, local, agent_file):
     kinds = ["", "raises", "dies", "hangs", "nan", "hot", "silent", "endless", "", "says"]
+    kinds += ["crowd", "mute"]
     led(local)(draws("endless"), 1, PARAMS)  # compiles outside the time limit
     hasty = LocalAgents(f"{agent_file}:run", workers=2, timeout_s=5.0, env=())
     run = led(hasty)
@@ -166,11 +174,14 @@ def test_faults_of_an_agent_cost_its_own_sample_and_are_kept_as_data(led, local,
         "nan": "must be finite, not nan",
         "hot": "sampler.temperature=1.8",
         "silent": "made no call",
+        "crowd": "no call of the agent was answered: BadRequestError: Error code: 400 - rollout.max_turns=6: the"
+        " rollout has 0 answers, those under way counted, and 7 more asked for",
+        "mute": "no call of the agent was answered",
     }
     for kind, text in told.items():
         one = found[kind]
         assert one.finish_reason == "error" and text in one.error, (kind, one.error)
-        if kind != "silent":
+        if kind not in ("silent", "crowd", "mute"):
             assert len(one.sequences) == 2 and one.turns == 2, kind
     assert found["endless"].finish_reason == "turns" and found["endless"].turns == 6
     assert found[""].error == "" and found["says"].state.keys() == {"answer", "sub"}

@@ -75,6 +75,13 @@ def test_a_check_that_fails_shows_and_keeps_what_it_sampled(config, tmp_path, ca
     assert (tmp_path / "run" / "check" / "report.txt").read_text() in out
 
 
+def test_a_check_without_a_score_says_so(config, tmp_path):
+    config.evaluator = config.evaluator.replace(":evaluate", ":broken")
+    config.scoring.max_error_share = 1.0
+    with pytest.raises(UserError, match="none of 16 samples has a score, for the reasons above"):
+        modes.run("check", config, {}, tmp_path / "run", 0)
+
+
 def test_a_workdir_that_cannot_be_written_is_refused_before_the_check_samples(
     config, tmp_path, capsys
 ):

@@ -15,7 +15,14 @@ from rftjax.errors import UserError
 from rftjax.learning.credit import has_variance, set_advantages
 from rftjax.models import remat
 from rftjax.monitor import reasons, rollout_files, transcripts
-from rftjax.monitor.rollouts import by_draw, encode, reward_of, to_json, trajectory_record
+from rftjax.monitor.rollouts import (
+    by_draw,
+    encode,
+    is_valid,
+    reward_of,
+    to_json,
+    trajectory_record,
+)
 from rftjax.monitor.step_metrics import rollout_metrics
 from rftjax.run import arithmetic, judging, memory
 from rftjax.run.build import Parts, build, complete_config
@@ -86,6 +93,11 @@ def check(given: Any, workdir: Path) -> None:
         report.keep(trajectories)
         _say_samples(parts, trajectories, report)
         parts.scorer.check(answered(trajectories))
+        if not any(is_valid(one) for one in trajectories):
+            raise UserError(
+                f"none of {len(trajectories)} samples has a score, for the reasons above: there is nothing to learn"
+                " from; correct the evaluator, the environment or the agent"
+            )
         if not _vary(trajectories, parts):
             groups, size = len(by_draw(trajectories)), parts.config.batch.group_size
             raise UserError(

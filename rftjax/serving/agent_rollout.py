@@ -181,7 +181,11 @@ class AgentRollout:
             trajectory.error, trajectory.finish_reason = str(error), "error"
             trajectory.bystander = isinstance(error, WorkerError) and error.bystander
         elif not reason:
-            trajectory.error = "the agent made no call of the model"
+            trajectory.error = (
+                "the agent made no call of the model"
+                if found is None
+                else f"no call of the agent was answered{f': {error}' if error else ''}"
+            )
             trajectory.finish_reason = "error"
         elif reward is None and self._rewarded:
             trajectory.error = (

@@ -176,8 +176,8 @@ class Recording:
         if self.turns + count > self.params.max_turns:
             self.refused = self.refused or "turns"
             raise BadRequest(
-                f"rollout.max_turns={self.params.max_turns}: the rollout has had {self.turns} answers; raise it where"
-                " an agent needs more",
+                f"rollout.max_turns={self.params.max_turns}: the rollout has {self.turns} answers, those under way"
+                f" counted, and {count} more asked for; raise it where an agent needs more",
                 code="too_many_turns",
             )
 
