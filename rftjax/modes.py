@@ -68,7 +68,7 @@ def run(
         place = Path(rollouts).expanduser().absolute() if rollouts else workdir
         recorded.files(place)  # a mistyped path is told before what its config would lack
         metrics.check_workdir(workdir)
-        config = rescoring.score_config(given, overrides, workdir)
+        config = rescoring.score_config(given, overrides, workdir, place)
         print("\n".join(rescoring.score(config, workdir, place)))
         return
     if mode == "check":

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,21 @@ def test_rollouts_are_scored_with_their_rows_and_kept_beside_what_was_recorded(
     assert report["agreement"]["equal_share"] == report["agreement"]["correlation"] == 1.0
     modes.run("score", config(folder), {}, folder / "other", rollouts=again)
     assert (folder / "other/scores/run-2.json").exists()
+
+
+@pytest.mark.parametrize("place", ["", "rollouts", "rollouts/step_000001.jsonl"])
+def test_rollouts_of_a_run_are_scored_elsewhere_with_that_runs_rows(
+    folder, workdir, tmp_path, place, capsys
+):
+    shutil.copytree(workdir / "rollouts", tmp_path / "run/rollouts")
+    (tmp_path / "run/checkpoints/2").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text(configs.to_json(config(folder)))
+    given = config(folder)
+    given.tasks.train = ""
+    modes.run("score", given, {}, tmp_path / "other", rollouts=str(tmp_path / "run" / place))
+    assert "KeyError: 'answer'" not in capsys.readouterr().out
+    (report,) = (json.loads(one.read_text()) for one in (tmp_path / "other/scores").glob("*.json"))
+    assert report["failures"] == report["samples"] // 6  # those that raise
 
 
 def test_agreement_counts_the_pairs_of_a_group_in_the_same_order(folder, workdir, tmp_path):

@@ -35,14 +35,24 @@ BINS = 10
 SHOWN = 3  # samples on which the rewards differ most
 
 
-def score_config(given: ConfigDict, flags: Mapping[str, Any], workdir: Path) -> ConfigDict:
-    """Returns the config: a run's own, where the workdir is one, with the flags on top, else the given one."""
+def score_config(
+    given: ConfigDict, flags: Mapping[str, Any], workdir: Path, place: Path
+) -> ConfigDict:
+    """Returns the config: a run's own, where the workdir is one, with the flags on top, else the given one.
+
+    A given one without tasks gets those of the run that `place` is of.
+    """
     stored = stored_config(workdir)
     if stored is not None:
         with stored.unlocked():
             for field, value in flatten(flags).items():
                 assign(stored, field, expand_value(field, value))
         given = stored
+    elif not given.tasks.train:
+        runs = (stored_config(folder) for folder in (place, *place.parents[:2]))
+        if run := next(filter(None, runs), None):
+            with given.unlocked():
+                given.tasks, given.seed = run.tasks, run.seed
     return complete_config(given, needs=("evaluator",))
 
 
