@@ -25,6 +25,7 @@ from rftjax.learning import update
 from rftjax.models import decoder, logical_axes
 from rftjax.models.config import Config
 from rftjax.sampler import device
+from rftjax.sampler.conversation import SampledTurn
 from rftjax.sampler.engine import Engine, noise_key
 from rftjax.text import chat, template, tokenizer
 from rftjax.types import Message, Pack, Params, SamplingParams, Task, Trajectory
@@ -261,26 +262,45 @@ class Policy:
             for turn in engine.step():
                 engine.close(turn.key)
                 index, sample = turn.key
-                sequence = types.Sequence()
-                sequence.extend(tokens[index])
-                sequence.extend(turn.tokens, turn.logprobs, 0)
-                messages = list(tasks[index].messages)
-                if words is not None:
-                    content = chat.decode(
-                        words, turn.tokens, stop_tokens=stops, stop_strings=strings
-                    )
-                    messages.append({"role": "assistant", "content": content})
-                results[turn.key] = Trajectory(
-                    tasks[index],
-                    first_draw + index,
-                    sample,
-                    messages,
-                    [sequence],
-                    turn_rewards=[0.0],
-                    finish_reason="stop" if turn.stopped else "length",
-                    sampled_messages=[len(messages) - 1] if messages else [],
+                text = (
+                    chat.decode(words, turn.tokens, stop_tokens=stops, stop_strings=strings)
+                    if words is not None
+                    else None
+                )
+                results[turn.key] = self._answered(
+                    tasks[index], first_draw + index, sample, tokens[index], turn, text
                 )
         return [results[key] for key in sorted(results)]
+
+    def _answered(
+        self,
+        task: Task,
+        draw: int,
+        sample: int,
+        prompt: list[int],
+        turn: SampledTurn,
+        text: str | None,
+    ) -> Trajectory:
+        """Returns a trajectory of one turn, with the message of its text where there is one."""
+        sequence = types.Sequence()
+        sequence.extend(prompt)
+        sequence.extend(turn.tokens, turn.logprobs, 0)
+        messages = list(task.messages)
+        if text is not None:
+            words = task.messages or task.prompt is not None
+            before = chat.prompt_text(self.tokenizer, task) if words else ""
+            marks = {types.THINKS: True} if types.begins_thinking(before) else {}
+            messages.append({"role": "assistant", "content": text} | marks)
+        return Trajectory(
+            task,
+            draw,
+            sample,
+            messages,
+            [sequence],
+            turn_rewards=[0.0],
+            finish_reason="stop" if turn.stopped else "length",
+            sampled_messages=[len(messages) - 1] if messages else [],
+        )
 
     def _read_prompt(self, prompt: Any, index: int) -> tuple[Task, list[int]]:
         """Returns a task (without messages where a text or ids were given) and the ids of one prompt."""

@@ -170,6 +170,10 @@ def test_a_text_a_conversation_and_ids_alone_are_prompts_too(model):
         (found,) = chatty.sample(prompts, **limits)
         assert found.sequences[0].tokens == by_ids.sequences[0].tokens
         assert found.messages[:2] == conversation
+    assert found.answer == found.completion
+    chatty.tokenizer.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    (found,) = chatty.sample(conversation, **limits)
+    assert found.completion and found.answer == ""  # cut in the thinking that its prompt began
     for wrong in ([[1, "w1"]], [[conversation]], [5.0]):
         with pytest.raises(UserError, match="prompt 0: must be a text, a list of messages"):
             model.sample(wrong, **limits)

@@ -292,6 +292,24 @@ def test_a_template_that_rewrites_history_goes_on_in_a_further_sequence(weights,
         server.close()
 
 
+def test_answers_whose_thinking_the_prompt_began_are_marked_and_still_one_sequence(
+    weights, tmp_path
+):
+    thinking = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think>{% endif %}"
+        "{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    server = Recorded(weights, served.make_tokenizer(tmp_path / "thinking", thinking))
+    try:
+        with server.client("9 thinking") as client:
+            talk(client, ["abc", "ab"])
+        (thread,) = server.recordings["9 thinking"].threads
+        said = [one for one in thread.messages if one["role"] == "assistant"]
+        assert [one.get("begins_thinking") for one in said] == [True, True]
+    finally:
+        server.close()
+
+
 def test_a_rollout_that_is_over_or_that_there_is_none_of_is_told_so(server):
     with server.client("none of mine") as client, pytest.raises(openai.APIStatusError) as caught:
         ask(client, [user("a")])

@@ -18,7 +18,7 @@ from rftjax.serving.answers import Answer, said
 from rftjax.serving.requests import BadRequest, ChatRequest, CompletionRequest, Request
 from rftjax.serving.service import Call, Listener, Service
 from rftjax.text import chat
-from rftjax.types import Message, SamplingParams, Task
+from rftjax.types import THINKS, Message, SamplingParams, Task
 
 SERVED = 2**31 - 1  # the noise stream of requests that belong to no rollout
 SEQUENCES = 2**15  # numbers of sequences within a noise key
@@ -227,7 +227,8 @@ class Recording:
         thread.sequence.extend(sampled.tokens, sampled.logprobs, self.policy_version)
         thread.sequence.experts = sampled.experts
         message: Message = {"role": "assistant", "content": turn.answer.text}
-        kept = message if sampled.stopped else message | {"truncated": True}
+        marks = {THINKS: types.begins_thinking(text), "truncated": not sampled.stopped}
+        kept = message | {mark: True for mark, true in marks.items() if true}
         last = _Sampled(list(messages), message, list(sampled.tokens), sampled.stop_token)
         self._answers.setdefault(said(turn.answer.message), []).append(last)
         thread.sampled.append(len(messages))
@@ -460,9 +461,9 @@ def answer_to(asked: Request, model: Model, offset: int) -> Answer:
 
 
 def _plain(messages: list[Message]) -> list[Message]:
-    """Returns messages without the mark of a cut turn, which no template is shown."""
+    """Returns messages without the marks of turns, which no template is shown."""
     return [
-        {name: value for name, value in message.items() if name != "truncated"}
+        {name: value for name, value in message.items() if name not in ("truncated", THINKS)}
         for message in messages
     ]
 
