@@ -36,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(429 if tries == 1 else 503, {"error": "later"}, {"Retry-After": "0.01"})
         elif "dropped" in said and tries < 2:
             self.close_connection = True
+        elif "page" in said:
+            self.answer(200, b"<html>log in first</html>")
         elif "refused" in said:
             self.answer(400, {"error": {"message": "no such model"}})
         else:
@@ -44,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"choices": [{"message": message}], "usage": usage})
 
     def answer(self, code, value, headers=None):
-        data = json.dumps(value).encode()
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(code)
         for name, text in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, text)
@@ -125,6 +127,10 @@ def test_what_is_refused_is_not_asked_again_and_says_why(server):
     judge = Judge("j", base_url=address(server), key_variable="NONE")
     (error,) = asked(judge, "refused")
     assert re.search(r"failed after 1 calls: 400 .*no such model", str(error))
+    (error,) = asked(Judge("j", base_url=address(server), key_variable="NONE"), "page")
+    assert str(error) == (
+        f"the judge at {address(server)} answered what is no JSON: '<html>log in first</html>'"
+    )
     (error,) = asked(Judge("j", base_url="http://127.0.0.1:9/v1", retries=1), "x")
     assert "failed after 2 calls" in str(error)
 

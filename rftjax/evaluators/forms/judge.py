@@ -146,7 +146,14 @@ class Judge:
             headers,
         )
         with urllib.request.urlopen(request, timeout=self._timeout_s) as response:
-            said = json.load(response)
+            data = response.read()
+        try:
+            said = json.loads(data)
+        except ValueError:
+            shown = data[:300].decode("utf-8", "replace").strip()
+            raise ValueError(
+                f"the judge at {self.base_url} answered what is no JSON: {shown!r}"
+            ) from None
         try:
             text = said["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):
