@@ -263,8 +263,8 @@ def _over_time(
     files = transcripts.files(run.path, stream)
     tasks = {one["task_id"] for one in records}
     if task and task not in tasks and stream != "train":
-        known = ", ".join(sorted(tasks)[:5])
-        raise UserError(f"--task={task}: {stream} has no such task; it has {known}, ...")
+        known = ", ".join(sorted(tasks)[:5]) + ", ..." * (len(tasks) > 5)
+        raise UserError(f"--task={task}: {stream} has no such task; it has {known}")
     if not task:
         first, last = run.rewards(stream, min(files)), run.rewards(stream, max(files))
         common = [one for one in last if one in first] or sorted(tasks)
