@@ -585,6 +585,25 @@ def test_what_is_absent_or_without_effect_is_read_as_by_transformers():
     assert chosen == 4 and one == two and one.query_scale == 17**-0.5
 
 
+def test_an_export_says_what_transformers_4_does_not_take_from_other_fields():
+    def exported(name: str, **fields: Any) -> dict[str, Any]:
+        given = seeded.CONFIGS[name] | fields
+        found = exported_fields(given, hf.read_config(given), "float32")
+        assert hf.read_config(found) == hf.read_config(given)
+        return found
+
+    moe = exported("qwen3_moe", num_experts=None, num_local_experts=12)
+    oss = exported("gpt_oss", num_local_experts=None, num_experts=7)
+    assert (moe["num_experts"], oss["num_local_experts"]) == (12, 7)
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 9.0}
+    mistral = exported(
+        "mistral", head_dim=None, num_attention_heads=4, num_key_value_heads=2, rope_parameters=rope
+    )
+    assert mistral["head_dim"] == 8
+    assert mistral["rope_scaling"]["original_max_position_embeddings"] == 64
+    assert "head_dim" not in exported("deepseek_v3")
+
+
 def test_a_model_that_sees_around_an_unknown_text_model_is_refused(tmp_path: Path):
     fields = {"model_type": "llava", "text_config": {"model_type": "mamba"}}
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -137,4 +137,6 @@ def _section(given: dict[str, Any], rope: Rope) -> dict[str, Any]:
             name: getattr(rope, ATTRIBUTES.get(name, name)) for name in sorted(FIELDS[rope.kind])
         }
         own = {name: value for name, value in found.items() if value or value is False}
+    if rope.kind in ("llama3", "yarn"):  # which transformers 4 asks for
+        own.setdefault("original_max_position_embeddings", rope.original_max_positions)
     return {"rope_type": rope.kind} | own | {"rope_theta": rope.theta}

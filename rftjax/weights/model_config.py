@@ -271,4 +271,9 @@ def exported_fields(fields: dict[str, Any], config: Config, dtype: str) -> dict[
         # Which transformers has under this name only; the code that came with the model is not exported.
         kept = {name: value for name, value in kept.items() if name != "auto_map"}
         kept["model_type"] = "deepseek_v3"
+    # What transformers 5 takes from other fields, and 4 from none.
+    if config.routing.experts and not config.latent.rank:
+        kept |= dict.fromkeys(("num_experts", "num_local_experts"), config.routing.experts)
+    if not config.latent.rank and not kept.get("head_dim"):
+        kept["head_dim"] = config.channels
     return kept | {"dtype": dtype, "torch_dtype": dtype} | rope_fields(fields, config)

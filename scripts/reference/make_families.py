@@ -2,7 +2,8 @@
 
     python scripts/reference/make_families.py [NAME ...] [--exports=DIR]
 
-`--exports` names a folder with one export of rftjax a model: transformers loads each and compares.
+`--exports` names a folder with one export of rftjax a model: transformers loads each and compares. Where adapters lie
+beside them, peft loads these too.
 
 It needs `torch` and `transformers`, which the test suite does not: see the README beside it.
 """
@@ -69,6 +70,22 @@ def compare(name: str, export: Path) -> None:
         f"| {name} | {type(model).__name__} | {len(report['missing_keys'])} | {len(report['unexpected_keys'])}"
         f" | {difference.max():.1e} | {difference.mean():.1e} |"
     )
+    adapter = export.with_name(f"{name}.adapter")
+    if adapter.exists():
+        print(f"| {name} with its adapters | {adapters_difference(name, model, adapter):.1e} |")
+
+
+def adapters_difference(name: str, model: torch.nn.Module, adapter: Path) -> float:
+    """Returns the largest difference of logits with adapters, applied and merged by peft, to rftjax's."""
+    from peft import PeftModel
+
+    expected = np.load(adapter.with_name(f"{name}.npy"))
+    tokens = torch.from_numpy(seeded.tokens(name))
+    with torch.no_grad():
+        adapted = PeftModel.from_pretrained(model, adapter)
+        found = [adapted(input_ids=tokens).logits.numpy()]
+        found.append(adapted.merge_and_unload()(input_ids=tokens).logits.numpy())
+    return max(float(np.abs(one - expected).max()) for one in found)
 
 
 def main() -> None:
