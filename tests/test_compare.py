@@ -94,7 +94,9 @@ def test_one_run_alone_and_a_named_task(runs, capsys):
     out = capsys.readouterr().out
     assert "answers to task t2" in out and "fields that differ" not in out
     assert compare.main([str(runs[1].path), "--task=none"]) == 1
-    assert "--task=none: heldout has no such task; it has t0, t1, t2, t3\n" in capsys.readouterr().err
+    assert (
+        "--task=none: heldout has no such task; it has t0, t1, t2, t3\n" in capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

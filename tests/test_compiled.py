@@ -13,6 +13,7 @@ from meshes import mesh_of
 from rftjax import config as configs
 from rftjax.devices.accelerators import ACCELERATORS
 from rftjax.errors import UserError
+from rftjax.models import head, linear
 from rftjax.run import compiled, plan, targets
 from rftjax.run.build import complete_config
 
@@ -105,30 +106,46 @@ def test_the_compiler_counts_the_weights_and_the_cache_that_the_plan_does(config
     assert found.peak >= found.sizes["argument"] and found.collectives["all-reduce"] > 0
 
 
-@pytest.mark.parametrize(("sizes", "own"), [({"data": 4}, 88), ({"context": 4}, 22)])
-def test_the_logits_of_an_update_lie_over_tensor_and_context(config, tmp_path, sizes, own):
+@pytest.mark.parametrize(
+    ("sizes", "positions", "own"),
+    [({"data": 4}, 64, 88), ({"context": 4}, 64, 22), ({"fsdp": 4}, 256, 22)],
+)
+def test_the_logits_of_an_update_lie_over_the_axes_of_the_head(
+    config, tmp_path, sizes, positions, own, monkeypatch
+):
+    monkeypatch.setattr(head, "POSITIONS", 0)  # few enough beside this small vocabulary
     fields = json.loads(Path(config.model.path, "config.json").read_text())
     fields |= {"vocab_size": 176, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config.model.path = str(tmp_path)
     mesh = mesh_of(tensor=2, **sizes)
     text = compiled.compiled(config, plan.open_shape(config), mesh, "update").text
-    for shape in (f"64,{own}", f"32,{own}"):  # of logits, and of the head or its gradient
+    for shape in (f"{positions},{own}", f"32,{own}"):  # of logits, and of the head or its gradient
         assert f"f32[{shape}]" in text
     assert not re.search(r"f32\[\d+,176\]", text)
 
 
-def test_chunks_of_logits_gather_a_frozen_head_once(config, tmp_path):
+@pytest.mark.parametrize(("rank", "top_k"), [(0, 0), (2, 5)])
+def test_all_chunks_of_logits_gather_a_head_and_sum_its_gradient_once(
+    config, tmp_path, rank, top_k, monkeypatch
+):
+    # The form of accelerators: that of CPUs makes matrices of rows and tokens, which the compiler gathers for it.
+    monkeypatch.setattr(
+        linear, "by_rows", lambda x, dy, inputs, outputs: linear.plain(x, dy, inputs=inputs)
+    )
     fields = json.loads(Path(config.model.path, "config.json").read_text())
     fields |= {"vocab_size": 176, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    config.model.path, config.model.remat, config.lora.rank = str(tmp_path), "layer", 2
-    config.sampler.top_k = 5
+    config.model.path, config.model.remat, config.lora.rank = str(tmp_path), "layer", rank
+    config.sampler.top_k = top_k
     model = plan.open_shape(config)
     text = compiled.compiled(config, model, mesh_of(fsdp=8), "update").text
-    head = rf"= f32\[{model.config.width},{model.config.vocab}\]\S* all-gather\("
-    assert len(re.findall(head, text)) == 1  # not in the loop, whose passes would each have one
-    assert " sort(" in text  # with the filter of the job
+    whole = rf"f32\[{model.config.width},{model.config.vocab}\]"
+    # Not in the loop over chunks, whose passes would each have one.
+    assert len(re.findall(rf"= {whole}\S* all-gather\(", text)) == 1
+    summed = re.findall(rf"= .*?{whole}.*? (?:all-reduce|reduce-scatter)\(", text)
+    assert len(summed) == (0 if rank else 1)
+    assert (" sort(" in text) == (top_k > 0)  # with the filter of the job
 
 
 def test_what_does_not_compile_is_told_and_passed_by(config, mesh):

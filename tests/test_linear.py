@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rftjax.models.config import Config, Rope
+from rftjax.models.head import logits
 from rftjax.models.linear import by_rows, linear, plain, weight_gradient
 
 RNG = np.random.default_rng(0)
@@ -73,3 +75,16 @@ def test_the_other_backends_form_is_the_same_product():
     lowered = jax.jit(weight_gradient, static_argnums=(2, 3)).trace(x, dy, 2, 1)
     text = lowered.lower(lowering_platforms=("cuda",)).as_text()
     assert "optimization_barrier" not in text
+
+
+def test_a_tied_heads_gradient_is_not_rounded_to_the_compute_dtype():
+    config = Config("qwen2", 24, 8, 1, 2, 2, 4, 8, 64, 1e-6, Rope(), True, dtype="bfloat16")
+    x_MD, table_VD, factors_MV = normal(6, 8, dtype="bfloat16"), normal(24, 8), normal(6, 24)
+
+    def total(params):
+        return jnp.sum(logits(config, params, x_MD) * factors_MV)
+
+    found_VD = jax.grad(total)({"embed": {"embedding": table_VD}})["embed"]["embedding"]
+    wide = [one.astype(jnp.bfloat16).astype(jnp.float32) for one in (factors_MV, x_MD)]
+    np.testing.assert_allclose(found_VD, wide[0].T @ wide[1], rtol=1e-5, atol=1e-5)
+    assert np.any(found_VD != found_VD.astype(jnp.bfloat16))

@@ -12,7 +12,7 @@ from rftjax import grpo, policy
 from rftjax.devices import sharding
 from rftjax.learning import optim, update
 from rftjax.learning.batching import make_batch
-from rftjax.models import decoder, logical_axes
+from rftjax.models import decoder, head, logical_axes
 from rftjax.models.decoder import Config, Rope
 from rftjax.sampler import device
 from rftjax.sampler.engine import Engine, noise_key
@@ -145,19 +145,29 @@ def test_the_number_of_micro_batches_does_not_change_the_gradient(params, uneven
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    (
+        "sizes",
+        "positions",
+        "vocab",
+    ),  # the axes that divide the vocabulary, where a device scores so many
     [
-        {"data": 2},
-        {"fsdp": 2, "expert": 2},
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        {"tensor": 8},
-        {"context": 2},
-        {"context": 8},
-        {"fsdp": 2, "context": 2, "tensor": 2},
+        ({"data": 2}, 0, ()),
+        ({"fsdp": 2, "expert": 2}, 0, ("fsdp", "expert")),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 0, ("tensor", "fsdp")),
+        ({"data": 2, "fsdp": 2, "expert": 2}, 10, ("fsdp",)),
+        ({"tensor": 8}, 2048, ("tensor",)),
+        ({"context": 2}, 2048, ()),
+        ({"context": 8}, 0, ("context",)),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, 10, ("tensor", "fsdp")),
     ],
 )
-def test_the_mesh_does_not_change_the_gradient(params, uneven, expected, sizes):
+def test_the_mesh_does_not_change_the_gradient(
+    params, uneven, expected, sizes, positions, vocab, monkeypatch
+):
     mesh = mesh_of(**sizes)
+    monkeypatch.setattr(head, "POSITIONS", positions)
+    over = head.shares(mesh, CONFIG.vocab, context="context" in sizes, whole=False)
+    assert over and over.vocab == vocab
     # One row a device: the last of eight holds nothing but padding.
     batch = batch_of(
         uneven,

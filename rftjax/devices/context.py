@@ -131,20 +131,3 @@ def unflat(mesh: Mesh | None, shards: int, values_B: jax.Array, M: int) -> jax.A
     return sharding.over_rows(mesh, lambda own: own.reshape(-1, M // shards), (FLAT,), PARTS)(
         values_B
     )
-
-
-def keep_flat(mesh: Mesh | None, shards: int, x_BV: jax.Array, vocab: tuple[str, ...]) -> jax.Array:
-    """Keeps an array where `flat` leaves its first axis, as `sharding.keep_rows` does for rows, and its second over
-    these axes of the mesh; the first over ROWS alone where `context` is one of them."""
-    if shards == 1:
-        return sharding.keep_rows(mesh, x_BV, vocab)
-    assert mesh is not None
-    first = ROWS if CONTEXT in vocab else (*ROWS, CONTEXT)
-    return jax.lax.with_sharding_constraint(x_BV, sharding.axes_sharding(mesh, first, vocab))
-
-
-def to_vocab(mesh: Mesh | None, x_BD: jax.Array, vocab: tuple[str, ...]) -> jax.Array:
-    """Returns the vectors that `taken` returns, on all devices of a row where `context` divides the vocabulary."""
-    if mesh is None or CONTEXT not in vocab:
-        return x_BD
-    return jax.lax.with_sharding_constraint(x_BD, sharding.axes_sharding(mesh, ROWS))

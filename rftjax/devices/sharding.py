@@ -355,15 +355,6 @@ def vocab_axes(mesh: Mesh | None, vocab: int, more: tuple[str, ...] = ()) -> tup
     return _dividing(mesh, _present(mesh, wanted), vocab) if mesh is not None else ()
 
 
-def head_by_vocab(mesh: Mesh, weight: jax.Array, axis: int, divided: tuple[str, ...]) -> jax.Array:
-    """Lays a head, or a tied embedding, out by its vocabulary, which is `axis` of the two, over these axes of the mesh,
-    and by its width over the others that may divide it."""
-    others = [one for one in RULES["width"] if one not in divided]
-    width = _dividing(mesh, _present(mesh, others), weight.shape[1 - axis])
-    place = axes_sharding(mesh, *((divided, width) if axis == 0 else (width, divided)))
-    return jax.lax.with_sharding_constraint(weight, place)
-
-
 def keep_tokens(mesh: Mesh | None, x_RXD: jax.Array) -> jax.Array:
     """Does what `keep_rows` does, and keeps the tokens of a row over the axis `context` if it divides them."""
     if mesh is None or context_shards(mesh, x_RXD.shape[1]) == 1:

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from rftjax import grpo
 from rftjax.devices import context, memories, sharding
 from rftjax.learning import merging, pieces, rounding
-from rftjax.models import decoder, experts, logical_axes, wide
+from rftjax.models import decoder, experts, wide
 from rftjax.models.config import Config
 from rftjax.models.distribution import GONE, RowSettings, adjust, by_rows
+from rftjax.models.head import Head, shares
 from rftjax.models.remat import LAYER
 from rftjax.types import NOWHERE, Batch, Pack, Params, TrainState
 
@@ -94,36 +95,27 @@ def scores(
     used_RM = pack.places_RM != NOWHERE
     filtered = top_p < 1 or top_k > 0
     shards = sharding.context_shards(mesh, x_RXD.shape[1])
-    # The head and its gradient are large and vectors small: devices of a context have a part of the vocabulary each,
-    # where no filter looks at all of a token's logits.
-    more = (context.CONTEXT,) if shards > 1 and not filtered else ()
-    divided = sharding.vocab_axes(mesh, config.vocab, more)
-    head = decoder.head(params)
-    if context.CONTEXT in divided:
-        head = decoder.head_by_vocab(params, mesh, divided)
-    elif mesh is not None and adapters is not None:
-        # Once: each chunk would gather it. Of a head that is trained, chunks scatter the gradient too.
-        places = sharding.decode_shardings(mesh, logical_axes(config), head)
-        head = jax.lax.with_sharding_constraint(head, places)
+    over = shares(mesh, config.vocab, context=shards > 1, whole=filtered)
+    head = Head(config, params, over)
 
     def score(
         sources_RM: jax.Array, targets_RM: jax.Array, temperatures_RM: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        x_BD = context.to_vocab(mesh, context.taken(mesh, x_RXD, sources_RM), divided)
-        logits_BV = context.keep_flat(mesh, shards, decoder.logits(config, head, x_BD), divided)
-        targets_B = context.flat(mesh, shards, targets_RM)
+        x_BD = context.taken(mesh, x_RXD, sources_RM)
+        logits_BV = head.logits(x_BD)
+        targets_B = head.arranged(context.flat(mesh, shards, targets_RM))
         ones_B = jnp.ones(targets_B.shape)
         own = temperature
         if temperatures_RM is not None:
-            own = context.flat(mesh, shards, temperatures_RM)
+            own = head.arranged(context.flat(mesh, shards, temperatures_RM))
         settings = RowSettings(
             own * ones_B, top_p * ones_B, jnp.full(targets_B.shape, top_k, jnp.int32)
         )
         adjusted_BV = adjust(logits_BV, settings, filtered=filtered, limit=limit, keep_B=targets_B)
-        logprobs_B, entropies_B = log_likelihood(adjusted_BV, targets_B)
+        both = map(head.restored, log_likelihood(adjusted_BV, targets_B))
         M = sources_RM.shape[1]
-        both = (context.unflat(mesh, shards, values_B, M) for values_B in (logprobs_B, entropies_B))
-        return next(both), next(both)
+        logprobs_RM, entropies_RM = (context.unflat(mesh, shards, one_B, M) for one_B in both)
+        return logprobs_RM, entropies_RM
 
     whole = 4 * pack.sources_RM.size * config.vocab <= HEAD_BYTES
     at_once = _padded(score, shards) if shards > 1 else score

@@ -35,9 +35,9 @@ from rftjax.models import across, wide
 from rftjax.models.block import Block, causal
 from rftjax.models.config import FULL, Config, Rope, Stack
 from rftjax.models.experts import COLLECTION
+from rftjax.models.head import logits
 from rftjax.models.layers import Norm
 from rftjax.models.layout import Layout
-from rftjax.models.linear import linear
 from rftjax.models.remat import rematerialized
 from rftjax.models.rotary import rotations
 from rftjax.models.wide import is_joined, opened
@@ -279,32 +279,6 @@ def roll(config: Config, tree: Params) -> Params:
         head = rolled.pop("head")["kernel"]
         rolled["embed"] = {"embedding": rolled["embed"]["embedding"] + head.T}
     return rolled
-
-
-def head(params: Params) -> Params:
-    """Returns the part of the parameters that `logits` reads."""
-    name = "head" if "head" in params else "embed"
-    return {name: params[name]}
-
-
-def logits(config: Config, params: Params, x_MD: jax.Array) -> jax.Array:
-    """Returns logits_MV in float32; a tied head is the embedding where the tree holds none of its own."""
-    if "head" in params:
-        logits_MV: Any = linear(x_MD, params["head"]["kernel"], 1, True)
-    else:
-        kernel_VD = params["embed"]["embedding"].astype(config.dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        logits_MV = product("MD,VD->MV", x_MD, kernel_VD)
-    cap = config.logit_cap
-    return cap * jnp.tanh(logits_MV / cap) if cap else logits_MV
-
-
-def head_by_vocab(params: Params, mesh: Mesh | None, divided: tuple[str, ...]) -> Params:
-    """Returns the parameters with what `logits` reads laid out by its vocabulary, over these axes of the mesh."""
-    assert mesh is not None
-    part, name, axis = ("head", "kernel", 1) if "head" in params else ("embed", "embedding", 0)
-    weight = sharding.head_by_vocab(mesh, params[part][name], axis, divided)
-    return params | {part: params[part] | {name: weight}}
 
 
 def init(config: Config, key: jax.Array) -> Params:

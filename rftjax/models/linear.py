@@ -1,7 +1,5 @@
 """Products with weights, whose weight gradients are float32 in any compute dtype.
 
-Used for every product of a model but that of a tied head without a matrix of its own (`decoder.logits`).
-
 Micro-batch gradients are summed in float32, so rounding each to bfloat16 would only lose bits. On CPU, XLA's bfloat16
 product has twice the speed of float32, but falls back to float32 when the left operand is column-major, as it is in a
 weight gradient.
@@ -42,15 +40,65 @@ def _forward(
 def _backward(
     axes: int, wide: bool, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    dx, wide_gradient = _gradients(axes, saved, dy)
+    return dx, wide_gradient.astype(saved[1].dtype)
+
+
+def _gradients(
+    axes: int, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     dy = dy.astype(x.dtype)
     outputs = kernel.ndim - axes
     contract = (tuple(range(dy.ndim - outputs, dy.ndim)), tuple(range(axes, kernel.ndim)))
     dx = jax.lax.dot_general(dy, kernel.astype(x.dtype), (contract, ((), ())))
-    return dx, weight_gradient(x, dy, axes, outputs).astype(kernel.dtype)
+    return dx, weight_gradient(x, dy, axes, outputs)
 
 
 linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def tied(x_MD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Returns what `linear` does with a table's transpose, one axis and `wide`."""
+    table_VD = table_VD.astype(x_MD.dtype)
+    return jnp.einsum("MD,VD->MV", x_MD, table_VD, preferred_element_type=jnp.float32)
+
+
+def _tied(x_MD: jax.Array, table_VD: jax.Array) -> tuple[jax.Array, tuple]:
+    return tied(x_MD, table_VD), (x_MD, table_VD)
+
+
+def _tied_gradients(saved: tuple[jax.Array, jax.Array], dy_MV: jax.Array) -> tuple:
+    x_MD, table_VD = saved
+    dy_MV = dy_MV.astype(x_MD.dtype)
+    gradient_VD = weight_gradient(dy_MV, x_MD, 1, 1)
+    return dy_MV @ table_VD.astype(x_MD.dtype), gradient_VD.astype(table_VD.dtype)
+
+
+tied.defvjp(_tied, _tied_gradients)
+
+
+@jax.custom_vjp
+def joined(x: jax.Array, kernel: jax.Array, zeros: jax.Array) -> jax.Array:
+    """Returns what `linear` does with one axis and `wide`, its weight gradient as that of float32 zeros.
+
+    Opened (see `wide.opened`), a kernel in the compute dtype would be there in float32 too, where a branch is kept for
+    the backward pass.
+    """
+    return linear(x, kernel, 1, True)
+
+
+def _joined(x: jax.Array, kernel: jax.Array, zeros: jax.Array) -> tuple[jax.Array, tuple]:
+    return joined(x, kernel, zeros), (x, kernel)
+
+
+def _joined_gradients(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple:
+    dx, wide_gradient = _gradients(1, saved, dy)
+    return dx, None, wide_gradient
+
+
+joined.defvjp(_joined, _joined_gradients)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array, inputs: int, outputs: int) -> jax.Array:

@@ -14,6 +14,7 @@ from rftjax.devices.accelerators import Accelerator
 from rftjax.learning import row_length, update
 from rftjax.models import attention, cache_leaves, exchange, logical_axes, remat
 from rftjax.models.config import Config, Stack
+from rftjax.models.head import shares
 from rftjax.run.memory import shard_bytes
 from rftjax.run.sampling import cache_rows
 from rftjax.types import TrainState
@@ -33,8 +34,6 @@ KEPT = 0.75
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
-# Bytes a number of a head that devices of a context have by its vocabulary: in float32 and bfloat16, and its gradient.
-HEAD_BY_VOCAB = 10
 KEYS_FORMS = 4.0  # of the keys and values that a device of a context has of others' tokens, a guess
 TPU_LANES = 128
 
@@ -186,29 +185,31 @@ class Job:
         return KEYS_FORMS * self.row_tokens * self.item * numbers
 
     def head_bytes(self, logits: float, copies: int) -> float:
-        """Bytes of the float32 logits that exist at once in so many forms, and of a trained head, gathered, in so many
-        copies, and its gradient."""
+        """Bytes of the float32 logits that exist at once in so many forms, and of a trained head, in so many copies if
+        one device has all of it, and its gradient."""
         scored = min(self.own_tokens, self.config.batch.pack_rows * update.HEAD_CHUNK)
         whole = 4.0 * self.row_tokens * self.model.vocab * self.shards
         chunked = whole > update.HEAD_BYTES or self.config.model.remat == remat.LAYER
         one = 4.0 * (scored if chunked else self.own_tokens) * self.model.vocab
-        forms = 0 if self.config.lora.rank else copies * self.item + 4
-        if self._by_vocab():
-            forms = (2 * self.item if self.config.lora.rank else HEAD_BY_VOCAB) / self.context
-        head = self.model.vocab * self.model.width * forms
-        return (logits * one + head) / self.mesh.shape["tensor"]
+        forms = (1 if self._head_over() else copies) * self.item + 4
+        head = 0.0 if self.config.lora.rank else self._own_head() * forms
+        return logits * one / self.mesh.shape["tensor"] + head
 
-    def _by_vocab(self) -> bool:
-        """Returns whether devices of a context have a part of the head's vocabulary each."""
-        sampler, more = self.config.sampler, (sharding.CONTEXT,)
+    def _head_over(self) -> Any:
+        """Returns how devices share out logits."""
+        sampler, context = self.config.sampler, self.context > 1
         filtered = sampler.top_p < 1 or sampler.top_k > 0
-        return not filtered and more[0] in sharding.vocab_axes(self.mesh, self.model.vocab, more)
+        return shares(self.mesh, self.model.vocab, context=context, whole=filtered)
+
+    def _own_head(self) -> float:
+        """Numbers of the head that a device computes logits with."""
+        over = self._head_over()
+        return self.model.vocab * self.model.width / (over.count(over.vocab) if over else 1)
 
     def _frozen_head(self) -> float:
         """Bytes of a head that is not trained, which is gathered once for all chunks of logits."""
-        gathered = self.config.lora.rank and self.of_others > 1 and not self._by_vocab()
-        head = self.model.vocab * self.model.width * self.item
-        return head / self.mesh.shape["tensor"] if gathered else 0.0
+        gathered = self.config.lora.rank and self.of_others > 1
+        return self._own_head() * self.item if gathered else 0.0
 
     def seconds(
         self, chip: Accelerator, weights: float, cache: float, *, full: bool
