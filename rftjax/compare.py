@@ -241,10 +241,10 @@ def _answers(name: str, run: Run, stream: str, task: str) -> Iterator[str]:
         return
     step = max(files)
     records = transcripts.read(files[step])
-    counts = collections.Counter(transcripts.completion(one).strip() for one in records)
+    counts = collections.Counter(map(transcripts.answer, records))
     rows = []
     for text, count in counts.most_common(SHOWN_ANSWERS):
-        same = [one for one in records if transcripts.completion(one).strip() == text]
+        same = [one for one in records if transcripts.answer(one) == text]
         rewards = [one["reward"] for one in same if one["valid"]]
         mean = f"{math.fsum(rewards) / len(rewards):.3f}" if rewards else "-"
         rows.append([str(count), f"{count / len(records):.0%}", mean, transcripts.short(text, 80)])
@@ -276,7 +276,7 @@ def _over_time(
             [
                 str(step),
                 f"{one['reward']:.3f}" if one["valid"] else "-",
-                transcripts.short(transcripts.completion(one), 90),
+                transcripts.short(transcripts.answer(one), 90),
             ]
             for one in found[:2]
         ]

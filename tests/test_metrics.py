@@ -16,10 +16,11 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util import tensor_util
 
+from rftjax.monitor import transcripts
 from rftjax.monitor.loggers import Loggers
 from rftjax.monitor.progress import format_duration
 from rftjax.monitor.recorder import Recorder, check_workdir
-from rftjax.monitor.rollouts import rollouts_markdown
+from rftjax.monitor.rollouts import rollouts_markdown, trajectory_record
 from rftjax.monitor.step_metrics import rollout_metrics
 from rftjax.types import Score, Sequence, Task, Trajectory
 
@@ -478,6 +479,14 @@ def test_copies_of_right_and_of_short_answers_are_no_odd_ones_and_the_commonest_
     metrics = rollout_metrics(group)
     assert metrics["rollout/commonest_share"] == 0.4 and metrics["rollout/commonest_reward"] == 0.5
     assert metrics["rollout/duplicate_wrong_share"] == 0.0
+
+
+def test_thoughts_make_no_answers_different():
+    texts = ["<think>a</think> 4", "b</think>4 ", "<think>c", "<think>d"]
+    made = [make_trajectory(draw=n, completion=text) for n, text in enumerate(texts)]
+    assert rollout_metrics(made)["rollout/commonest_share"] == 0.5
+    answers = [transcripts.answer(trajectory_record(0, one)) for one in made]
+    assert answers == ["4", "4", "<think>c", "<think>d"]
 
 
 def test_numbers_that_an_evaluator_only_records_are_averaged_apart_from_parts():

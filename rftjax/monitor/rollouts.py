@@ -76,12 +76,13 @@ def rollouts_markdown(trajectories: Sequence[Trajectory], count: int) -> str:
 
 def commonest(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """Returns the share of the commonest answer as `commonest_share`, and its mean reward, where it has valid ones, as
-    `commonest_reward`; {} without trajectories."""
-    texts = collections.Counter(one.completion.strip() for one in trajectories)
+    `commonest_reward`; {} without trajectories. Of a turn that ended in its thinking the whole text is the answer."""
+    texts = [one.answer.strip() or one.completion.strip() for one in trajectories]
     if not texts:
         return {}
-    ((text, count),) = texts.most_common(1)
-    same = [one for one in trajectories if one.completion.strip() == text and is_valid(one)]
+    ((text, count),) = collections.Counter(texts).most_common(1)
+    pairs = zip(trajectories, texts, strict=True)
+    same = [one for one, said in pairs if said == text and is_valid(one)]
     found = {"commonest_share": count / len(trajectories)}
     if same:
         found["commonest_reward"] = float(np.mean([reward_of(one) for one in same]))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rftjax.errors import UserError
+from rftjax.types import THINKS, answer_of
 
 STREAMS = {"train": "step", "heldout": "heldout"}  # other streams are heldout-NAME
 NAME = re.compile(r"(step|heldout(?:-.+)?)_(\d+)\.jsonl(?:\.gz)?")
@@ -44,6 +45,13 @@ def completion(record: Mapping[str, Any]) -> str:
     """Returns the text of the last assistant message."""
     said = [one for one in record["messages"] if one.get("role") == "assistant"]
     return text_of(said[-1]) if said else ""
+
+
+def answer(record: Mapping[str, Any]) -> str:
+    """Returns what `completion` says after its thinking, all of it where it ended in that."""
+    said = [one for one in record["messages"] if one.get("role") == "assistant"]
+    whole = completion(record).strip()
+    return answer_of(whole, begun=bool(said and said[-1].get(THINKS))).strip() or whole
 
 
 def text_of(message: Mapping[str, Any]) -> str:
