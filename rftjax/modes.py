@@ -19,6 +19,7 @@ from rftjax.run import (
     checkpoint,
     evaluating,
     failures,
+    inputs,
     lock,
     preflight,
     recorded,
@@ -92,7 +93,8 @@ def run(
             if config.export:
                 results.check_exports(workdir)
         started = {"stop_after": stop_after, "restart_from": restart_from, "accepted": accepted}
-        everything = failures.versions() | started | flatten(config)
+        installed = failures.versions() | {"rftjax's code": inputs.of_package()}
+        everything = installed | started | flatten(config)
         processes.same(
             {name: repr(value) for name, value in everything.items()},
             "Start each with the same command and the same installation",

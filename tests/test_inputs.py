@@ -107,3 +107,15 @@ def test_adapters_of_a_run_are_those_of_its_newest_checkpoint(tmp_path):
     assert of_adapters(tmp_path) == before
     (tmp_path / "checkpoints" / "10" / "trainable" / "data").write_text("changed")
     assert of_adapters(tmp_path) != before
+
+
+def test_two_checkouts_of_this_package_are_told_apart_by_their_code(tmp_path):
+    assert inputs.of_package() == inputs.of_package(inputs.PACKAGE)
+    first, second = (
+        shutil.copytree(inputs.PACKAGE / "devices", tmp_path / name) for name in ("a", "b")
+    )
+    (second / "notes.txt").write_text("no code")
+    assert inputs.of_package(first) == inputs.of_package(second)
+    with open(second / "memories.py", "a") as file:
+        file.write("# another line\n")
+    assert inputs.of_package(first) != inputs.of_package(second)

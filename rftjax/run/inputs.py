@@ -22,6 +22,7 @@ from rftjax.workers import named
 # Part of an input -> its digest; empty where nothing is known, and then never compared.
 Fingerprint = dict[str, str]
 SELF = "the file itself"
+PACKAGE = Path(__file__).parents[1]
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -86,6 +87,12 @@ def of_adapters(path: Path) -> Fingerprint:
         for one in sorted(trainable.rglob("*"))
         if one.is_file()
     }
+
+
+def of_package(folder: Path = PACKAGE) -> str:
+    """Returns one digest of the code in a folder: rftjax's own, of which two checkouts may have the same version."""
+    found = {str(one.relative_to(folder)): _digest(one) for one in sorted(folder.rglob("*.py"))}
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
 
 
 def of_evaluator(text: str) -> Fingerprint:
