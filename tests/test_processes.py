@@ -132,6 +132,8 @@ if __name__ == "__main__":
     address, workdir = sys.argv[1:]
     processes.HEARTBEAT_S = 240  # on a busy machine; a death shows in the connection before
     processes.start(address, 2, int(os.environ["PROCESS"]))
+    masks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print("taken", bool(int(masks["SigCgt"], 16) >> signal.SIGTERM - 1 & 1))
     jax.config.update("jax_numpy_rank_promotion", "raise")
     fail_in_one()
     interrupt_one()
@@ -351,6 +353,11 @@ def test_processes_may_sample_ahead_where_no_device_waits_for_others(config, two
 def test_a_second_signal_ends_what_no_other_process_waits_for_and_ends_it_in_all(two):
     for said, errors, _ in two[1]:
         assert "interrupted after [0, 1]" in said.splitlines(), errors
+
+
+def test_sigterm_ends_a_process_that_has_joined_and_does_not_train_yet(two):
+    for said, errors, _ in two[1]:
+        assert "taken False" in said.splitlines(), errors
 
 
 def test_processes_that_were_started_otherwise_are_refused_by_name(two):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ def start(coordinator: str, processes: int, process: int) -> None:
     for timer in timers:
         timer.daemon = True
         timer.start()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             **({} if coordinator == AUTO else given),
@@ -86,6 +88,8 @@ def start(coordinator: str, processes: int, process: int) -> None:
     finally:
         for timer in timers:
             timer.cancel()
+    # JAX has taken the signal to tell those who ask it, as nobody does here: it would end nothing.
+    signal.signal(signal.SIGTERM, on_sigterm or signal.SIG_DFL)
 
 
 def _tell(text: str) -> None:
