@@ -46,6 +46,11 @@ def run() -> None:
         if not sys.argv[2:]:
             sys.exit(f"error: rftjax {command}: give a model, or the workdir of a run")
         sys.argv[1:3] = [f"--mode={command}", _model_or_run(command, sys.argv[2])]
+    elif not command.startswith("-"):
+        sys.exit(
+            f"error: rftjax {command}: no such command; there is chat, serve, score, compare, fetch-model and version,"
+            " and --config=SPEC --workdir=DIR for a run (--mode=check, plan or eval for what these do)"
+        )
     from rftjax.config.flags import parse_flags
     from rftjax.main import main
 

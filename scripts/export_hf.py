@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rftjax import config as configs
 from rftjax.errors import UserError
-from rftjax.run import results
+from rftjax.run import binding, results
 
 
 def main() -> None:
@@ -31,8 +30,11 @@ def main() -> None:
     flags = parser.parse_args()
     workdir, out = flags.workdir.expanduser().absolute(), flags.out.expanduser()
     try:
-        stored = workdir / "config.json"
-        config: Any = configs.from_json(stored.read_text(encoding="utf-8"), str(stored))
+        config: Any = binding.stored_config(workdir)
+        if config is None:
+            raise UserError(
+                f"--workdir={workdir}: holds no checkpoint to export; give that of a run that has finished a step"
+            )
         given = {"wanted": flags.step, "dtype": flags.dtype, "adapter": flags.adapter}
         step = results.export(config, workdir, out, **given)
     except (UserError, OSError) as error:

@@ -57,6 +57,11 @@ def test_other_commands_go_by_their_name(monkeypatch, capsys, tmp_path):
     assert "has no file metrics.jsonl" in capsys.readouterr().err
 
 
+def test_a_command_that_is_not_there_is_told_what_there_is(monkeypatch):
+    with pytest.raises(SystemExit, match="rftjax train: no such command; .*--config=SPEC"):
+        run(monkeypatch, "train", "--config=rft")
+
+
 def test_flags_of_the_plan_are_refused_elsewhere(tmp_path):
     command = [
         sys.executable,

@@ -177,4 +177,5 @@ def test_a_step_that_is_not_there_is_answered_with_those_that_are(params: Any, t
     assert ran.returncode == 1
     assert "--step=7: there is no such checkpoint; there are [3]" in ran.stderr
     assert not (tmp_path / "out").exists()
-    assert "config.json" in run("--workdir=nowhere", f"--out={tmp_path / 'out'}").stderr
+    told = "/nowhere: holds no checkpoint to export; give that of a run"
+    assert told in run("--workdir=nowhere", f"--out={tmp_path / 'out'}").stderr
