@@ -22,6 +22,7 @@ from rftjax.config import ranges
 from rftjax.devices import sharding
 from rftjax.errors import UserError
 from rftjax.learning import update
+from rftjax.models import attention as attend
 from rftjax.models import decoder, logical_axes
 from rftjax.models.config import Config
 from rftjax.sampler import device
@@ -352,14 +353,15 @@ def load(
 ) -> Policy:
     """Loads a Hugging Face directory, a hub name or a GGUF file; `dtype` is what the model computes in.
 
-    `attention` is one of `models.attention.FORMS`. With `lazy` the parameters are read once they are asked for;
-    without `masters` they are kept in the dtype in which the forward pass reads them. `chat_settings` are those of
-    `text.template.settle`.
+    `attention` is one of `models.attention.FORMS` that the devices have. With `lazy` the parameters are read once they
+    are asked for; without `masters` they are kept in the dtype in which the forward pass reads them. `chat_settings`
+    are those of `text.template.settle`.
     """
     named = {"model.dtype": dtype, "model.attention": attention}
     named |= {f"chat.{name}": value for name, value in (chat_settings or {}).items()}
     for field, rule in ranges.problems(named):
         raise UserError(f"{field}={named[field]!r}: {rule}")
+    attend.check_devices(attention)
     closed = threading.Event()
 
     def place(masters: bool, at: tuple[str, ...], shape: tuple[int, ...]) -> tuple[str, Any]:

@@ -223,6 +223,8 @@ def test_a_form_that_does_not_exist_is_refused_before_anything_is_read():
     for wrong in wrongs:
         with pytest.raises(UserError, match="must be one of"):
             rftjax.load("no model", **wrong)
+    with pytest.raises(UserError, match="model.attention='triton': needs an NVIDIA GPU"):
+        rftjax.load("no model", attention="triton")
 
 
 def test_an_empty_prompt_is_refused(model):

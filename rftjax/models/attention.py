@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rftjax.devices import sharding
+from rftjax.errors import UserError
 from rftjax.models.flash import TILE as GPU_TILE
 from rftjax.models.flash import flash
 from rftjax.models.layout import Layout, Part
@@ -23,6 +24,20 @@ LONG = 512  # tokens of a row from which on `tiled` is faster than `blocked` on 
 CUDNN = "cudnn"  # as JAX names it
 PAIR, EIGHT = 2, 8  # its keys come in pairs, its channels in eights
 FORMS = ("blocked", "tiled", "plain", "cudnn", "triton", "splash")
+NEEDED = {  # the platform of a form that runs nowhere else, as JAX and as people call it
+    "cudnn": ("gpu", "an NVIDIA GPU"),
+    "triton": ("gpu", "an NVIDIA GPU"),
+    "splash": ("tpu", "a TPU"),
+}
+
+
+def check_devices(form: str) -> None:
+    """Raises UserError where the devices have no such attention."""
+    platform, called = NEEDED.get(form, ("", ""))
+    if platform and jax.default_backend() != platform:
+        raise UserError(
+            f"model.attention={form!r}: needs {called}, there is {jax.devices()[0].platform}; set it to 'blocked'"
+        )
 
 
 def attend(

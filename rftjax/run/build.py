@@ -162,7 +162,6 @@ def _build(config: ConfigDict, workdir: Path, read_ahead: bool) -> Iterator[Part
         closing.callback(environments.close)
         agents = _open_agents(config, closing)
         mesh = sharding.make_mesh(**config.mesh)
-        checks.check_attention(config)
         custom.check(config.grpo)
         hook = Hook(config.hooks)
         model = open_model(config, mesh)

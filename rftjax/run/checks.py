@@ -1,4 +1,4 @@
-"""Checks that need the model, before training: what the devices can run, and whether prompts fit."""
+"""Checks that need the model, before training: its context, its experts, and whether prompts fit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import logging
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from rftjax import policy
@@ -34,17 +33,6 @@ def fit_context(config: ConfigDict, model: policy.Policy) -> ConfigDict:
     fitted = config.copy_and_resolve_references()
     fitted.rollout.max_length = context
     return fitted
-
-
-def check_attention(config: ConfigDict) -> None:
-    """Raises ValueError where the devices have no such attention."""
-    form = config.model.attention
-    gpu, tpu = ("gpu", "an NVIDIA GPU"), ("tpu", "a TPU")
-    needed = {"cudnn": gpu, "triton": gpu, "splash": tpu}.get(form)
-    if needed and jax.default_backend() != needed[0]:
-        raise UserError(
-            f"model.attention={form!r}: needs {needed[1]}, there is {jax.devices()[0].platform}; set it to 'blocked'"
-        )
 
 
 def check_replay(config: ConfigDict, model: policy.Policy) -> None:

@@ -61,7 +61,6 @@ def opened(
 ) -> Iterator[tuple[Service, Model]]:
     """Opens an engine with the weights of a checkpoint of `workdir` ("": the best, else the last), or of the model."""
     mesh = sharding.make_mesh(**config.mesh)
-    checks.check_attention(config)
     with contextlib.ExitStack() as closing:
         model = open_model(config, mesh)
         closing.callback(model.close)
