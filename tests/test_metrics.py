@@ -405,6 +405,23 @@ def test_alarms_are_shown_in_metrics_progress_tensorboard_and_log(tmp_path, caps
     assert len([record for record in caplog.records if "too_high" in record.message]) == 1
 
 
+def test_an_alarm_in_a_terminal_begins_a_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    log, both = logging.getLogger("rftjax.monitor.recorder"), logging.StreamHandler(sys.stdout)
+    recorder = make_recorder(
+        tmp_path, quiet=False, alarms=lambda lines: {"high": "2"} if len(lines) > 1 else {}
+    )
+    log.addHandler(both)
+    try:
+        for step in (1, 2):
+            recorder.write(step, {"reward/mean": 0.5})
+            recorder.flush(step)
+    finally:
+        log.removeHandler(both)
+    recorder.close()
+    assert "step 2: alarm high: 2" in capsys.readouterr().out.splitlines()
+
+
 def test_durations_are_readable():
     durations = [format_duration(seconds) for seconds in (0.4, 59.6, 390, 3599.6, 7500)]
     assert durations == ["0s", "1m00s", "6m30s", "1h00m", "2h05m"]

@@ -183,6 +183,7 @@ class Recorder:
                 self._events.text(step, "alarms", text)
         for name, words in alarms.items():
             if f"alarm/{name}" not in old:
+                self._progress.close()  # the warning has a line of its own
                 log.warning("step %d: alarm %s: %s", step, name, words)
         self._progress.show(line)
 
