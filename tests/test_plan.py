@@ -135,6 +135,7 @@ def test_weights_that_are_divided_cross_the_links(config):
 
 def test_devices_of_a_context_keep_and_move_their_part_of_the_tokens(config):
     config.rollout.max_length = config.batch.pack_tokens = 4096
+    config.model.remat = "layer"
     one = planned(config, 1, "v5e")
     config.mesh.fsdp, config.mesh.context = 1, 4
     four = planned(config, 4, "v5e")

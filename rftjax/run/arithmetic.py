@@ -27,10 +27,10 @@ REACHED = {
 }  # shares of the table's numbers, as large jobs report them
 GRADIENT = "gradient, and that of a micro-batch"
 ROOM = "room for rows of experts from other devices"
-# Counted in XLA's programs, `scripts/bench/README.md`: forms of the logits that exist at once, and the share of
-# a layer's activations that stays for the backward pass.
+# Counted in XLA's programs, `scripts/bench/README.md`: forms of the logits that exist at once, and the share of a
+# layer's activations that stays for the backward pass beside a whole head, and beside one shared by its vocabulary.
 TPU_LOGITS, GPU_LOGITS = 3.0, 2.33
-KEPT = 0.75
+KEPT, KEPT_BESIDE_SHARED = 0.75, 0.42
 ROOMS = (
     10  # arrays of room for rows that come from other devices, at once in a layer's backward pass
 )
@@ -74,7 +74,9 @@ class Job:
     def updating(self, trained: float, *, gpu: bool) -> dict[str, float]:
         """Bytes of an update by purpose beside the state, of which `trained` are those of the trained parameters."""
         # XLA lets the arrays of the head go before the backward pass makes those of layers.
-        kept = self.kept() * (1.0 if self.config.model.remat == remat.LAYER else KEPT)
+        over = self._head_over()
+        share = KEPT_BESIDE_SHARED if over and over.together else KEPT
+        kept = self.kept() * (1.0 if self.config.model.remat == remat.LAYER else share)
         work = max(self._layer(stack) + self._gathered(stack) for stack in self.model.stacks)
         head = self.head_bytes(GPU_LOGITS, 2) - trained if gpu else self.head_bytes(TPU_LOGITS, 1)
         return {
