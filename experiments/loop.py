@@ -69,7 +69,7 @@ def train(
         task_of = dict(draws)
         rewards = []
         for one in trajectories:
-            conversation = answered(policy, task_of[one.draw], one)
+            conversation = answered(task_of[one.draw], one)
             rewards.append(as_score(evaluate(conversation.task, conversation)).reward)
 
         # An answer is as good as it is better than the others of its group.
@@ -87,12 +87,9 @@ def train(
 LOSS = {name: grpo.preset_fields("grpo")[name] for name in grpo.LOSS_DEFAULTS}
 
 
-def answered(policy: Policy, task: Task, sampled: Trajectory) -> Trajectory:
-    """Returns the conversation as an evaluator sees it: the task's messages and the answer's text."""
-    (sequence,) = sampled.sequences
-    ids = [token for token, new in zip(sequence.tokens, sequence.sampled, strict=True) if new]
-    text = chat.decode(policy.tokenizer, ids, stop_tokens=policy.stop_tokens())
-    messages = [*task.messages, {"role": "assistant", "content": text}]
+def answered(task: Task, sampled: Trajectory) -> Trajectory:
+    """Returns the conversation as an evaluator sees it: the task's messages and the answer's."""
+    messages = [*task.messages, *sampled.messages]
     return Trajectory(task, sampled.draw, sampled.sample, messages, sampled.sequences, [0.0])
 
 

@@ -288,8 +288,9 @@ class Policy:
         sequence.extend(turn.tokens, turn.logprobs, 0)
         messages = list(task.messages)
         if text is not None:
-            words = task.messages or task.prompt is not None
-            before = chat.prompt_text(self.tokenizer, task) if words else ""
+            before = chat.show(self.tokenizer, prompt)
+            if task.messages or task.prompt is not None:
+                before = chat.prompt_text(self.tokenizer, task)
             marks = {types.THINKS: True} if types.begins_thinking(before) else {}
             messages.append({"role": "assistant", "content": text} | marks)
         return Trajectory(

@@ -20,9 +20,10 @@ from rftjax.evaluators.forms.judge import Judge
 from rftjax.sampler.engine import SampledTurn, noise_key
 from rftjax.serving import service as service_module
 from rftjax.serving.answers import Answer
+from rftjax.serving.requests import ChatRequest
 from rftjax.serving.service import Service
 from rftjax.serving.terminal import talk
-from rftjax.serving.turns import Model
+from rftjax.serving.turns import Model, answer_to
 from rftjax.text import chat
 from rftjax.types import SamplingParams
 
@@ -504,6 +505,22 @@ def test_calls_in_any_templates_format_are_held_back_in_a_stream_and_other_text_
     assert shown.startswith(before)
     calls = answer.message.get("tool_calls")
     assert (calls and json.loads(calls[0]["function"]["arguments"])) == arguments
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_calls_within_thinking_that_the_prompt_begins_are_not_made(begun):
+    call = '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    prompt, text = f"hi{'<think>' * begun}", f"I may {call}"
+    letters = tokenizer_of_letters(prompt + text)
+    model = Model(NAME, letters, (), (), 99)
+    tool = {"type": "function", "function": {"name": "look"}}
+    asked = ChatRequest.model_validate({"model": NAME, "messages": user("hi"), "tools": [tool]})
+    answer = answer_to(asked, model, letters.encode(prompt, add_special_tokens=False))
+    ids = letters.encode(text, add_special_tokens=False)
+    shown = "".join(answer.add([one], [0.0]) for one in ids)
+    assert shown == (text if begun else "I may")
+    assert not answer.finish(SampledTurn((0, 0), ids, [0.0] * len(ids), stopped=True))
+    assert bool(answer.message.get("tool_calls")) != begun
 
 
 def tokenizer_of_letters(text):

@@ -60,10 +60,10 @@ STARTS = (
 )
 
 
-def before_calls(text: str) -> str:
-    """Returns what a text says before anything that may be a call: nothing of one that begins like a call without any
-    mark."""
-    begin = _thought(text)
+def before_calls(text: str, *, begun: bool = False) -> str:
+    """Returns what a text, behind thinking that was `begun` before it or not, says before anything that may be a call:
+    nothing of one that begins like a call without any mark."""
+    begin = _thought(text, begun=begun)
     if text[begin:].lstrip()[:1] in ("{", "["):
         return text[:begin]
     starts = [at for mark in STARTS if (at := text.find(mark, begin)) >= 0]

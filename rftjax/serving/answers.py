@@ -11,14 +11,15 @@ from typing import Any
 from rftjax.environments.calls import STARTS, before_calls, tool_calls
 from rftjax.sampler.engine import SampledTurn
 from rftjax.text import chat
-from rftjax.types import Message
+from rftjax.types import THINKS, Message
 
 
 class Answer:
     """One choice: takes tokens as they are sampled and says what can be shown of them by then.
 
     `tools` are the names of those that the model was shown: calls of them are read in the format of any template.
-    `offset` is the number of tokens before the answer, which makes the ids of calls unlike those of other turns.
+    `offset` is the number of tokens before the answer, which makes the ids of calls unlike those of other turns. Where
+    the prompt `begun` the thinking, the answer has no call before that ends.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class Answer:
         stop_strings: tuple[str, ...] = (),
         tools: Collection[str] = (),
         offset: int = 0,
+        begun: bool = False,
     ) -> None:
         self.tokenizer, self.stop_tokens, self.stop_strings = tokenizer, stop_tokens, stop_strings
-        self.tools, self.offset = tools, offset
+        self.tools, self.offset, self.begun = tools, offset, begun
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.shown = ""
@@ -46,7 +48,7 @@ class Answer:
         text = self._decoded().rstrip("\ufffd")  # half a character is a replacement at the end
         held = (*self.stop_strings, *STARTS) if self.tools else self.stop_strings
         if self.tools:
-            text = before_calls(text)
+            text = before_calls(text, begun=self.begun)
         text = text[: len(text) - max((_overlap(text, one) for one in held), default=0)]
         # White space before a call is not shown.
         return self._show(text.rstrip() if self.tools else text)
@@ -60,7 +62,7 @@ class Answer:
         calls = self._calls() if self.tools and turn.stopped else []
         self.message = {"role": "assistant", "content": content}
         if calls:
-            content = before_calls(self.text).rstrip() or None
+            content = before_calls(self.text, begun=self.begun).rstrip() or None
             self.message |= {"content": content, "tool_calls": calls}
             self.finish_reason = "tool_calls"
         return self._show(content or "")
@@ -81,7 +83,7 @@ class Answer:
 
     def _calls(self) -> list[dict[str, Any]]:
         """Returns the calls of an answer, none where one of them is malformed: the text is the answer then."""
-        found = tool_calls({"content": self.text}, self.tools)
+        found = tool_calls({"content": self.text, THINKS: self.begun}, self.tools)
         if any("problem" in call for call in found):
             return []
         return [

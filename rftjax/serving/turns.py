@@ -21,6 +21,7 @@ from rftjax.text import chat
 from rftjax.types import THINKS, Message, SamplingParams, Task
 
 SERVED = 2**31 - 1  # the noise stream of requests that belong to no rollout
+MARK = 16  # tokens at a prompt's end that hold what begins thinking, and white space behind it
 SEQUENCES = 2**15  # numbers of sequences within a noise key
 
 
@@ -70,7 +71,7 @@ class Single:
             find_stop=stops_of(asked, self.model),
             listener=listener,
         )
-        return Turn(prompt, call, answer_to(asked, self.model, len(prompt)))
+        return Turn(prompt, call, answer_to(asked, self.model, prompt))
 
     def prompts(self, asked: Request) -> list[list[int]]:
         """Returns the ids of each prompt of a request."""
@@ -212,7 +213,7 @@ class Recording:
         else:
             call = self.service.open(before, budget, noise, self.params, **settings)
         thread.busy, thread.key = True, call.key
-        turn = Turn(before, call, answer_to(asked, self.model, len(before)))
+        turn = Turn(before, call, answer_to(asked, self.model, before))
         turn.place = (thread, tokens, messages, text)
         return turn
 
@@ -447,8 +448,8 @@ def stops_of(asked: Request, model: Model) -> chat.StopStrings | None:
     return chat.StopStrings(model.tokenizer, asked.stops) if asked.stops else None
 
 
-def answer_to(asked: Request, model: Model, offset: int) -> Answer:
-    """Returns what takes an answer's tokens."""
+def answer_to(asked: Request, model: Model, prompt: list[int]) -> Answer:
+    """Returns what takes the tokens of an answer to these ids."""
     return Answer(
         model.tokenizer,
         stop_tokens=model.stop_tokens,
@@ -456,7 +457,8 @@ def answer_to(asked: Request, model: Model, offset: int) -> Answer:
         tools=[tool["function"]["name"] for tool in asked.shown_tools]
         if isinstance(asked, ChatRequest)
         else (),
-        offset=offset,
+        offset=len(prompt),
+        begun=types.begins_thinking(chat.show(model.tokenizer, prompt[-MARK:])),
     )
 
 
