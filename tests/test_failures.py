@@ -138,7 +138,8 @@ def test_a_fault_is_on_the_screen_and_in_the_workdir(program, tmp_path):
 
 def test_ctrl_c_while_libraries_are_imported_is_not_lost(program, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a background
         "class Catching:\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        try:\n"

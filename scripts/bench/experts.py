@@ -47,6 +47,7 @@ def fields(flags: argparse.Namespace, kind: str) -> dict[str, Any]:
         "intermediate_size": flags.ffn * flags.chosen,
         "num_hidden_layers": flags.layers,
         "num_attention_heads": flags.heads,
+        "num_key_value_heads": flags.heads,
         "moe_intermediate_size": flags.ffn,
         "num_experts_per_tok": flags.chosen,
         "norm_topk_prob": True,
