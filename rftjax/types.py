@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # {"role": ..., "content": ..., ...} as in OpenAI's chat format
 Params = Any  # a nested dict of arrays
-# What begins and what ends a model's thinking, as chat templates mark it.
-_THINKING = ("<think>", "[THINK]", "<|channel|>analysis")
-_THOUGHT = ("</think>", "[/THINK]", "<|channel|>final<|message|>")
+# What begins and what ends a model's thinking, as chat templates mark it; gpt-oss has channels instead of tags.
+THINKING_TAGS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+_THINKING = (*THINKING_TAGS, "<|channel|>analysis")
+_THOUGHT = (*THINKING_TAGS.values(), "<|channel|>final<|message|>")
 THINKS = "begins_thinking"  # true in a message where its prompt, as some templates write it, began the thinking
 NOWHERE = 2**31 - 1  # an index beyond every array, which a scatter drops
 

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from rftjax.types import THINKS, Message
+from rftjax.types import THINKING_TAGS, THINKS, Message
 
 Call = dict[
     str, Any
@@ -41,8 +41,8 @@ _ESCAPED = re.compile(r"(?:<escape>(.*?)<escape>|<\|\"\|>(.*?)<\|\"\|>)", re.DOT
 _KEY = re.compile(r"(?<=[{,])\s*([A-Za-z_][\w.-]*)\s*:")
 
 
-# What begins and what ends thinking.
-_THINKING, _THOUGHT = ("<think>", "[THINK]"), ("</think>", "[/THINK]")
+# Without gpt-oss's channels, of which one is that of its calls.
+_THINKING, _THOUGHT = tuple(THINKING_TAGS), tuple(THINKING_TAGS.values())
 # What stands before calls, apart from those without any mark.
 STARTS = (
     "<tool_call>",
